@@ -1,0 +1,76 @@
+"""Benchmarks: images with targets, split into train, val and test. One benchmark, one file.
+
+A benchmark of your own is any class with the attributes of `Benchmark`, built as
+`YourBenchmark(root, **options)`; nothing is registered, nothing inherited.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+IGNORE_INDEX = 255
+"""The target of a pixel, or of an image, that has no label."""
+
+Task = Literal["segmentation", "classification"]
+
+
+class Examples(Protocol):
+    """Images with their targets, read by index: what torch calls a map-style dataset.
+
+    An image is (3, H, W) uint8 at its file's own size. Its target is a mask (H, W) uint8 for
+    segmentation, an `int` for classification; `IGNORE_INDEX` says that there is no label.
+    Two attributes are used where they exist: `names`, one an example, in the fingerprint of a run,
+    and `targets`, one class an example, to choose labelled images that cover all classes.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, Tensor | int]: ...
+
+
+class Benchmark(Protocol):
+    """What training and evaluation ask of a benchmark."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def task(self) -> Task | None:
+        """None: images without labels, for training a teacher."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def ignore_index(self) -> int: ...
+
+    @property
+    def palette(self) -> NDArray[np.uint8]:
+        """(num_classes, 3), the RGB colour of each class in pictures."""
+
+    def dataset(self, split: str, /) -> Examples:
+        """The examples of "train", "val" or "test"; a UserError where there is no such split."""
+
+
+def hold_out(length: int, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Split `range(length)` by the seed into (kept, held), `count` of them held; both ascending."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[count:]), sorted(order[:count])
+
+
+def distinct_colours(count: int) -> NDArray[np.uint8]:
+    """(count, 3) colours; hues a golden angle apart, so that neighbours differ most."""
+    colours = [
+        colorsys.hsv_to_rgb((0.58 + 0.381966 * i) % 1.0, (0.75, 0.5)[i % 2], (0.9, 0.7, 0.5)[i % 3])
+        for i in range(count)
+    ]
+    return np.round(255.0 * np.array(colours).reshape(count, 3)).astype(np.uint8)

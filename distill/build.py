@@ -1,0 +1,235 @@
+"""From a config's names to objects; what the rooms refuse becomes a line that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+
+from distill.benchmarks import IGNORE_INDEX, Benchmark, Examples
+from distill.config import DataConfig, RunConfig
+from distill.data import (
+    Augmented,
+    InMemory,
+    Resized,
+    augmentation,
+    choose_labelled,
+    fingerprint,
+)
+from distill.distiller import Distiller, Match
+from distill.errors import UserError, blame
+from distill.losses import FeatureLoss
+from distill.registry import resolve
+from rl_policy.bins import timestep_bins
+from rl_policy.protocol import TimestepPolicy
+from rl_policy.reward import TeacherTaskReward
+from students.student import Student
+from teachers.protocol import Teacher
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def build_accelerator(device: str, precision: Literal["bf16", "no"]) -> Accelerator:
+    """The process group, device and autocast of a run."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for, but torch sees no GPU; use device=cpu or auto")
+    # Some parameters rest in some phases: projectors while fine-tuning, the head while distilling.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=device == "cpu", mixed_precision=precision, kwargs_handlers=[unused])
+
+
+def build_benchmark(data: DataConfig) -> Benchmark:
+    """The benchmark that `data` names."""
+    factory = resolve("benchmarks", data.benchmark, "data.benchmark")
+    try:
+        with blame("data"):
+            benchmark: Benchmark = factory(data.root, **data.options)
+    except TypeError as error:
+        raise UserError(f"data.options: {data.benchmark} {str(error).split(' ', 1)[-1]}") from error
+    return benchmark
+
+
+def image_size(data: DataConfig, examples: Examples) -> tuple[int, int]:
+    """(H, W) of training images: `data.size`, otherwise that of the first example."""
+    if data.size is not None:
+        return data.size
+    height, width = examples[0][0].shape[-2:]
+    return int(height), int(width)
+
+
+class Unlabelled:
+    """`examples` whose labels nobody can see. Items: image uint8, `IGNORE_INDEX`."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.examples[index][0], IGNORE_INDEX
+
+
+def training_examples(
+    examples: Examples, data: DataConfig, benchmark: Benchmark, size: tuple[int, int]
+) -> Augmented:
+    """Resized, kept in memory (unless worker processes read), augmented."""
+    resized: Examples = Resized(examples, size, masks=True)
+    if data.workers == 0:
+        resized = InMemory(resized)
+    return Augmented(resized, augmentation(data.augment, benchmark.task, size))
+
+
+class TrainingSet(NamedTuple):
+    """The training images of a run, and which of them show their labels."""
+
+    benchmark: Benchmark
+    size: tuple[int, int]
+    labelled: Augmented
+    labelled_indices: list[int]
+    unlabelled: Augmented
+    unlabelled_indices: list[int]
+    fingerprint: str
+
+
+def build_training_set(data: DataConfig) -> TrainingSet:
+    """Choose which training images show their labels (nested in the count, by `split_seed`)."""
+    benchmark = build_benchmark(data)
+    if benchmark.task is None:
+        raise UserError(
+            f"data.benchmark: {data.benchmark!r} has no labels, so that no student can be scored; "
+            "use it for `distill teacher train`"
+        )
+    examples = benchmark.dataset("train")
+    size = image_size(data, examples)
+    count = len(examples) if data.labelled is None else data.labelled
+    targets = getattr(examples, "targets", None)
+    labelled = choose_labelled(len(examples), count, data.split_seed, targets)
+    unlabelled = len(examples) if data.unlabelled is None else data.unlabelled
+    if unlabelled > len(examples):
+        raise UserError(f"data.unlabelled: {unlabelled} of {len(examples)} training images")
+    return TrainingSet(
+        benchmark,
+        size,
+        training_examples(examples, data, benchmark, size),
+        labelled,
+        training_examples(Unlabelled(examples), data, benchmark, size),
+        choose_labelled(len(examples), unlabelled, data.split_seed) if unlabelled else [],
+        fingerprint(examples),
+    )
+
+
+def build_teacher(config: RunConfig, random_weights: int | None = None) -> Teacher:
+    """The frozen teacher, with the layers that the pairs and the reward ask for."""
+    teacher = config.teacher
+    factory = resolve("teachers", teacher.name, "teacher.name")
+    layers = dict.fromkeys(pair.teacher for pair in config.pairs)
+    layers.setdefault(reward_layer(config))
+    try:
+        with blame("teacher"):
+            built: Teacher = factory(
+                embedded(teacher.path),
+                layers=list(layers),
+                input=teacher.input,
+                image_size=teacher.image_size,
+                dtype=getattr(torch, teacher.dtype),
+                random_weights=teacher.random_weights if random_weights is None else random_weights,
+                **teacher.options,
+            )
+    except TypeError as error:
+        raise UserError(f"teacher.options: {str(error).split('() ')[-1]}") from error
+    return built
+
+
+def embedded(path: str) -> str:
+    """The same path, or that of an embedded teacher, from whatever folder one works in."""
+    inside = CHECKOUT / path
+    return str(inside) if not Path(path).exists() and inside.exists() else path
+
+
+def reward_layer(config: RunConfig) -> str:
+    """The teacher layer whose feature the reward head reads."""
+    return config.policy.reward_layer or config.pairs[0].teacher
+
+
+def build_student(config: RunConfig, benchmark: Benchmark, size: tuple[int, int]) -> Student:
+    """The student for a benchmark's classes; weights from torch's default generator."""
+    student = config.student
+    with blame("student"):
+        return Student(
+            student.model,
+            classes=benchmark.num_classes,
+            dense=benchmark.task == "segmentation",
+            image_size=size,
+            layers=[pair.student for pair in config.pairs],
+            head=student.head,
+            head_layers=student.head_layers,
+            input_size=student.input_size,
+            pretrained=student.pretrained,
+            kwargs=student.kwargs,
+        )
+
+
+def build_distiller(
+    config: RunConfig, benchmark: Benchmark, size: tuple[int, int], teacher: Teacher | None
+) -> Distiller:
+    """The trainable module; without a teacher the student alone."""
+    student = build_student(config, benchmark, size)
+    if teacher is None:
+        return Distiller(student, ignore_index=benchmark.ignore_index)
+    losses = []
+    for index, pair in enumerate(config.pairs):
+        measure = pair.loss
+        if ":" in measure:
+            measure = resolve("losses", pair.loss, f"pairs.{index}.loss")
+        with blame(f"pairs.{index}"):
+            losses.append(
+                FeatureLoss(
+                    measure,
+                    student.channels[pair.student],
+                    teacher.channels[pair.teacher],
+                    pooled=pair.pooled,
+                    standardise=pair.standardise,
+                    options=pair.options,
+                )
+            )
+    layer = reward_layer(config)
+    return Distiller(
+        student,
+        matches=[Match(pair.student, pair.teacher, pair.weight) for pair in config.pairs],
+        losses=losses,
+        reward_head=TeacherTaskReward(
+            teacher.channels[layer],
+            config.policy.bins,
+            benchmark.num_classes,
+            dense=benchmark.task == "segmentation",
+        ),
+        reward_layer=layer,
+        feature_weight=config.train.feature_weight,
+        ignore_index=benchmark.ignore_index,
+    )
+
+
+def build_policy(
+    config: RunConfig, teacher: Teacher, context_size: int
+) -> tuple[TimestepPolicy, Tensor]:
+    """The policy, and the timesteps (K,) int64 that its bins stand for."""
+    policy = config.policy
+    with blame("policy"):
+        schedule = teacher.noise_schedule
+        timesteps = timestep_bins(
+            schedule.log_snr(torch.arange(len(schedule))),
+            count=policy.bins,
+            spacing=policy.spacing,
+            lowest=policy.lowest,
+            highest=policy.highest,
+        )
+        factory = resolve("policies", policy.name, "policy.name")
+        built: TimestepPolicy = factory(
+            context_size, policy.bins, config.train.batch, config.seed, **policy.options
+        )
+    return built, timesteps

@@ -1,0 +1,88 @@
+"""Files that are either the old one or the new one, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from distill.errors import UserError
+
+FORMAT = "diffusion-distill checkpoint"
+VERSION = 1
+
+
+def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Replace the checkpoint at `path` by `state`.
+
+    Args:
+        state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None: what
+            `torch.load(weights_only=True)` gives back. Arrays of numpy are not among them.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written; the previous file is intact.
+    """
+    # through memory: torch's zip writer turns a full disk into an unrelated RuntimeError
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "version": VERSION, "state": state}, buffer)
+    with replacing(Path(path)) as file:
+        file.write(buffer.getbuffer())
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `save` was given, with every tensor on the CPU. Runs no code from the file.
+
+    Raises:
+        UserError: the file is missing, truncated, or not a checkpoint of this program's version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; start without --resume, or name another run")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can fail in any way at all
+        raise UserError(
+            f"{path} is truncated or not a checkpoint; delete it to go on from an older one, "
+            "or start a new run"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by distill; name a file in a run's checkpoints/")
+    if content["version"] != VERSION:
+        raise UserError(
+            f"{path} has checkpoint version {content['version']}, this program reads {VERSION}; "
+            "resume with the version of distill that wrote it, or start a new run"
+        )
+    state: dict[str, Any] = content["state"]
+    return state
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace a text file (UTF-8). Raises UserError as `save` does."""
+    with replacing(Path(path)) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` only once it is complete and on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "disk full" if full else error.strerror
+        kept = f"the previous one is intact at {path}" if path.exists() else "nothing was written"
+        raise UserError(f"{reason} while saving {path}; {kept}; mend that and resume") from error

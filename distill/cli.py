@@ -1,0 +1,210 @@
+"""The command line. Heavy imports wait until a verb needs them, so that help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from distill.errors import Interrupted, UserError
+from distill.registry import TABLES
+
+EXAMPLES = """examples:
+  distill train experiments/quickstart.yaml
+  distill train experiments/camvid.yaml data.root=DATA/camvid data.labelled=46 name=camvid46
+  distill train runs/camvid46/config.yaml --resume
+  distill evaluate runs/camvid46 data.root=DATA/camvid
+  distill teacher train experiments/teachers/images.yaml data.root=MY_IMAGES
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    try:
+        options = _parse(arguments)
+        code: int = options.verb(options)
+        return code
+    except UserError as error:
+        print(f"distill: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"distill: {error or 'stopped'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options and overrides in any order, which argparse alone refuses within a verb."""
+    options, rest = build_parser().parse_known_args(arguments)
+    for argument in rest:
+        if argument.startswith("-") or "=" not in argument or not hasattr(options, "overrides"):
+            raise UserError(f"unrecognised argument {argument!r} (see distill --help)")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    parser = _Parser(
+        prog="distill",
+        description="Distil a diffusion model into a small, fast, label-efficient vision backbone.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    train = verbs.add_parser("train", help="distil a teacher into a student, as a recipe says")
+    _add_recipe(train)
+    train.set_defaults(verb=_train)
+
+    evaluate = verbs.add_parser("evaluate", help="score a student on a benchmark")
+    evaluate.add_argument("student", metavar="STUDENT", help="an exported student, or a run folder")
+    evaluate.add_argument(
+        "--head",
+        choices=("own", "linear"),
+        default="own",
+        help="its own head, or a new linear one fitted on the frozen backbone (default: own)",
+    )
+    evaluate.add_argument("--out", metavar="JSON", help="where the scores go (default: none)")
+    _add_overrides(evaluate)
+    evaluate.set_defaults(verb=_evaluate)
+
+    export = verbs.add_parser("export", help="write a run's student as a folder that timm opens")
+    export.add_argument("run", metavar="RUN", help="a run folder")
+    export.add_argument("--arm", default="distilled", help="which arm (default: distilled)")
+    export.add_argument("--out", metavar="FOLDER", help="where (default: RUN/student)")
+    export.set_defaults(verb=_export)
+
+    bench = verbs.add_parser("bench", help="time a distillation step against the naive one")
+    bench.add_argument("--out", metavar="JSON", help="where the figures go (default: none)")
+    bench.add_argument("--batch", type=int, default=64, help="images a step (default: 64)")
+    bench.add_argument("--rounds", type=int, default=5, help="rounds, in turn (default: 5)")
+    bench.add_argument("--layer", default="mid_block", help="teacher layer (default: mid_block)")
+    bench.set_defaults(verb=_bench)
+
+    teacher = verbs.add_parser("teacher", help="train a teacher, or look into one")
+    inner = teacher.add_subparsers(title="verbs", metavar="VERB", required=True)
+    teach = inner.add_parser("train", help="train a diffusion model on unlabelled images")
+    _add_recipe(teach)
+    teach.set_defaults(verb=_teacher_train)
+    layers = inner.add_parser("layers", help="a teacher's layers: channels, reduction, cost")
+    layers.add_argument("path", metavar="TEACHER", help="a diffusers folder, or a hub id")
+    layers.add_argument("--size", type=int, help="side of the images (default: the UNet's own)")
+    layers.set_defaults(verb=_teacher_layers)
+
+    names = verbs.add_parser("list", help="the names that recipes may use")
+    names.add_argument("table", nargs="?", choices=tuple(TABLES), help="one kind of them")
+    names.set_defaults(verb=_list)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe, or a run's config.yaml")
+    _add_overrides(parser)
+    parser.add_argument("--resume", action="store_true", help="go on where the run was stopped")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="resolve and check everything, try one batch, estimate the cost; train nothing",
+    )
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        default=[],
+        help="change the recipe, for instance train.steps=1000",
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    from distill.config import RunConfig
+    from distill.recipe import load_config
+
+    config = load_config(RunConfig, options.recipe, options.overrides)
+    if options.dry_run:
+        from distill.dry_run import dry_run
+
+        print(dry_run(config))
+        return 0
+    from distill.report import report
+    from distill.run import run
+
+    summary = run(config, resume=options.resume)
+    if summary:
+        print(report(summary))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from distill.rescore import rescore
+
+    print(rescore(options.student, options.overrides, head=options.head, out=options.out))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from distill.run import export_run
+
+    print(export_run(options.run, options.arm, options.out))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from distill.bench import bench
+
+    print(bench(batch=options.batch, rounds=options.rounds, layer=options.layer, out=options.out))
+    return 0
+
+
+def _teacher_train(options: argparse.Namespace) -> int:
+    from distill.config import TeacherTrainConfig
+    from distill.recipe import load_config
+
+    config = load_config(TeacherTrainConfig, options.recipe, options.overrides)
+    if options.dry_run:
+        from distill.dry_run import teacher_dry_run
+
+        print(teacher_dry_run(config))
+        return 0
+    from distill.teach import train_teacher
+
+    folder = train_teacher(config, resume=options.resume)
+    print(
+        f"teacher written to {folder / 'pipeline'}; use it with teacher.path={folder / 'pipeline'}"
+    )
+    return 0
+
+
+def _teacher_layers(options: argparse.Namespace) -> int:
+    from distill.dry_run import teacher_layers
+
+    print(teacher_layers(options.path, options.size))
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    for table in [options.table] if options.table else TABLES:
+        if options.table is None:
+            print(f"{table}:")
+        for name, target in TABLES[table].items():
+            print(f"  {name:24} {target}")
+    if options.table in (None, "students"):
+        print("  (any timm model with feature maps; these are checked)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

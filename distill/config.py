@@ -1,0 +1,270 @@
+"""Every knob of a run: one frozen dataclass tree. `recipe.py` reads it from YAML."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=8, le=4096)]
+HeightWidth = Annotated[
+    tuple[Size, Size], BeforeValidator(lambda size: (size, size) if isinstance(size, int) else size)
+]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Options = dict[str, Any]
+Arm = Literal["distilled", "scratch", "random_teacher"]
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataConfig:
+    """Which images, at which size, and how many of them carry a label."""
+
+    benchmark: str = "shapes"
+    """A name of `distill list benchmarks`, or `module:attribute`."""
+    root: str | None = None
+    """Folder of the data set; not needed by `shapes`."""
+    size: HeightWidth | None = None
+    """Height and width at which images are trained on; by default their own."""
+    labelled: Count | None = None
+    """How many training images keep their label (the first n of a seeded order); all by default."""
+    unlabelled: Annotated[int, Field(ge=0)] | None = None
+    """How many training images are used without label; all by default."""
+    split_seed: int = 0
+    """Seed of the order from which the labelled images are taken; None of the run's own seeds."""
+    augment: Literal["none", "flip", "crop", "strong"] = "crop"
+    """Strength of the augmentation of training images."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that read data; with 0 decoded images are kept in memory."""
+    options: Options = Field(default_factory=dict)
+    """Further arguments of the benchmark."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TeacherConfig:
+    """The frozen diffusion model, and which of its feature maps are taken."""
+
+    name: str = "diffusers_unet"
+    """A name of `distill list teachers`, or `module:attribute`."""
+    path: str = "teachers/pretrained/shapes"
+    """A local diffusers folder (relative to here or to the checkout), or a hub id."""
+    input: Literal["noised", "clean"] = "noised"
+    """What the teacher sees: x_t, or the image itself beside t (as the official RepFusion code)."""
+    image_size: HeightWidth | None = None
+    """Images are resized to this for the teacher; by default they keep their size."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the teacher's forward pass."""
+    random_weights: int | None = None
+    """Seed of fresh random weights instead of the trained ones: the control."""
+    options: Options = Field(default_factory=dict)
+    """Further arguments of the teacher."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class StudentConfig:
+    """The timm backbone that leaves with the user, and its head."""
+
+    model: str = "resnet18"
+    """Any timm model with feature maps."""
+    kwargs: Options = Field(default_factory=dict)
+    """timm's own model arguments, for instance `{patch_size: 4}` for a ViT on small images."""
+    input_size: HeightWidth | None = None
+    """Images are resized to this inside the student: a small-image stem plain timm can redo."""
+    pretrained: bool = False
+    """Start from timm's pretrained weights; off, as the point is to do without labels of others."""
+    init_from: str | None = None
+    """A run, checkpoint or exported student whose backbone weights this run starts from."""
+    freeze: bool = False
+    """Train the head alone, on a frozen backbone."""
+    head: Literal["fpn", "linear"] = "fpn"
+    """Segmentation head; classification takes timm's own."""
+    head_layers: list[str] = Field(default_factory=list)
+    """Feature maps the segmentation head reads; by default all stages."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PairConfig:
+    """One match of a student's map with a teacher's."""
+
+    student: str
+    """Layer of the student, timm's module name."""
+    teacher: str
+    """Layer of the teacher, diffusers' module name."""
+    loss: str = "mse"
+    """A name of `distill list losses`, or `module:attribute`."""
+    weight: NonNegative = 1.0
+    """Weight among the pairs."""
+    pooled: bool = False
+    """Match global averages instead of dense maps."""
+    standardise: bool = True
+    """Standardise the teacher's channels with a running mean and variance."""
+    options: Options = Field(default_factory=dict)
+    """Further arguments of the loss."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PolicyConfig:
+    """Who picks the timestep of every image."""
+
+    name: str = "a2c"
+    """A name of `distill list policies`, or `module:attribute`."""
+    bins: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Number of timesteps to choose from."""
+    spacing: Literal["linear", "log_snr"] = "linear"
+    """Bins equally far apart in t, or in log-SNR."""
+    lowest: Annotated[int, Field(ge=0)] = 0
+    """Smallest timestep on offer."""
+    highest: Annotated[int, Field(ge=0)] | None = None
+    """Largest timestep on offer; by default the schedule's last."""
+    reward_layer: str | None = None
+    """Teacher layer whose feature the reward head reads; by default the first pair's."""
+    options: Options = Field(default_factory=dict)
+    """Further arguments of the policy."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrainConfig:
+    """The loop: schedule, budget, optimiser."""
+
+    arms: list[Arm] = Field(default=["distilled", "scratch"], min_length=1)
+    """What is trained, one after the other, with equal seeds, data order and budget."""
+    schedule: Literal["joint", "distill_then_finetune"] = "joint"
+    """Task and feature loss together, or, as the paper, first the features and then the task."""
+    steps: Count = 400
+    """Optimiser steps of an arm."""
+    finetune_steps: Annotated[int, Field(ge=0)] = 0
+    """Of these, the last ones that train on labels alone; with `joint` 0 for none."""
+    batch: Count = 32
+    """Labelled images a step, over all processes."""
+    unlabelled_batch: Annotated[int, Field(ge=0)] = 32
+    """Unlabelled images a step, over all processes; they contribute the feature loss only."""
+    feature_weight: NonNegative = 1.0
+    """Weight of the feature loss beside the task loss."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum 0.9."""
+    lr: Positive = 1e-3
+    """Largest learning rate."""
+    weight_decay: NonNegative = 0.05
+    """Weight decay (not on norms and biases)."""
+    lr_schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """How the rate falls after the warm-up; `step`: x 0.1 at one half and at three quarters."""
+    warmup: Annotated[int, Field(ge=0)] = 20
+    """Steps of linear warm-up."""
+    clip: Positive | None = 1.0
+    """Largest gradient norm; none for no clipping."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the student's moving average, which is what is scored and exported; 0 for none."""
+    precision: Literal["bf16", "no"] = "bf16"
+    """Autocast of the student."""
+    channels_last: bool = True
+    """Memory format of the student's images and weights."""
+    log_every: Count = 10
+    """Steps between two rows of metrics.jsonl."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two evaluations on the validation split; 0 for only after the last step."""
+    checkpoint_every: Count = 100
+    """Steps between two checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EvaluateConfig:
+    """How the trained arms are scored."""
+
+    split: Literal["train", "val", "test"] = "test"
+    """Split of the reported figures."""
+    images: Count | None = None
+    """Only the first n images of it; all by default."""
+    batch: Count = 64
+    """Images a forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RunConfig:
+    """One distillation run: `distill train`."""
+
+    name: str = "run"
+    """Name of the run, its folder below `output`."""
+    output: str = "runs"
+    """Folder that holds the runs."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of weights, data order, noise and policy."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one. Which of several: the variable CUDA_VISIBLE_DEVICES."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    pairs: list[PairConfig] = Field(min_length=1)
+    """Which feature maps are matched, and how."""
+    policy: PolicyConfig = Field(default_factory=PolicyConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class UNetConfig:
+    """Architecture of a `UNet2DModel`."""
+
+    block_out_channels: list[Count] = Field(default_factory=lambda: [32, 64, 128, 128])
+    """Channels of each resolution, from the finest."""
+    layers_per_block: Count = 1
+    """Residual blocks a resolution."""
+    attention_levels: list[int] = Field(default_factory=list)
+    """Indices of the resolutions with self-attention."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DiffusionConfig:
+    """The forward process, as diffusers' `DDPMScheduler` takes it."""
+
+    timesteps: Annotated[int, Field(ge=2)] = 1000
+    """Length T of the schedule."""
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    """Linear (Ho et al. 2020), or cosine (Nichol and Dhariwal 2021)."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    """What the network predicts."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TeacherTrainConfig:
+    """Training a diffusion teacher on unlabelled images: `distill teacher train`."""
+
+    name: str = "teacher"
+    """Name of the run, its folder below `output`."""
+    output: str = "runs"
+    """Folder that holds the runs."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of weights, data order and noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one. Which of several: the variable CUDA_VISIBLE_DEVICES."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    unet: UNetConfig = Field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
+    steps: Count = 4000
+    """Optimiser steps."""
+    batch: Count = 64
+    """Images a step."""
+    lr: Positive = 4e-4
+    """Learning rate of AdamW after the warm-up; falls to 0 with a cosine."""
+    warmup: Annotated[int, Field(ge=0)] = 200
+    """Steps of linear warm-up."""
+    clip: Positive = 1.0
+    """Largest gradient norm."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Largest decay of the moving average that becomes the teacher."""
+    precision: Literal["bf16", "no"] = "bf16"
+    """Autocast."""
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the weights in the pipeline folder."""
+    log_every: Count = 20
+    """Steps between two rows of metrics.jsonl."""
+    checkpoint_every: Count = 250
+    """Steps between two checkpoints."""
+    samples: Annotated[int, Field(ge=0)] = 36
+    """Images in the sample grid; 0 for none."""
+    sample_steps: Count = 50
+    """DDIM steps of a sample."""

@@ -1,0 +1,257 @@
+"""From a benchmark's examples to batches: resizing, augmentation, and an order that can be resumed.
+
+What a step sees is a pure function of (seed, step): not of the number of workers, nor of what was
+drawn before. That makes an interrupted and resumed run equal to one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from distill.benchmarks import Examples, Task
+from distill.errors import UserError, nearest
+
+Item = tuple[Tensor, Tensor | int]
+Augmentation = Callable[[Tensor, Tensor | int], Item]
+Strength = Literal["none", "flip", "crop", "strong"]
+STRENGTHS: tuple[Strength, ...] = ("none", "flip", "crop", "strong")
+
+
+class Resized:
+    """`examples` with images of one size, by antialiased bilinear interpolation.
+
+    Args:
+        examples: Images (3, h, w) uint8 and their targets.
+        size: (H, W) of the images that come out.
+        masks: Whether masks are resized too (nearest pixel), for training. Predictions are scored
+            on masks as they are.
+    """
+
+    def __init__(self, examples: Examples, size: tuple[int, int], *, masks: bool) -> None:
+        self.examples, self.size, self.masks = examples, size, masks
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Item:
+        image, target = self.examples[index]
+        image = F.resize(image, list(self.size), InterpolationMode.BILINEAR, antialias=True)
+        if self.masks and isinstance(target, Tensor):
+            # "exact": the nearest pixel centre, so that the mask is not shifted against the image.
+            target = F.resize(target[None], list(self.size), InterpolationMode.NEAREST_EXACT)[0]
+        return image, target
+
+
+class InMemory:
+    """`examples`, each read once and then kept; every worker process keeps its own."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+        self._kept: dict[int, Item] = {}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Item:
+        if index not in self._kept:
+            self._kept[index] = self.examples[index]
+        return self._kept[index]
+
+
+def as_float(image: Tensor) -> Tensor:
+    """uint8 -> float32 in [0, 1], any shape."""
+    return image.float().div(255.0)
+
+
+def augmentation(
+    strength: str,
+    task: Task | None,
+    size: tuple[int, int],
+    scale: tuple[float, float] = (0.35, 1.0),
+) -> Augmentation:
+    """Random changes to one uint8 image and its target, drawn from torch's default CPU generator.
+
+    Args:
+        strength: `none`; `flip`: left to right; `crop`: a random part too, for segmentation of a
+            random scale, otherwise shifted by up to an eighth of the side (borders mirrored: a
+            teacher has never seen black ones); `strong`: brightness, contrast and colour too.
+        task: Decides which crop is meant.
+        size: (H, W) of the images; a crop comes out at this size again.
+        scale: Smallest and largest share of the image's area that a segmentation crop keeps.
+    """
+    if strength not in STRENGTHS:
+        raise UserError(
+            f"data.augment: no augmentation {strength!r}; {nearest(strength, STRENGTHS)}"
+        )
+    height, width = size
+    steps: list[Callable[..., object]] = [v2.Identity()]
+    if strength in ("crop", "strong") and task == "segmentation":
+        aspect = width / height
+        steps.append(v2.RandomResizedCrop(size, scale, ratio=(0.8 * aspect, 1.25 * aspect)))
+    elif strength in ("crop", "strong"):
+        margins = [width // 8, height // 8]
+        steps.append(v2.RandomCrop(size, padding=margins, padding_mode="reflect"))
+    if strength != "none":
+        steps.append(v2.RandomHorizontalFlip())
+    if strength == "strong":
+        steps.append(v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05))
+    transform = v2.Compose(steps)
+
+    def apply(image: Tensor, target: Tensor | int) -> Item:
+        if isinstance(target, int):
+            return transform(tv_tensors.Image(image)).as_subclass(Tensor), target
+        changed, mask = transform(tv_tensors.Image(image), tv_tensors.Mask(target))
+        return changed.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+    return apply
+
+
+class Draw(NamedTuple):
+    """Which example comes, and the seed of its augmentation."""
+
+    example: int
+    seed: int
+
+
+class Augmented(Dataset[Item]):
+    """Examples addressed by `Draw`: image (3, H, W) float32 in [0, 1], mask int64 or class."""
+
+    def __init__(self, examples: Examples, augment: Augmentation) -> None:
+        self.examples, self.augment = examples, augment
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, draw: Draw) -> Item:
+        image, target = self.examples[draw.example]
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would reseed CUDA's generators as well.
+            torch.default_generator.manual_seed(draw.seed)
+            image, target = self.augment(image, target)
+        return as_float(image), target.long() if isinstance(target, Tensor) else target
+
+
+class StepSampler(Sampler[list[Draw]]):
+    """The draws of every step, computed from the step's number alone.
+
+    The examples come in one permutation an epoch. Batches run on over the border of two epochs, so
+    that each is full, however few examples there are. A global batch is `world` batches long.
+
+    Args:
+        indices: The examples to draw from.
+        batch: Images a step and process.
+        seed: The run's seed.
+        stream: Streams of one seed (labelled, unlabelled) are independent of each other.
+        rank: This process.
+        world: Number of processes.
+        start_step: First step of the iteration, to resume.
+        stop_step: End of the iteration; None: it never ends.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        batch: int,
+        *,
+        seed: int,
+        stream: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        stop_step: int | None = None,
+    ) -> None:
+        if not indices:
+            raise UserError("data: there is no example to draw from")
+        if batch < 1:
+            raise UserError(f"data: a batch holds at least one image, not {batch}")
+        assert 0 <= rank < world
+        self.indices, self.batch_size, self.seed, self.stream = indices, batch, seed, stream
+        self.rank, self.world = rank, world
+        self.start_step, self.stop_step = start_step, stop_step
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def batch(self, step: int) -> list[Draw]:
+        """The draws of this process at a step, counted from 0."""
+        first = (step * self.world + self.rank) * self.batch_size
+        draws = []
+        for position in range(first, first + self.batch_size):
+            epoch, place = divmod(position, len(self.indices))
+            order, seeds = self._epoch(epoch)
+            draws.append(Draw(self.indices[order[place]], seeds[place]))
+        return draws
+
+    def _draw_epoch(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The order of an epoch and the seed of each place in it."""
+        state = np.random.SeedSequence([self.seed, self.stream, epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+        order = torch.randperm(len(self.indices), generator=generator)
+        seeds = torch.randint(2**62, (len(self.indices),), generator=generator)
+        return order.tolist(), seeds.tolist()
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        step = self.start_step
+        while self.stop_step is None or step < self.stop_step:
+            yield self.batch(step)
+            step += 1
+
+
+def loader(
+    examples: Augmented, sampler: StepSampler, workers: int = 0
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Batches in the sampler's order: images (B, 3, H, W) float32, targets (B, H, W) or (B,) int64.
+
+    The images of a batch must have one size: augment to it, or wrap `examples` in `Resized`.
+    """
+    return DataLoader(
+        cast("Dataset[tuple[Tensor, Tensor]]", examples),
+        batch_sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # otherwise it draws from, and so moves, the default one
+    )
+
+
+def choose_labelled(
+    length: int, count: int, seed: int, targets: Sequence[int] | None = None
+) -> list[int]:
+    """Choose which training examples keep their labels.
+
+    The first `count` of one seeded order, so that a smaller choice is part of every larger one.
+
+    Args:
+        length: Number of training examples.
+        count: Number of labelled ones.
+        seed: Decides the order.
+        targets: Class of each example. Where given, the order takes one example of every class
+            before the next of any, so that the choice is balanced.
+    """
+    if not 1 <= count <= length:
+        raise UserError(f"data.labelled: 1 to {length} of the training images, not {count}")
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
+    if targets is not None:
+        seen: Counter[int] = Counter()
+        rounds = []
+        for index in order:
+            rounds.append(seen[targets[index]])
+            seen[targets[index]] += 1
+        order = [index for _, index in sorted(zip(rounds, order, strict=True), key=lambda p: p[0])]
+    return order[:count]
+
+
+def fingerprint(examples: Examples) -> str:
+    """sha256 over the number of examples and, where they have any, their names; 64 hex digits."""
+    names: Sequence[str] = getattr(examples, "names", ())
+    return hashlib.sha256("\n".join([str(len(examples)), *names]).encode()).hexdigest()

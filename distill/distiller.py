@@ -1,0 +1,127 @@
+"""The one trainable module: student, feature losses and reward head, with the paper's losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distill.losses import FeatureLoss, task_loss
+from rl_policy.reward import TeacherTaskReward
+from students.student import Student
+
+
+class Lesson(NamedTuple):
+    """What the teacher shows for one batch."""
+
+    bins: Tensor
+    """(B,) int64, the policy's choice."""
+    timesteps: Tensor
+    """(B,) int64, the same as indices of the teacher's schedule."""
+    maps: Mapping[str, Tensor]
+    """Teacher layer -> (B, C, h, w)."""
+
+
+class Match(NamedTuple):
+    """One pair of feature maps, and its weight."""
+
+    student: str
+    teacher: str
+    weight: float
+
+
+class Losses(NamedTuple):
+    """Of one step; scalars but the last three."""
+
+    total: Tensor
+    task: Tensor
+    feature: Tensor
+    reward_head: Tensor
+    rewards: Tensor
+    """(labelled,) minus the task loss of the reward head, an image."""
+    context: Tensor
+    """(B, D) what the policy saw."""
+    bins: Tensor
+    """(B,) what it chose."""
+
+
+class Distiller(nn.Module):
+    """Task loss and feature loss together (RepFusion, Yang and Wang, ICCV 2023, Algorithm 1).
+
+    One module, so that one wrapper synchronises all gradients. The teacher is no part of it.
+
+    Args:
+        student: The student, returning every map that `matches` names.
+        matches: The pairs; empty for a student without a teacher.
+        losses: One feature loss a pair.
+        reward_head: Light head on the teacher's map `reward_layer`.
+        reward_layer: Which map that is.
+        feature_weight: Weight of the feature loss beside the task loss.
+        ignore_index: Target value without label.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        *,
+        matches: Sequence[Match] = (),
+        losses: Sequence[FeatureLoss] = (),
+        reward_head: TeacherTaskReward | None = None,
+        reward_layer: str = "",
+        feature_weight: float = 1.0,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        self.student, self.losses, self.reward_head = student, nn.ModuleList(losses), reward_head
+        self.matches, self.reward_layer = tuple(matches), reward_layer
+        self.feature_weight, self.ignore_index = feature_weight, ignore_index
+
+    def forward(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        teach: Callable[[Tensor], Lesson] | None,
+        task_weight: float = 1.0,
+    ) -> Losses:
+        """The losses of one step.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], the labelled ones first.
+            targets: Of the labelled images: classes (L,), or masks (L, H, W), int64; L <= B.
+            teach: From the policy's contexts (B, D) to what the teacher shows; None: labels alone.
+            task_weight: 0 while only features are distilled.
+        """
+        labelled = len(targets)
+        logits, maps = self.student(images, labelled=labelled if task_weight else 0)
+        zero = images.new_zeros(())
+        task = self._task(logits, targets).mean() if task_weight else zero
+        if teach is None:
+            nothing = images.new_zeros(0)
+            return Losses(task, task, zero, zero, nothing, nothing, nothing)
+        context = maps[self.student.layers[-1]].detach().float().mean(dim=(2, 3))  # (B, D)
+        lesson = teach(context)
+        feature = zero
+        for match, loss in zip(self.matches, self.losses, strict=True):
+            difference = loss(maps[match.student], lesson.maps[match.teacher], lesson.timesteps)
+            feature = feature + match.weight * difference.mean()
+        assert self.reward_head is not None
+        reward_logits = self.reward_head(
+            lesson.maps[self.reward_layer][:labelled], lesson.bins[:labelled]
+        )
+        reward_losses = self._task(reward_logits, targets)
+        total = task_weight * task + self.feature_weight * feature + reward_losses.mean()
+        return Losses(
+            total,
+            task.detach(),
+            feature.detach(),
+            reward_losses.mean().detach(),
+            -reward_losses.detach(),
+            context,
+            lesson.bins,
+        )
+
+    def _task(self, logits: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(logits.device.type, enabled=False):
+            return task_loss(logits.float(), targets, self.ignore_index)

@@ -1,0 +1,119 @@
+"""`--dry-run` and `distill teacher layers`: all is resolved and tried, nothing is trained."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from distill.build import build_accelerator, build_training_set, embedded
+from distill.config import RunConfig, TeacherTrainConfig
+from distill.errors import UserError, blame
+from distill.recipe import to_yaml
+from distill.run import check_schedule, held_out_examples
+from distill.teach import TeacherTraining
+from distill.train import Trainer, batches
+from teachers import anatomy, loading
+
+
+def dry_run(config: RunConfig) -> str:
+    """Check a recipe to the last detail, with one batch of each arm, and estimate its cost."""
+    accelerator = build_accelerator(config.device, config.train.precision)
+    check_schedule(config)
+    data = build_training_set(config.data)
+    held_out = held_out_examples(config, data.benchmark, data.size)
+    held_out[0]
+    lines = [to_yaml(config).rstrip(), ""]
+    lines.append(
+        f"# data: {data.benchmark.name}, {len(data.labelled_indices)} labelled and "
+        f"{len(data.unlabelled_indices)} unlabelled images of {data.size[0]}x{data.size[1]} px, "
+        f"{len(held_out)} held out ({config.evaluate.split})"
+    )
+    total = 0.0
+    for arm in config.train.arms:
+        trainer = Trainer(config, arm, data, accelerator)
+        if trainer.teacher is not None:
+            lines += _pairs(trainer)
+        stream = batches(trainer)
+        seconds = []
+        for _ in range(2):  # the first step pays for warming up; both are thrown away
+            batch = next(stream)
+            began = time.monotonic()
+            trainer.train_step(*batch)
+            seconds.append(time.monotonic() - began)
+        estimate = seconds[-1] * config.train.steps
+        total += estimate
+        lines.append(
+            f"# {arm}: {config.train.steps} steps of {seconds[-1]:.2f} s, about {_clock(estimate)}"
+        )
+    lines.append(f"# in all about {_clock(total)}, evaluation not counted; nothing was trained")
+    folder = Path(config.output) / config.name
+    if folder.exists():
+        lines.append(f"# {folder} exists: the run would need --resume or another name=")
+    return "\n".join(lines)
+
+
+def teacher_dry_run(config: TeacherTrainConfig) -> str:
+    """Check a teacher's recipe with one batch, and estimate its cost."""
+    training = TeacherTraining(config, build_accelerator(config.device, config.precision))
+    images = torch.stack(
+        [training.examples.examples[i % len(training.examples)][0] for i in range(config.batch)]
+    )
+    images = images.float().div(255).to(training.accelerator.device)
+    for _ in range(2):
+        began = time.monotonic()
+        training.train_step(images)
+        seconds = time.monotonic() - began
+    parameters = sum(p.numel() for p in training.unet.parameters())
+    return (
+        f"{to_yaml(config)}\n"
+        f"# {len(training.examples)} images of {training.size[0]}x{training.size[1]} px, "
+        f"{parameters / 1e6:.1f}M parameters\n"
+        f"# {config.steps} steps of {seconds:.2f} s, about {_clock(seconds * config.steps)}; "
+        "nothing was trained"
+    )
+
+
+def teacher_layers(path: str, size: int | None) -> str:
+    """A table of a UNet's blocks: channels, reduction, share of a forward pass spent by then."""
+    with blame("teacher"):
+        folder = loading.locate(embedded(path))
+        config, schedule = loading.read_config(folder.unet), loading.load_schedule(folder.scheduler)
+        side = size or config["sample_size"]
+        if side is None:
+            raise UserError(f"{path}: its config names no sample_size; give --size")
+        table = anatomy.layer_table(config, side)
+    lines = [f"{'layer':16} {'channels':>8} {'reduction':>9} {'cost until here':>15}"]
+    lines += [f"{row.name:16} {row.channels:8} {row.reduction:9} {row.cost:15.0%}" for row in table]
+    return "\n".join([*lines, f"images of {side} px, timesteps 0 to {len(schedule) - 1}"])
+
+
+def _pairs(trainer: Trainer) -> list[str]:
+    """The matched maps with their shapes, and what the teacher costs an image."""
+    student, teacher = trainer.student, trainer.teacher
+    assert teacher is not None
+    lines = [f"# {trainer.arm}: teacher {teacher.name}, feature pairs"]
+    image = torch.zeros(1, 3, *trainer.data.size, device=trainer.accelerator.device)
+    with torch.no_grad():
+        student.eval()
+        own = student(image)[1]
+        student.train()
+    theirs = teacher.features(image, torch.zeros(1, dtype=torch.int64))
+    for pair in trainer.config.pairs:
+        shapes = [tuple(x.shape[1:]) for x in (own[pair.student], theirs[pair.teacher])]
+        lines.append(
+            f"#   {pair.student} {shapes[0]} -> {pair.teacher} {shapes[1]}  "
+            f"{pair.loss}{' pooled' if pair.pooled else ''} x {pair.weight:g}"
+        )
+    if hasattr(teacher, "flops"):
+        used, whole = teacher.flops(trainer.data.size)
+        lines.append(
+            f"#   teacher: {used / 1e9:.2f} of {whole / 1e9:.2f} GFLOP an image, stops early"
+        )
+    return lines
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

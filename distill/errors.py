@@ -1,0 +1,36 @@
+"""A user's mistake: one clear line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """What a user can mend. Its text is one line: what is wrong, where, what would be right."""
+
+
+class Interrupted(Exception):
+    """The user stopped long work; everything is saved, and the text says how to go on."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The end of an error line about an unknown name: the closest choice, or all of them."""
+    known = sorted(choices)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+
+
+@contextmanager
+def blame(where: str) -> Iterator[None]:
+    """Turn what a room raises about its arguments into a `UserError` that names the recipe's key.
+
+    The rooms (`teachers`, `students`, `rl_policy`) do not know recipes: they raise `ValueError` and
+    `OSError`. Whoever builds them from a recipe wraps that in `with blame("teacher.path"):`.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{where}: {line}") from error

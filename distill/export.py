@@ -1,0 +1,170 @@
+"""Students that leave: a folder that plain timm opens, and the head and card beside it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm.models
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill import checkpoint
+from distill.errors import UserError
+from students.student import Student
+
+CARD = "student.json"
+HEAD = "head.safetensors"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentCard:
+    """An exported student: the arguments of `Student`, its classes, and where it came from."""
+
+    model: str
+    classes: int
+    dense: bool
+    image_size: Sequence[int]
+    layers: Sequence[str]
+    head: str
+    head_layers: Sequence[str]
+    input_size: Sequence[int]
+    kwargs: dict[str, Any]
+    class_names: Sequence[str]
+    recipe: dict[str, Any]
+    """The resolved recipe of the run."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Arm, step, teacher, seed, commit."""
+    version: str = field(default_factory=lambda: version("diffusion-distill"))
+
+
+def export_student(student: Student, card: StudentCard, folder: Path) -> None:
+    """Write `model.safetensors` and `config.json` (plain timm's), the head, and `student.json`.
+
+    The folder appears complete or not at all; an older export of that name is replaced.
+
+    Raises:
+        UserError: The folder holds something else, or the disk is full.
+    """
+    if folder.exists() and not (folder / CARD).is_file():
+        raise UserError(f"{folder} exists and is no exported student; name another folder")
+    # safetensors writes contiguous tensors only, and training may have left others.
+    student = copy.deepcopy(student).to("cpu").to(memory_format=torch.contiguous_format)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            new = Path(scratch, "new")
+            timm.models.save_for_hf(student.backbone, new, **student.backbone_config())
+            if student.head is not None:
+                save_file(student.head.state_dict(), new / HEAD)
+            checkpoint.write_text(new / CARD, json.dumps(asdict(card), indent=2) + "\n")
+            if folder.exists():
+                folder.rename(Path(scratch, "old"))
+            new.rename(folder)
+    except OSError as error:
+        raise UserError(f"the student cannot be written to {folder}: {error.strerror}") from error
+
+
+def load_student(path: str | Path) -> tuple[Student, StudentCard]:
+    """The whole student of an exported folder or of a run, on the CPU, in eval mode."""
+    folder = student_folder(path)
+    card = read_card(folder)
+    student = Student(
+        card.model,
+        classes=card.classes,
+        dense=card.dense,
+        image_size=_pair(card.image_size),
+        layers=card.layers,
+        head=card.head,
+        head_layers=card.head_layers,
+        input_size=_pair(card.input_size),
+        kwargs=card.kwargs,
+    )
+    _load(student.backbone, folder / WEIGHTS)
+    if student.head is not None:
+        _load(student.head, folder / HEAD)
+    return student.eval(), card
+
+
+def read_card(folder: Path) -> StudentCard:
+    """The card of an exported student."""
+    try:
+        return StudentCard(**json.loads((folder / CARD).read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / CARD} is not the card of an exported student") from error
+
+
+def student_folder(path: str | Path) -> Path:
+    """The exported student that `path` (such a folder, or a run's) holds."""
+    for folder in (Path(path), Path(path) / "student"):
+        if (folder / CARD).is_file():
+            return folder
+    raise UserError(
+        f"{path} holds no exported student: name a run folder that is finished, or its student/"
+    )
+
+
+def load_backbone(student: Student, path: str | Path) -> None:
+    """Give a student the backbone weights of an exported one; a classifier stays as it is.
+
+    Raises:
+        UserError: The weights are of another architecture.
+    """
+    folder = student_folder(path)
+    weights = _read(folder / WEIGHTS)
+    classifier = student.backbone.pretrained_cfg.get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    own = student.backbone.state_dict()
+    prefixes = tuple(f"{name}." for name in names)
+    kept = {
+        name: weights[name] if name in weights and not name.startswith(prefixes) else own[name]
+        for name in own
+        if name in weights or name.startswith(prefixes)
+    }
+    try:
+        student.backbone.load_state_dict(kept)
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"student.init_from: {folder} holds {read_card(folder).model!r}: {line}"
+        ) from error
+
+
+def usage(folder: Path) -> str:
+    """The three lines that load an export in plain timm."""
+    return (
+        "import timm\n"
+        f'model = timm.create_model("local-dir:{folder}", pretrained=True)\n'
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+    )
+
+
+def _load(module: torch.nn.Module, path: Path) -> None:
+    try:
+        module.load_state_dict(_read(path))
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} does not fit the student that its card describes: {line}"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or broken: {error}") from error
+
+
+def _pair(size: Sequence[int]) -> tuple[int, int]:
+    height, width = size
+    return height, width

@@ -1,0 +1,134 @@
+"""Recipes: YAML files with dotted overrides, checked against the dataclasses of `config.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from distill.config import RunConfig, TeacherTrainConfig
+from distill.errors import UserError, nearest
+
+Config = TypeVar("Config", RunConfig, TeacherTrainConfig)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without surprises: `1e-4` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                line = node.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice in the section at line {line}", None
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(kind: type[Config], recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply `section.key=value` overrides, each value written as in YAML.
+
+    Raises:
+        UserError: The file is missing or no YAML, a key is unknown, a value has the wrong type or
+            lies outside its range; the line names file and key.
+    """
+    path = Path(recipe)
+    try:
+        tree = yaml.load(path.read_text(), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"recipe {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path}: expected sections like `train:`, found {tree!r:.60}")
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        apply_override(tree, override)
+    return build_config(kind, tree, where=str(path))
+
+
+def build_config(kind: type[Config], tree: Mapping[str, Any], where: str = "recipe") -> Config:
+    """Check a plain tree (as read from YAML) and freeze it. Raises as `load_config` does."""
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(kind, error)}") from error
+
+
+def to_tree(config: RunConfig | TeacherTrainConfig) -> dict[str, Any]:
+    """The plain tree of a config, as `build_config` takes it."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")  # type: ignore[no-any-return]
+
+
+def to_yaml(config: RunConfig | TeacherTrainConfig) -> str:
+    """The resolved recipe as YAML text; `load_config` of it gives the config back."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=None, width=100)
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in a plain tree; list entries by index (`pairs.0.weight=2`)."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"override {override!r}: expected section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML") from error
+    *parents, last = path.split(".")
+    node: Any = tree
+    for name in parents:
+        node = _child(node, name, override)
+    if isinstance(node, list):
+        _child(node, last, override)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"override {override!r}: {'.'.join(parents)} holds no keys")
+
+
+def _child(node: Any, name: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not name.isdigit() or int(name) >= len(node):
+            raise UserError(
+                f"override {override!r}: no entry {name}; there are {len(node)}, from 0"
+            )
+        return node[int(name)]
+    if not isinstance(node, dict):
+        raise UserError(f"override {override!r}: nothing lies below {name!r}")
+    if node.get(name) is None:
+        node[name] = {}
+    return node[name]
+
+
+def _first_problem(kind: type[Any], error: ValidationError) -> str:
+    """One line for the first thing that is wrong: key, what it got, what would be right."""
+    problem = error.errors(include_url=False)[0]
+    location = [part for part in problem["loc"] if part not in ("tuple[int, int]", "tuple")]
+    key = ".".join(str(part) for part in location)
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key {key!r}; {nearest(str(location[-1]), _keys(kind, location[:-1]))}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key}: {message}, got {problem['input']!r:.80}"
+
+
+def _keys(kind: type[Any], location: Sequence[int | str]) -> list[str]:
+    """Names of the keys of the section at `location`."""
+    for part in location:
+        if isinstance(part, str):
+            hint = get_type_hints(kind)[part]
+            kind = get_args(hint)[0] if get_args(hint) else hint  # list[PairConfig] -> PairConfig
+    return [field.name for field in dataclasses.fields(kind)]

@@ -1,0 +1,281 @@
+"""`distill train`: the arms of a run one after the other, then summary, pictures, student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from distill import checkpoint, plots
+from distill.benchmarks import Benchmark, Examples
+from distill.build import TrainingSet, build_accelerator, build_training_set
+from distill.config import Arm, RunConfig
+from distill.data import Resized, as_float
+from distill.errors import Interrupted, UserError
+from distill.evaluate import evaluate, predicted_classes
+from distill.export import StudentCard, export_student, usage
+from distill.recipe import load_config, to_tree, to_yaml
+from distill.report import summarise
+from distill.tracking import (
+    RunLog,
+    commit,
+    hardware,
+    open_run_folder,
+    stop_on_signals,
+)
+from distill.train import Trainer, checkpoint_path, train_arm
+from students.student import Student
+
+SHOWN = 6  # images in predictions.png
+
+
+def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Train and score every arm of the recipe, export the distilled student.
+
+    Returns:
+        What is written to summary.json.
+
+    Raises:
+        UserError: A mistake in the recipe, the data or the teacher; or a run that failed.
+        Interrupted: The user stopped it; `resume=True` goes on.
+    """
+    folder = Path(config.output) / config.name
+    accelerator = build_accelerator(config.device, config.train.precision)
+    check_schedule(config)
+    if resume and (folder / "config.yaml").exists():
+        _check_unchanged(config, folder / "config.yaml")
+    data = build_training_set(config.data)
+    held_out = held_out_examples(config, data.benchmark, data.size)
+    validation = held_out
+    if config.train.evaluate_every:
+        validation = held_out_examples(config, data.benchmark, data.size, "val")
+    trainers = _first_trainer(config, data, accelerator)  # mistakes show before a folder is made
+    if accelerator.is_main_process:
+        open_run_folder(folder, resume)
+        checkpoint.write_text(folder / "config.yaml", to_yaml(config))
+    accelerator.wait_for_everyone()
+
+    def observe(trainer: Trainer, log: RunLog | None) -> None:
+        _observe(trainer, log, validation)
+
+    with stop_on_signals() as stop:
+        for arm in config.train.arms:
+            result = folder / "checkpoints" / arm / "result.json"
+            if resume and result.exists():
+                continue
+            trainer = trainers.pop(arm, None) or Trainer(config, arm, data, accelerator)
+            path = checkpoint_path(folder, arm)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if resume and path.exists():
+                trainer.load_state(checkpoint.load(path), path)
+            try:
+                train_arm(trainer, folder, stop, observe)
+            except Interrupted as error:
+                raise Interrupted(f"{error}; go on with --resume") from None
+            scores = score(trainer.average.module, held_out, data.benchmark, config, accelerator)
+            if accelerator.is_main_process:
+                _finish_arm(trainer, folder, held_out, scores)
+    accelerator.wait_for_everyone()
+    return summarise(config, folder, data.benchmark) if accelerator.is_main_process else {}
+
+
+def check_schedule(config: RunConfig) -> None:
+    """Refuse combinations of the training section that have no meaning."""
+    train = config.train
+    if train.finetune_steps > train.steps:
+        raise UserError(
+            f"train.finetune_steps: {train.finetune_steps} of train.steps {train.steps}"
+        )
+    if train.schedule == "distill_then_finetune" and not 0 < train.finetune_steps < train.steps:
+        raise UserError(
+            "train.finetune_steps: distill_then_finetune needs some of train.steps "
+            f"({train.steps}) for fine-tuning, not {train.finetune_steps}"
+        )
+    if train.batch + train.unlabelled_batch < 2:
+        raise UserError("train.batch: batch norm needs two images a step or more")
+
+
+def held_out_examples(
+    config: RunConfig, benchmark: Benchmark, size: tuple[int, int], split: str | None = None
+) -> Examples:
+    """The images that are scored, resized as in training; masks keep their own size."""
+    examples: Examples = Resized(
+        benchmark.dataset(split or config.evaluate.split), size, masks=False
+    )
+    if config.evaluate.images is not None:
+        count = min(config.evaluate.images, len(examples))
+        examples = torch.utils.data.Subset(examples, range(count))  # type: ignore[arg-type]
+    return examples
+
+
+def score(
+    student: Student,
+    examples: Examples,
+    benchmark: Benchmark,
+    config: RunConfig,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Score a student on a split, over all processes."""
+    student.eval()
+    return evaluate(
+        student,
+        examples,
+        benchmark,
+        device=accelerator.device,
+        batch=config.evaluate.batch,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        total=lambda counts: accelerator.reduce(counts, "sum"),
+    )
+
+
+def _observe(trainer: Trainer, log: RunLog | None, examples: Examples) -> None:
+    """Score the student on the way, and show TensorBoard what it predicts."""
+    benchmark, student = trainer.data.benchmark, trainer.average.module
+    if trainer.step < trainer.config.train.steps:
+        scores = score(student, examples, benchmark, trainer.config, trainer.accelerator)
+        if log:
+            numbers = {f"val/{k}": v for k, v in scores.items() if isinstance(v, float)}
+            log.scalars(trainer.step, numbers)
+    if log and benchmark.task == "segmentation":
+        images, _, guesses = predict(student, examples)
+        colours = torch.as_tensor(benchmark.palette)
+        for index, (image, guess) in enumerate(zip(images, guesses, strict=True)):
+            mask = as_float(colours[guess].permute(2, 0, 1))
+            shown = torch.stack(
+                [image, torch.nn.functional.interpolate(mask[None], image.shape[-2:])[0]]
+            )
+            log.images(trainer.step, f"predictions/{index}", shown)
+
+
+def _first_trainer(
+    config: RunConfig, data: TrainingSet, accelerator: Accelerator
+) -> dict[Arm, Trainer]:
+    arm = config.train.arms[0]
+    return {arm: Trainer(config, arm, data, accelerator)}
+
+
+def _check_unchanged(config: RunConfig, path: Path) -> None:
+    """A resumed run goes on; nothing may change but where it computes."""
+    before, now = _flat(to_tree(load_config(RunConfig, path))), _flat(to_tree(config))
+    for key in before | now:
+        if key != "device" and before.get(key) != now.get(key):
+            raise UserError(
+                f"resume: {key} is {before.get(key)!r} in {path} and {now.get(key)!r} now; go on "
+                "with the run's own recipe, or start a new run (student.init_from takes weights)"
+            )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if isinstance(tree, dict):
+        items: Any = tree.items()
+    elif isinstance(tree, list):
+        items = enumerate(tree)
+    else:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _finish_arm(
+    trainer: Trainer, folder: Path, examples: Examples, scores: Mapping[str, Any]
+) -> None:
+    """Write an arm's result; for the distilled one (or the first) the student and a picture."""
+    config, benchmark = trainer.config, trainer.data.benchmark
+    arms = config.train.arms
+    student = trainer.average.module.cpu().eval()
+    if trainer.arm == ("distilled" if "distilled" in arms else arms[0]):
+        export_student(student, make_card(trainer, student), folder / "student")
+        images, truths, guesses = predict(student, examples)
+        plots.predictions(
+            folder / "predictions.png",
+            images,
+            truths,
+            guesses,
+            benchmark.class_names,
+            benchmark.palette,
+        )
+    result = {
+        "scores": scores,
+        "images_per_second": trainer.images / max(trainer.seconds, 1e-9),
+        "seconds": trainer.seconds,
+        "hardware": hardware(trainer.accelerator.device),
+    }
+    if trainer.teacher is not None:
+        result["policy"] = {
+            "timesteps": trainer.timesteps.tolist(),
+            "noise_fraction": trainer.teacher.noise_schedule.noise_fraction(
+                trainer.timesteps
+            ).tolist(),
+        }
+    checkpoint.write_text(
+        checkpoint_path(folder, trainer.arm).with_name("result.json"), json.dumps(result)
+    )
+
+
+def predict(
+    student: Student, examples: Examples
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Some examples with truth and prediction; evenly spread, as neighbours are alike in videos."""
+    count = min(SHOWN, len(examples))
+    items = [examples[index * len(examples) // count] for index in range(count)]
+    images = [as_float(image) for image, _ in items]
+    device = next(student.parameters()).device
+    with torch.no_grad():
+        logits = student(torch.stack(images).to(device))[0].cpu()
+    truths = [torch.as_tensor(target) for _, target in items]
+    guesses = [
+        predicted_classes(one, tuple(truth.shape))
+        for one, truth in zip(logits, truths, strict=True)
+    ]
+    return images, truths, guesses
+
+
+def make_card(trainer: Trainer, student: Student) -> StudentCard:
+    """What stands beside an exported student."""
+    config = trainer.config
+    return StudentCard(
+        model=config.student.model,
+        classes=trainer.data.benchmark.num_classes,
+        dense=trainer.data.benchmark.task == "segmentation",
+        image_size=student.image_size,
+        layers=student.layers,
+        head=config.student.head,
+        head_layers=student.head_layers,
+        input_size=student.input_size,
+        kwargs=config.student.kwargs,
+        class_names=trainer.data.benchmark.class_names,
+        recipe=to_tree(config),
+        provenance={
+            "arm": trainer.arm,
+            "step": trainer.step,
+            "teacher": trainer.teacher.fingerprint if trainer.teacher else None,
+            "commit": commit(),
+        },
+    )
+
+
+def export_run(run_folder: str, arm: str, out: str | None) -> str:
+    """`distill export`: write the student of an arm's newest checkpoint. Returns what to print."""
+    folder = Path(run_folder)
+    config = load_config(RunConfig, folder / "config.yaml")
+    if arm not in config.train.arms:
+        raise UserError(f"--arm {arm}: {folder} has {', '.join(config.train.arms)}")
+    path = checkpoint_path(folder, arm)
+    state = checkpoint.load(path)
+    accelerator = build_accelerator("cpu", "no")
+    trainer = Trainer(config, arm, build_training_set(config.data), accelerator)
+    trainer.load_state(state, path)
+    target = Path(out) if out else folder / "student"
+    student = trainer.average.module.eval()
+    export_student(student, make_card(trainer, student), target)
+    written = f"student of {arm} at step {trainer.step} written to {target}"
+    return f"{written}; load it with\n\n{usage(target)}"

@@ -1,0 +1,22 @@
+"""Randomness as a pure function of (seed, stream, step): nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+Stream = Literal["labelled", "unlabelled", "noise", "policy", "network", "samples"]
+_STREAMS: tuple[Stream, ...] = get_args(Stream)
+
+
+def derive_seed(seed: int, stream: Stream, step: int = 0, rank: int = 0) -> int:
+    """A 63-bit seed for one use of randomness at one step of one process."""
+    words = [seed, _STREAMS.index(stream), step, rank]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator(seed: int, stream: Stream, step: int = 0, rank: int = 0) -> torch.Generator:
+    """A CPU generator for one use of randomness at one step of one process."""
+    return torch.Generator().manual_seed(derive_seed(seed, stream, step, rank))

@@ -1,0 +1,212 @@
+"""What a user sees of long work: the run folder's log, the progress display, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from distill.checkpoint import write_text
+from distill.errors import UserError
+
+
+def open_run_folder(folder: Path, resume: bool) -> None:
+    """Make the folder of a new run, or find the one to resume. Raises UserError otherwise."""
+    if resume and not folder.is_dir():
+        raise UserError(f"there is no run {folder} to resume; start it without --resume")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"run folder {folder} exists; go on with --resume, or give another name=")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run folder {folder} cannot be made: {error.strerror}") from error
+
+
+class RunLog:
+    """metrics.jsonl and TensorBoard events of one run folder.
+
+    Args:
+        folder: The run folder.
+        arm: Name of what is trained; it stands in every row.
+        start: The step that training goes on from. Rows of this arm past it, which a run that was
+            killed left behind, are dropped: the resumed run writes them again.
+    """
+
+    def __init__(self, folder: Path, arm: str, start: int = 0) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._arm = arm
+        kept = [r for r in read_metrics(folder) if r["arm"] != arm or r["step"] <= start]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.events = SummaryWriter(str(folder / "tensorboard" / arm), purge_step=start or None)
+
+    def scalars(self, step: int, values: Mapping[str, float], **lists: Sequence[float]) -> None:
+        """Write one row, and the same figures (the lists apart) to TensorBoard."""
+        row = {"arm": self._arm, "step": step, **values, **lists}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+
+    def distribution(self, step: int, name: str, values: Tensor) -> None:
+        """A histogram of chosen timesteps, for TensorBoard."""
+        self.events.add_histogram(name, values, step)
+
+    def images(self, step: int, name: str, images: Tensor) -> None:
+        """Images (N, 3, H, W) in [0, 1], for TensorBoard."""
+        self.events.add_images(name, images, step)
+
+    def close(self) -> None:
+        self.events.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that a crash cut off is left out."""
+    path = folder / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Progress:
+    """A live bar on a terminal, a plain line every few seconds elsewhere.
+
+    Args:
+        label: What is being done.
+        total: Number of steps.
+        start: Steps done before.
+        unit: What `count` in `update` counts.
+    """
+
+    PLAIN_SECONDS = 10.0
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        start: int = 0,
+        unit: str = "images",
+        stream: TextIO | None = None,
+    ) -> None:
+        self._stream = stream or sys.stderr
+        self._label, self._unit, self._total, self._done = label, unit, total, start
+        self._bar = tqdm(
+            total=total, initial=start, desc=label, unit="step", file=self._stream,
+            dynamic_ncols=True, disable=not self._stream.isatty(),
+        )  # fmt: skip
+        self._began = self._printed = time.monotonic()
+        self._start, self._count, self._waited = start, 0, 0.0
+
+    def update(self, count: int, values: Mapping[str, float], waited: float = 0.0) -> None:
+        """One step is done.
+
+        Args:
+            count: Images in it.
+            values: Figures to show.
+            waited: Seconds of it spent waiting for data.
+        """
+        self._done += 1
+        self._count += count
+        self._waited += waited
+        now = time.monotonic()
+        seconds = max(now - self._began, 1e-9)
+        shown = [f"{self._count / seconds:.0f} {self._unit}/s"]
+        shown += [f"{name} {value:.3f}" for name, value in values.items()]
+        if self._waited / seconds >= 0.05:
+            shown.append(f"waiting for data {self._waited / seconds:.0%}")
+        if not self._bar.disable:
+            self._bar.set_postfix_str(", ".join(shown), refresh=False)
+            self._bar.update()
+        elif now - self._printed >= self.PLAIN_SECONDS or self._done == self._total:
+            left = (self._total - self._done) * seconds / (self._done - self._start)
+            shown.append(f"ETA {tqdm.format_interval(left)}")
+            print(
+                f"{self._label} {self._done}/{self._total}: {', '.join(shown)}",
+                file=self._stream, flush=True,
+            )  # fmt: skip
+            self._printed = now
+
+    @property
+    def rate(self) -> float:
+        """Images a second since the start."""
+        return self._count / max(time.monotonic() - self._began, 1e-9)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+
+class StopSignal:
+    """True once the user asked to stop."""
+
+    def __init__(self) -> None:
+        self.set = False
+
+    def __bool__(self) -> bool:
+        return self.set
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopSignal]:
+    """Turn the first Ctrl-C (or SIGTERM) into a flag to look at between steps; the second kills."""
+    stop = StopSignal()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        stop.set = True
+        print("\nstopping after this step (again to stop at once)", file=sys.stderr, flush=True)
+
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def commit() -> str:
+    """Commit of the checkout this program runs from, with `+` if changed; `unknown` if none."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        if head.returncode:
+            return "unknown"
+        changes = ["status", "--porcelain", "--untracked-files=no"]
+        status = subprocess.run([*git, *changes], capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def hardware(device: torch.device) -> str:
+    """The machine in words, to stand beside a figure."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"

@@ -1,0 +1,56 @@
+"""What the training loop asks of a timestep policy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+
+@runtime_checkable
+class TimestepPolicy(Protocol):
+    """A contextual bandit over K timestep bins, on the CPU.
+
+    A policy is built as `Policy(context_size, bins, batch, seed, **options)`: contexts have
+    `context_size` = D numbers, there are `bins` = K choices, `learn` receives `batch` rewards a
+    step (all processes together), and `options` are the recipe's own for this policy. An unknown
+    option, or one out of range, raises ValueError.
+
+    Given the seed, the generators and the calls, everything a policy does is determined. Several
+    processes that each call `learn` with the same gathered transitions therefore stay identical.
+    `progress`, the share of training that is done, lies in [0, 1].
+    """
+
+    def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
+        """Choose a bin an image: context (B, D) float32, any B -> (B,) int64 in 0..K-1.
+
+        Changes nothing that `learn` depends on; `generator` is the only randomness.
+        """
+        ...
+
+    def learn(
+        self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float
+    ) -> dict[str, float]:
+        """Learn from the step's rewards, and return finite figures to log (none is fine).
+
+        context (batch, D) float32 and bins (batch,) int64 as in this step's `act`; rewards
+        (batch,) float32 on any scale: the policies that need it standardise them themselves.
+        """
+        ...
+
+    def probabilities(self, context: Tensor) -> Tensor:
+        """The distribution that `act` draws from: context (B, D) -> (B, K) float32."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes, as tensors, numbers and plain containers of them, to be saved at once.
+
+        It passes `torch.load(weights_only=True)`. The tensors may be the policy's own: copy what
+        must outlast the next `learn`.
+        """
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where the policy that gave `state` was."""
+        ...

@@ -1,0 +1,33 @@
+"""Fence the global random states that libraries draw from: seeded inside, untouched outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def seeded_torch(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator for the block (weight initialisation), then put it back."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would reseed the accelerators too, which this fence does not restore
+        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        yield
+
+
+@contextmanager
+def seeded_numpy(seed: int, step: int) -> Iterator[None]:
+    """Seed numpy's global generator from (seed, step) for the block, then put it back.
+
+    stable-baselines3 shuffles its minibatches with it, so a resumed run needs it to depend on the
+    step alone.
+    """
+    before = np.random.get_state()
+    np.random.seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+    try:
+        yield
+    finally:
+        np.random.set_state(before)

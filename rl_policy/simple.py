@@ -1,0 +1,101 @@
+"""Policies that learn nothing: the yardsticks for those that do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import one_hot
+
+from rl_policy.options import check_range, refuse_unknown
+
+
+class Fixed:
+    """The same bin for every image.
+
+    Args:
+        bin: index of the bin, 0 (the least noise) to K-1.
+    """
+
+    def __init__(
+        self, context_size: int, bins: int, batch: int, seed: int, *, bin: int = 0, **unknown: Any
+    ) -> None:
+        refuse_unknown(type(self), unknown)
+        check_range("bin", bin, least=0, most=bins - 1, whole=True)
+        self.bins, self.bin = bins, bin
+
+    def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
+        return torch.full((len(context),), self.bin)
+
+    def learn(
+        self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float
+    ) -> dict[str, float]:
+        return {}
+
+    def probabilities(self, context: Tensor) -> Tensor:
+        return one_hot(torch.full((len(context),), self.bin), self.bins).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Uniform:
+    """Every bin alike, whatever the image."""
+
+    def __init__(self, context_size: int, bins: int, batch: int, seed: int, **unknown: Any) -> None:
+        refuse_unknown(type(self), unknown)
+        self.bins = bins
+
+    def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
+        return torch.randint(self.bins, (len(context),), generator=generator)
+
+    def learn(
+        self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float
+    ) -> dict[str, float]:
+        return {}
+
+    def probabilities(self, context: Tensor) -> Tensor:
+        return torch.full((len(context), self.bins), 1 / self.bins)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class LinearDecay:
+    """Uniform over the lowest bins, of which fewer and fewer are allowed as training goes on.
+
+    All K at the start and one at the end, each number for an equal share of training:
+    max(1, K - floor(progress x K)).
+    """
+
+    def __init__(self, context_size: int, bins: int, batch: int, seed: int, **unknown: Any) -> None:
+        refuse_unknown(type(self), unknown)
+        self.bins = bins
+        self.allowed = bins
+
+    def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
+        self.allowed = max(1, self.bins - int(progress * self.bins))
+        return torch.randint(self.allowed, (len(context),), generator=generator)
+
+    def learn(
+        self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float
+    ) -> dict[str, float]:
+        return {"allowed_bins": float(self.allowed)}
+
+    def probabilities(self, context: Tensor) -> Tensor:
+        probabilities = torch.zeros(len(context), self.bins)
+        probabilities[:, : self.allowed] = 1 / self.allowed
+        return probabilities
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"allowed": self.allowed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.allowed = state["allowed"]

@@ -1,0 +1,164 @@
+"""The pieces for training a denoising diffusion model on unlabelled images, to be a teacher."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from teachers import anatomy
+from teachers.loading import quiet
+
+
+def build_unet(
+    *,
+    image_size: int | tuple[int, int],
+    block_out_channels: Sequence[int],
+    layers_per_block: int = 1,
+    attention_levels: Sequence[int] = (),
+) -> UNet2DModel:
+    """A `UNet2DModel` for RGB images, its weights drawn from torch's default generator.
+
+    Args:
+        image_size: side, or (height, width), that it is trained and sampled at.
+        block_out_channels: channels of each resolution, finest first; multiples of 8.
+        layers_per_block: residual layers a level.
+        attention_levels: levels with self-attention, 0 the finest; the middle always has it.
+
+    Raises:
+        ValueError: channels, levels or an image size that cannot be built.
+    """
+    levels = len(block_out_channels)
+    if not levels or any(channels < 8 or channels % 8 for channels in block_out_channels):
+        raise ValueError(f"block_out_channels {list(block_out_channels)} must be multiples of 8")
+    if layers_per_block < 1:
+        raise ValueError(f"layers_per_block {layers_per_block} must be at least 1")
+    for level in attention_levels:
+        if not 0 <= level < levels:
+            raise ValueError(f"attention level {level} is outside 0..{levels - 1}")
+    height, width = anatomy.height_width(image_size)
+    anatomy.check_image_size((height, width), 2 ** (levels - 1))
+    attends = [level in attention_levels for level in range(levels)]
+    return UNet2DModel(
+        sample_size=height if height == width else (height, width),
+        block_out_channels=tuple(block_out_channels),
+        layers_per_block=layers_per_block,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        norm_num_groups=math.gcd(32, *block_out_channels),  # 32 as published, where that divides
+    )
+
+
+def denoising_loss(
+    unet: UNet2DModel, scheduler: DDPMScheduler, images: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of the prediction at uniform timesteps, a scalar (Ho et al. 2020, eq. 14).
+
+    The scheduler's config says what is predicted: the noise, the velocity sqrt(abar) n -
+    sqrt(1 - abar) x_0 (Salimans and Ho 2022), or the image.
+
+    Args:
+        images: (B, 3, H, W) RGB float in [0, 1], on the UNet's device.
+        generator: timesteps and noise are drawn from it, on its own device.
+    """
+    x = 2 * images - 1  # (B, 3, H, W) in [-1, 1]
+    total = scheduler.config["num_train_timesteps"]
+    timesteps = torch.randint(total, (len(x),), generator=generator, device=generator.device)
+    noise = torch.randn(x.shape, generator=generator, device=generator.device).to(x)
+    timesteps = timesteps.to(x.device)
+    prediction_type = scheduler.config["prediction_type"]
+    if prediction_type == "epsilon":
+        target = noise
+    elif prediction_type == "v_prediction":
+        target = scheduler.get_velocity(x, noise, timesteps)
+    elif prediction_type == "sample":
+        target = x
+    else:
+        raise ValueError(
+            f"prediction_type {prediction_type!r} is unknown; "
+            "choose from epsilon, v_prediction, sample"
+        )
+    prediction = unet(scheduler.add_noise(x, noise, timesteps), timesteps).sample
+    return F.mse_loss(prediction.float(), target)
+
+
+def sample_images(
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    count: int,
+    *,
+    steps: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Generate images by DDIM (Song et al. 2021, eta 0), at the UNet's own `sample_size`.
+
+    Returns:
+        (count, 3, H, W) float32 in [0, 1], on the UNet's device.
+    """
+    pipeline = DDIMPipeline(unet=unet, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    training = unet.training
+    unet.eval()
+    try:
+        images: Tensor = pipeline(
+            batch_size=count, generator=generator, num_inference_steps=steps, output_type="pt"
+        ).images
+    finally:
+        unet.train(training)
+    return images.float()
+
+
+def save_pipeline(
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a folder that `DDPMPipeline.from_pretrained` and `DiffusersUNet` load.
+
+    It is complete on disk before it takes its name; an older pipeline of that name is replaced, any
+    other folder is left alone.
+
+    Args:
+        dtype: of the weights in the file; float16 halves it.
+
+    Raises:
+        FileExistsError: the folder holds something else than a pipeline.
+        ValueError: a weight is not finite in `dtype`.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise FileExistsError(
+            f"{folder} exists and is not a diffusers pipeline; name another folder"
+        )
+    with quiet():
+        unet = copy.deepcopy(unet).to("cpu", dtype)
+    for name, weight in unet.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{name} holds values that are not finite in {dtype}; not saved")
+    unet.register_to_config(
+        _name_or_path=""
+    )  # a path on the training machine tells nobody anything
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(new, safe_serialization=True)
+        for path in new.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        try:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        finally:
+            if old.exists() and not folder.exists():  # interrupted between the two renames
+                old.rename(folder)

@@ -1,0 +1,238 @@
+"""Batches are a pure function of seed and step."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.data import (
+    STRENGTHS,
+    Augmented,
+    Draw,
+    InMemory,
+    Item,
+    Resized,
+    StepSampler,
+    augmentation,
+    choose_labelled,
+    fingerprint,
+    loader,
+)
+from distill.errors import UserError
+
+
+class Blocks:
+    """24x32 images: red channel 255 exactly where the mask is 1. Counts its reads."""
+
+    def __init__(self, length: int, task: str = "segmentation") -> None:
+        self.length, self.task, self.reads = length, task, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Item:
+        self.reads += 1
+        generator = torch.Generator().manual_seed(index)
+        mask = torch.rand(3, 4, generator=generator).gt(0.5).byte()
+        mask = mask.repeat_interleave(8, 0).repeat_interleave(8, 1)
+        image = torch.stack([mask * 255, torch.full_like(mask, 100), torch.full_like(mask, index)])
+        return image, mask if self.task == "segmentation" else index
+
+
+def batches(
+    workers: int, start_step: int = 0, stop_step: int = 5, strength: str = "strong"
+) -> list[tuple[Tensor, Tensor]]:
+    examples = InMemory(Resized(Blocks(10), (12, 16), masks=True))
+    sampler = StepSampler(range(10), 4, seed=3, start_step=start_step, stop_step=stop_step)
+    augmented = Augmented(examples, augmentation(strength, "segmentation", (12, 16)))
+    return [(images, masks) for images, masks in loader(augmented, sampler, workers)]
+
+
+def equal(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y)
+        for one, other in zip(a, b, strict=True)
+        for x, y in zip(one, other, strict=True)
+    )
+
+
+def test_batches_are_bit_equal_with_and_without_workers() -> None:
+    assert equal(batches(workers=0), batches(workers=2))
+
+
+def test_resumed_batches_equal_those_of_an_uninterrupted_run() -> None:
+    assert equal(batches(workers=0)[3:], batches(workers=0, start_step=3))
+
+
+def test_batches_depend_on_nothing_drawn_before_and_leave_the_default_generator_alone() -> None:
+    torch.manual_seed(0)
+    first = batches(workers=0)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(3))
+    assert equal(first, batches(workers=0))
+
+
+def test_batches_are_float_images_in_0_1_and_int64_masks() -> None:
+    images, masks = batches(workers=0)[0]
+    assert images.shape == (4, 3, 12, 16)
+    assert images.dtype == torch.float32
+    assert images.min() >= 0.0
+    assert 0.5 < images.max() <= 1.0
+    assert masks.shape == (4, 12, 16)
+    assert masks.dtype == torch.int64
+
+
+def test_the_images_of_two_epochs_are_augmented_differently() -> None:
+    sampler = StepSampler([0], 1, seed=0)
+    assert sampler.batch(0)[0].seed != sampler.batch(1)[0].seed
+
+
+def test_every_epoch_holds_every_example_once_across_batch_borders() -> None:
+    sampler = StepSampler(range(10, 17), 3, seed=1)
+    drawn = [draw.example for step in range(14) for draw in sampler.batch(step)]
+    epochs = [drawn[start : start + 7] for start in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(10, 17)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_batches_are_full_even_when_there_are_fewer_examples_than_a_batch_holds() -> None:
+    counts = Counter(draw.example for draw in StepSampler(range(3), 8, seed=0).batch(2))
+    assert sum(counts.values()) == 8
+    assert set(counts) == {0, 1, 2}
+
+
+def test_the_processes_together_draw_what_one_process_draws() -> None:
+    alone = StepSampler(range(11), 6, seed=2)
+    shared = [StepSampler(range(11), 2, seed=2, rank=rank, world=3) for rank in range(3)]
+    for step in range(5):
+        assert [draw for sampler in shared for draw in sampler.batch(step)] == alone.batch(step)
+
+
+def test_seed_and_stream_each_change_the_order() -> None:
+    orders = [
+        tuple(StepSampler(range(50), 50, seed=seed, stream=stream).batch(0))
+        for seed in (0, 1)
+        for stream in (0, 1)
+    ]
+    assert len(set(orders)) == 4
+
+
+def test_iteration_starts_and_stops_at_the_given_steps() -> None:
+    sampler = StepSampler(range(5), 2, seed=0, start_step=4, stop_step=7)
+    assert list(sampler) == [sampler.batch(4), sampler.batch(5), sampler.batch(6)]
+
+
+def test_sampler_refuses_no_examples_and_empty_batches() -> None:
+    with pytest.raises(UserError, match="no example"):
+        StepSampler([], 4, seed=0)
+    with pytest.raises(UserError, match="at least one image, not 0"):
+        StepSampler([1], 0, seed=0)
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_mask_stays_on_its_image(strength: str) -> None:
+    examples = Augmented(Blocks(4), augmentation(strength, "segmentation", (24, 32)))
+    for seed in range(20):
+        image, mask = examples[Draw(seed % 4, seed)]
+        assert isinstance(mask, Tensor)
+        # Colour jitter moves red, and cropping blurs the borders; the order of the two stays.
+        inside, outside = image[0][mask == 1], image[0][mask == 0]
+        wrong = (inside < 0.4).sum() + (outside > 0.6).sum()
+        assert wrong <= 0.1 * mask.numel()
+
+
+def test_none_changes_nothing_and_flip_only_flips() -> None:
+    original = Blocks(1)[0][0] / 255
+    none = Augmented(Blocks(1), augmentation("none", "segmentation", (24, 32)))
+    assert torch.equal(none[Draw(0, 5)][0], original)
+    flip = Augmented(Blocks(1), augmentation("flip", "segmentation", (24, 32)))
+    flipped = [torch.equal(flip[Draw(0, seed)][0], original.flip(2)) for seed in range(20)]
+    same = [torch.equal(flip[Draw(0, seed)][0], original) for seed in range(20)]
+    assert any(flipped)
+    assert any(same)
+    assert all(a or b for a, b in zip(flipped, same, strict=True))
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_classification_keeps_size_and_class(strength: str) -> None:
+    examples = Augmented(
+        Blocks(6, "classification"), augmentation(strength, "classification", (24, 32))
+    )
+    for seed in range(10):
+        image, target = examples[Draw(5, seed)]
+        assert image.shape == (3, 24, 32)
+        assert target == 5
+        assert strength == "strong" or image[1].min() == image[1].max()  # no black border
+
+
+def test_unknown_strength_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'strong'"):
+        augmentation("stronk", "segmentation", (8, 8))
+
+
+def test_resizing_shrinks_training_masks_and_leaves_evaluation_masks() -> None:
+    image, mask = Resized(Blocks(1), (6, 8), masks=True)[0]
+    assert isinstance(mask, Tensor)
+    assert image.shape == (3, 6, 8)
+    assert image.dtype == torch.uint8
+    assert torch.equal(mask, Blocks(1)[0][1][2::4, 2::4])  # type: ignore[index]
+    image, mask = Resized(Blocks(1), (6, 8), masks=False)[0]
+    assert isinstance(mask, Tensor)
+    assert image.shape == (3, 6, 8)
+    assert mask.shape == (24, 32)
+
+
+def test_resized_mask_takes_the_pixel_at_the_centre_of_each_new_one() -> None:
+    mask = torch.arange(8, dtype=torch.uint8)[None].repeat(4, 1)
+    _, resized = Resized([(torch.zeros(3, 4, 8, dtype=torch.uint8), mask)], (1, 2), masks=True)[0]
+    assert isinstance(resized, Tensor)
+    assert resized.tolist() == [[2, 6]]
+
+
+def test_in_memory_reads_each_example_once() -> None:
+    blocks = Blocks(3)
+    kept = InMemory(blocks)
+    assert torch.equal(kept[1][0], kept[1][0])
+    assert kept[2][0] is kept[2][0]
+    assert blocks.reads == 2
+    assert len(kept) == 3
+
+
+def test_augmentation_does_not_change_what_is_kept_in_memory() -> None:
+    kept = InMemory(Blocks(1))
+    before = kept[0][0].clone()
+    Augmented(kept, augmentation("strong", "segmentation", (24, 32)))[Draw(0, 0)]
+    assert torch.equal(kept[0][0], before)
+
+
+def test_smaller_label_choices_are_part_of_larger_ones() -> None:
+    for targets in (None, [index % 4 for index in range(100)]):
+        chosen = choose_labelled(100, 40, 7, targets)
+        assert choose_labelled(100, 13, 7, targets) == chosen[:13]
+        assert len(set(chosen)) == 40
+        assert choose_labelled(100, 40, 8, targets) != chosen
+
+
+def test_label_choice_is_balanced_as_long_as_classes_last() -> None:
+    targets = [0] * 90 + [1] * 8 + [2] * 2
+    counts = Counter(targets[index] for index in choose_labelled(100, 9, 0, targets))
+    assert counts == {0: 4, 1: 3, 2: 2}
+    assert sorted(choose_labelled(100, 100, 0, targets)) == list(range(100))
+
+
+@pytest.mark.parametrize("count", [0, 11])
+def test_label_choice_outside_the_split_is_refused(count: int) -> None:
+    with pytest.raises(UserError, match=f"1 to 10 of the training images, not {count}"):
+        choose_labelled(10, count, 0)
+
+
+def test_fingerprint_tells_names_and_lengths_apart() -> None:
+    named = Blocks(2)
+    named.names = ["a", "b"]  # type: ignore[attr-defined]
+    renamed = Blocks(2)
+    renamed.names = ["a", "c"]  # type: ignore[attr-defined]
+    prints = {fingerprint(examples) for examples in (Blocks(2), Blocks(3), named, renamed)}
+    assert len(prints) == 4
+    assert fingerprint(Blocks(2)) == fingerprint(Blocks(2))

@@ -1,0 +1,99 @@
+"""The environment under the checkers of gymnasium and stable-baselines3, replayed and live."""
+
+import gymnasium
+import numpy as np
+import pytest
+import stable_baselines3.common.env_checker
+from gymnasium.utils.env_checker import check_env
+from numpy.typing import NDArray
+from stable_baselines3 import A2C
+
+from rl_policy.environment import ENVIRONMENT_ID, ReplayTable, TimestepEnv
+
+IMAGES, CONTEXT, BINS = 12, 3, 5
+
+
+@pytest.fixture
+def table() -> ReplayTable:
+    random = np.random.default_rng(0)
+    rewards = random.normal(size=(IMAGES, BINS)).astype(np.float32)
+    rewards[:, 3] += 4
+    return ReplayTable(
+        contexts=random.normal(size=(IMAGES, CONTEXT)).astype(np.float32), rewards=rewards
+    )
+
+
+class LiveCounter:
+    """A live source in small: its rewards change with every step of distillation it has done."""
+
+    images, context_size, bins = IMAGES, CONTEXT, BINS
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def observe(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.full((len(images), CONTEXT), self.steps, np.float32)
+
+    def earn(self, images: NDArray[np.int64], bins: NDArray[np.int64]) -> NDArray[np.float32]:
+        self.steps += 1
+        return (bins + self.steps).astype(np.float32)
+
+
+@pytest.mark.filterwarnings("error")
+def test_environment_passes_the_check_of_gymnasium(table: ReplayTable) -> None:
+    environment = gymnasium.make(ENVIRONMENT_ID, source=table)
+    check_env(environment.unwrapped, skip_render_check=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_environment_passes_the_check_of_stable_baselines3(table: ReplayTable) -> None:
+    stable_baselines3.common.env_checker.check_env(TimestepEnv(table))
+
+
+def test_replay_gives_the_table_and_ends_after_one_step(table: ReplayTable) -> None:
+    environment = TimestepEnv(table)
+    context, info = environment.reset(seed=4)
+    np.testing.assert_array_equal(context, table.contexts[info["image"]])
+    _, reward, terminated, truncated, after = environment.step(np.int64(2))
+    assert reward == table.rewards[info["image"], 2]
+    assert (terminated, truncated, after) == (True, False, info)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        environment.step(np.int64(2))
+
+
+def test_seeded_resets_draw_the_same_images_and_all_of_them(table: ReplayTable) -> None:
+    def images(seed: int) -> list[int]:
+        environment = TimestepEnv(table)
+        first = environment.reset(seed=seed)[1]["image"]
+        return [first] + [environment.reset()[1]["image"] for _ in range(100)]
+
+    assert images(1) == images(1) != images(2)
+    assert set(images(1)) == set(range(IMAGES))
+
+
+def test_one_environment_step_is_one_live_step() -> None:
+    environment = TimestepEnv(LiveCounter())
+    seen = []
+    for _ in range(3):
+        context, _ = environment.reset()
+        seen.append((context[0], environment.step(np.int64(1))[1]))
+    assert seen == [(0, 2), (1, 3), (2, 4)]
+
+
+def test_plain_a2c_from_outside_learns_on_it(table: ReplayTable) -> None:
+    environment = gymnasium.make(ENVIRONMENT_ID, source=table)
+    model = A2C("MlpPolicy", environment, gamma=0.0, n_steps=16, seed=0, device="cpu")
+    model.learn(2_000)
+    chosen, _ = model.predict(table.contexts, deterministic=True)
+    assert chosen.tolist() == [3] * IMAGES
+
+
+@pytest.mark.parametrize(
+    ("contexts", "rewards"),
+    [((3, 2), (4, 5)), ((3, 2), (3,)), ((0, 2), (0, 5)), ((3, 2), (3, 0))],
+)
+def test_tables_that_do_not_fit_are_refused(
+    contexts: tuple[int, ...], rewards: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match="same N images"):
+        ReplayTable(contexts=np.zeros(contexts, np.float32), rewards=np.zeros(rewards, np.float32))

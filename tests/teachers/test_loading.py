@@ -1,0 +1,221 @@
+"""Every layout of a teacher's folder that loads, and one clear line for each that does not."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from teachers import loading
+from teachers.diffusers_unet import DiffusersUNet
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def tiny_unet(**config) -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        **config,
+    )
+
+
+@pytest.fixture
+def pipeline(tmp_path) -> Path:
+    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler()).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def load(folder: Path | str, **settings) -> DiffusersUNet:
+    return DiffusersUNet(str(folder), layers=("mid_block",), **settings)
+
+
+def fails(folder: Path | str, kind: type[Exception], pattern: str, **settings) -> None:
+    """Loading raises `kind` with one line that matches."""
+    with pytest.raises(kind, match=pattern) as caught:
+        load(folder, **settings)
+    assert "\n" not in str(caught.value).strip()
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_all_layouts_give_the_same_teacher(pipeline, tmp_path):
+    expected = load(pipeline).fingerprint
+    flat = tmp_path / "flat"  # as google/ddpm-cifar10-32 on the hub
+    shutil.copytree(pipeline / "unet", flat)
+    shutil.copy(pipeline / "scheduler" / "scheduler_config.json", flat)
+    inside = tmp_path / "elsewhere" / "inside"
+    shutil.copytree(pipeline / "unet", inside)
+    shutil.copytree(pipeline / "scheduler", inside / "scheduler")
+    for folder in (pipeline / "unet", flat, inside):
+        assert load(folder).fingerprint == expected
+
+
+def test_bin_weights_load_as_safetensors_do(pipeline):
+    expected = load(pipeline).fingerprint
+    weights = pipeline / "unet" / WEIGHTS
+    torch.save(load_file(weights), weights.with_name("diffusion_pytorch_model.bin"))
+    weights.unlink()
+    assert load(pipeline).fingerprint == expected
+
+
+def test_a_bin_that_runs_code_is_refused_without_running_it(pipeline, tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    (pipeline / "unet" / WEIGHTS).unlink()
+    torch.save({"weight": Touch()}, pipeline / "unet" / "diffusion_pytorch_model.bin")
+    fails(pipeline, ValueError, "diffusion_pytorch_model.bin is truncated")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_attention_weights_under_their_old_names_load(pipeline):
+    """The first pipelines on the hub call them query, key, value and proj_attn."""
+    expected = load(pipeline).fingerprint
+    weights = pipeline / "unet" / WEIGHTS
+    renamed = {}
+    for name, weight in load_file(weights).items():
+        for new, old in {
+            "to_q": "query",
+            "to_k": "key",
+            "to_v": "value",
+            "to_out.0": "proj_attn",
+        }.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = weight
+    assert any(".query." in name for name in renamed)
+    save_file(renamed, weights)
+    assert load(pipeline).fingerprint == expected
+
+
+def test_half_precision_weights_compute_in_float32(pipeline):
+    weights = pipeline / "unet" / WEIGHTS
+    save_file({name: weight.half() for name, weight in load_file(weights).items()}, weights)
+    assert load(pipeline).unet.dtype == torch.float32
+
+
+def test_random_weights_need_no_weights_file(pipeline):
+    (pipeline / "unet" / WEIGHTS).unlink()
+    load(pipeline, random_weights=0)
+    fails(pipeline, FileNotFoundError, rf"no weights in .*unet: it should hold {WEIGHTS}")
+
+
+def test_loading_prints_and_logs_nothing(pipeline, capfd, caplog):
+    edit(pipeline / "unet" / "config.json", a_key_of_the_future=1)
+    with caplog.at_level(logging.INFO):
+        load(pipeline, dtype=torch.bfloat16)
+    assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.name.startswith("diffusers")]
+
+
+def test_missing_folder_says_what_to_give():
+    fails("./nowhere/at/all", FileNotFoundError, "'./nowhere/at/all' is not a folder; give a local")
+
+
+def test_empty_folder_says_what_to_give(tmp_path):
+    fails(tmp_path, FileNotFoundError, r"holds no .*config\.json; give a local folder written by")
+
+
+def test_unreachable_hub_says_to_give_a_folder(monkeypatch):
+    def offline(*args, **kwargs):
+        raise LocalEntryNotFoundError("ConnectError: name not known\nsecond line")
+
+    monkeypatch.setattr(loading, "snapshot_download", offline)
+    fails("google/ddpm-cifar10-32", OSError, "neither a folder here nor .*or give a local folder")
+    fails("google/ddpm-cifar10-32", OSError, "at revision 'v9'", revision="v9")
+
+
+def test_hub_falls_back_to_bin_only_without_safetensors(pipeline, monkeypatch):
+    asked = []
+
+    def snapshot(hub_id, *, revision, allow_patterns):
+        asked.append((hub_id, revision, allow_patterns[-1]))
+        return str(pipeline)
+
+    monkeypatch.setattr(loading, "snapshot_download", snapshot)
+    load("someone/tiny", revision="main")
+    assert asked == [("someone/tiny", "main", f"*{WEIGHTS}")]
+    (pipeline / "unet" / WEIGHTS).unlink()
+    load("someone/tiny", random_weights=0)
+    assert asked[-1] == ("someone/tiny", None, "*diffusion_pytorch_model.bin")
+
+
+def test_missing_scheduler_is_not_guessed(pipeline):
+    shutil.rmtree(pipeline / "scheduler")
+    fails(pipeline, FileNotFoundError, r"no scheduler_config\.json .*cannot be guessed; save")
+
+
+def test_unfit_schedulers_are_refused(pipeline):
+    FlowMatchEulerDiscreteScheduler().save_pretrained(pipeline / "scheduler")
+    fails(pipeline, ValueError, r"scheduler_config\.json: .*has no alphas_cumprod")
+    edit(pipeline / "scheduler" / "scheduler_config.json", _class_name="DDPMSchedular")
+    fails(pipeline, ValueError, "names 'DDPMSchedular', which is not a scheduler")
+    edit(
+        pipeline / "scheduler" / "scheduler_config.json",
+        _class_name="DDPMScheduler",
+        beta_schedule="x",
+    )
+    fails(pipeline, ValueError, r"scheduler_config\.json: x ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "describes a UNet2DConditionModel"),
+        ({"in_channels": 1}, r"takes 1 channels; a teacher must take 3 \(RGB\)"),
+        ({"num_class_embeds": 10}, "conditioned on classes"),
+        ({"down_block_types": ["DownBlock2D"]}, "does not describe a UNet2DModel: "),
+        ({"block_out_channels": [7, 16]}, "does not describe a UNet2DModel: "),
+        ({"time_embedding_dim": 16}, rf"{WEIGHTS} is truncated, or does not fit"),
+        ({"mid_block_type": None}, rf"{WEIGHTS} does not fit config.json .* unexpected weights"),
+        ({"block_out_channels": [16, 16]}, rf"{WEIGHTS} is truncated, or does not fit"),
+    ],
+)
+def test_config_that_does_not_fit_names_the_file(pipeline, changes, pattern):
+    edit(pipeline / "unet" / "config.json", **changes)
+    with pytest.raises(ValueError, match=pattern):
+        DiffusersUNet(str(pipeline), layers=("conv_in",))
+
+
+def test_config_that_is_no_json_names_the_file(pipeline):
+    (pipeline / "unet" / "config.json").write_text("{")
+    fails(pipeline, ValueError, r"unet/config\.json is not JSON")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 2000])
+def test_truncated_weights_name_the_file(pipeline, kept):
+    weights = pipeline / "unet" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:kept])
+    fails(pipeline, ValueError, rf"unet/{WEIGHTS} is truncated")
+
+
+def test_weights_that_are_a_text_file_name_the_file(pipeline):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (pipeline / "unet" / WEIGHTS).write_text(pointer)
+    fails(pipeline, ValueError, rf"unet/{WEIGHTS} is truncated, .*git-lfs")
+
+
+def test_weights_that_are_not_finite_name_file_and_weight(pipeline):
+    weights = load_file(pipeline / "unet" / WEIGHTS)
+    weights["conv_in.weight"][0, 0, 0, 0] = torch.nan
+    save_file(weights, pipeline / "unet" / WEIGHTS)
+    fails(pipeline, ValueError, rf"{WEIGHTS}: conv_in\.weight holds values that are not finite")
+
+
+def test_missing_weights_name_the_file_and_the_weights(pipeline):
+    weights = load_file(pipeline / "unet" / WEIGHTS)
+    del weights["conv_out.bias"]
+    save_file(weights, pipeline / "unet" / WEIGHTS)
+    fails(pipeline, ValueError, rf"{WEIGHTS} does not fit .*: 1 missing weights, such as conv_out")
