@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"distill: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"distill: {error or 'stopped'}", file=sys.stderr)
+        print(f"distill: {str(error) or 'stopped'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,6 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--arm", default="distilled", help="which arm (default: distilled)")
     export.add_argument("--out", metavar="FOLDER", help="where (default: RUN/student)")
     export.set_defaults(verb=_export)
+
+    report = verbs.add_parser("report", help="compare finished runs with different seeds")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+    report.add_argument("--out", metavar="JSON", help="where the figures go (default: none)")
+    report.set_defaults(verb=_report)
 
     bench = verbs.add_parser("bench", help="time a distillation step against the naive one")
     bench.add_argument("--out", metavar="JSON", help="where the figures go (default: none)")
@@ -159,6 +164,13 @@ def _export(options: argparse.Namespace) -> int:
     from distill.run import export_run
 
     print(export_run(options.run, options.arm, options.out))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from distill.report import compare
+
+    print(compare(options.runs, options.out))
     return 0
 
 
