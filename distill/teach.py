@@ -17,6 +17,7 @@ from torchvision.utils import make_grid, save_image
 from distill import checkpoint, seeding
 from distill.build import (
     Unlabelled,
+    autocast,
     build_accelerator,
     build_benchmark,
     image_size,
@@ -27,7 +28,8 @@ from distill.data import StepSampler, loader
 from distill.errors import Interrupted, UserError, blame
 from distill.optim import lr_factor
 from distill.recipe import to_tree, to_yaml
-from distill.tracking import Progress, RunLog, open_run_folder, stop_on_signals
+from distill.teacher_card import teacher_card
+from distill.tracking import Progress, RunLog, hardware, open_run_folder, stop_on_signals
 from teachers.ddpm import build_unet, denoising_loss, sample_images, save_pipeline
 
 
@@ -64,7 +66,7 @@ class TeacherTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * lr_factor("cosine", self.step, config.steps, config.warmup)
         noise = seeding.generator(config.seed, "noise", self.step, self.accelerator.process_index)
-        with self.accelerator.autocast():
+        with autocast(self.accelerator.device, config.precision):
             loss = denoising_loss(self.model, self.scheduler, images, noise)
         if not math.isfinite(loss.item()):
             raise UserError(
@@ -109,7 +111,7 @@ def train_teacher(config: TeacherTrainConfig, *, resume: bool = False) -> Path:
         Interrupted: the user stopped it; the checkpoint is written.
     """
     folder = Path(config.output) / config.name
-    accelerator = build_accelerator(config.device, config.precision)
+    accelerator = build_accelerator(config.device)
     training = TeacherTraining(config, accelerator)
     last = folder / "checkpoints" / "last.pt"
     if accelerator.is_main_process:
@@ -167,7 +169,7 @@ def _loop(training: TeacherTraining, folder: Path, last: Path) -> None:
 
 
 def _finish(training: TeacherTraining, folder: Path) -> None:
-    """Write the averaged network as a pipeline folder, and a grid of its samples."""
+    """Write the averaged network as a pipeline folder with its card, and a grid of samples."""
     config = training.config
     training.average.copy_to(training.unet.parameters())
     with blame(f"pipeline of {config.name}"):
@@ -177,6 +179,15 @@ def _finish(training: TeacherTraining, folder: Path) -> None:
             folder / "pipeline",
             getattr(torch, config.save_dtype),
         )
+    card = teacher_card(
+        config,
+        folder,
+        images=len(training.examples),
+        size=training.size,
+        parameters=sum(p.numel() for p in training.unet.parameters()),
+        hardware=hardware(training.accelerator.device),
+    )
+    checkpoint.write_text(folder / "pipeline" / "README.md", card)
     if config.samples:
         samples = sample_images(
             training.unet,
