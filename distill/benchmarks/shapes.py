@@ -93,14 +93,13 @@ def _upsampling(size: int, cells: int) -> Array:
     )
 
 
-def _texture(generator: np.random.Generator, size: int) -> Array:
-    """(size, size, 3) in [0, 1]: two colours mixed by stripes, checks or soft noise."""
-    colours = generator.random((2, 3), dtype=np.float32)
+def _texture(generator: np.random.Generator, size: int, contrast: float) -> Array:
+    """(size, size, 3) in [0, 1]: two colours mixed by soft noise, stripes or checks."""
+    colour, other = generator.random((2, 3), dtype=np.float32)
     kind, angle, phase = generator.integers(3), generator.random() * np.pi, generator.random()
-    frequency = 2.0 + 6.0 * generator.random()
-    cells = 7
-    knots = generator.random((cells, cells), dtype=np.float32)
-    noise = _upsampling(size, cells) @ knots @ _upsampling(size, cells).T
+    frequency = 3.0 + 4.0 * generator.random()
+    knots = generator.random((6, 6), dtype=np.float32)
+    noise = _upsampling(size, 6) @ knots @ _upsampling(size, 6).T
     x, y = _grid(size)
     u = np.cos(angle) * x + np.sin(angle) * y
     v = np.cos(angle) * y - np.sin(angle) * x
@@ -108,27 +107,26 @@ def _texture(generator: np.random.Generator, size: int) -> Array:
     if kind == 0:
         mix = noise
     elif kind == 1:
-        mix = 0.5 + 0.5 * np.clip(3.0 * waves, -1.0, 1.0)
+        mix = 0.5 + 0.5 * waves
     else:
-        mix = 0.5 + 0.5 * np.clip(4.0 * waves * np.sin(2 * np.pi * frequency * v), -1.0, 1.0)
-    shade = 0.7 + 0.6 * noise[..., None]
-    blend: Array = mix[..., None] * colours[0] + (1.0 - mix[..., None]) * colours[1]
-    return np.clip(blend * shade, 0.0, 1.0)
+        mix = 0.5 + 0.5 * waves * np.sin(2 * np.pi * frequency * v)
+    blend: Array = colour + contrast * mix[..., None] * (other - colour)
+    return np.clip(blend * (0.8 + 0.4 * noise[..., None]), 0.0, 1.0)
 
 
 def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
-    """Draw scene `index` of a split: 3 to 6 objects, painted one over the other."""
+    """Draw scene `index` of a split: 2 to 4 objects, painted one over the other."""
     generator = np.random.default_rng([seed, SPLITS[split], index])
-    image = _texture(generator, size)
+    image = _texture(generator, size, contrast=0.5)
     mask = np.zeros((size, size), dtype=np.uint8)
     x, y = _grid(size)
     forms = list(FORMS.values())
-    for _ in range(int(generator.integers(3, 7))):
+    for _ in range(int(generator.integers(2, 5))):
         form = int(generator.integers(len(forms)))
-        centre = 0.1 + 0.8 * generator.random(2)
-        radius = 0.12 + 0.12 * generator.random()
+        centre = 0.15 + 0.7 * generator.random(2)
+        radius = 0.15 + 0.13 * generator.random()
         angle = 2 * np.pi * generator.random()
-        texture = _texture(generator, size)
+        texture = _texture(generator, size, contrast=0.5)
         dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
         turned_x = (np.cos(angle) * dx + np.sin(angle) * dy).astype(np.float32)
         turned_y = (np.cos(angle) * dy - np.sin(angle) * dx).astype(np.float32)
@@ -136,7 +134,7 @@ def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
         cover = np.clip(0.5 - pixels, 0.0, 1.0)[..., None]
         image = cover * texture + (1.0 - cover) * image
         mask[pixels < 0] = form + 1
-    image = image + 0.04 * generator.standard_normal((size, size, 3), dtype=np.float32)
+    image = image + 0.02 * generator.standard_normal((size, size, 3), dtype=np.float32)
     return Scene(np.clip(image, 0.0, 1.0).astype(np.float32), mask)
 
 
