@@ -1,0 +1,101 @@
+"""What the documents promise: recipes that load, commands that parse, files that exist."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torchvision.utils import save_image
+
+from distill.cli import build_parser, main
+from distill.config import RunConfig, TeacherTrainConfig
+from distill.recipe import apply_override, load_config
+from teachers.ddpm import build_unet, save_pipeline
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "experiments/README.md")
+RECIPES = sorted((CHECKOUT / "experiments").rglob("*.yaml"))
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The fenced blocks of one language in a document."""
+    text = (CHECKOUT / document).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [
+    shlex.split(line, comments=True)[1:]
+    for document in DOCUMENTS
+    for block in blocks(document, "bash")
+    for line in block.splitlines()
+    if line.startswith("distill ")
+]
+
+
+def kind_of(recipe: Path) -> type[RunConfig] | type[TeacherTrainConfig]:
+    return TeacherTrainConfig if recipe.parent.name == "teachers" else RunConfig
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads(recipe):
+    load_config(kind_of(recipe), recipe)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_command_in_a_document_is_understood(words, tmp_path):
+    options, rest = build_parser().parse_known_args(words)
+    overrides = [*getattr(options, "overrides", ()), *rest]
+    for override in overrides:
+        apply_override({"pairs": [{}]}, override)
+    if hasattr(options, "recipe") and options.recipe.startswith("experiments/"):
+        recipe = CHECKOUT / options.recipe
+        load_config(kind_of(recipe), recipe, overrides)
+
+
+def test_documents_have_commands():
+    assert {words[0] for words in COMMANDS} >= {"train", "evaluate", "export", "teacher", "list"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_named_in_a_document_exist(document):
+    path = CHECKOUT / document
+    text = path.read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    files = re.findall(r"`((?:distill|teachers|students|rl_policy|tests)/[\w/]+\.py)`", text)
+    missing = [link for link in links if not (path.parent / link).exists()]
+    missing += [file for file in files if not (CHECKOUT / file).exists()]
+    assert missing == []
+
+
+def test_changelog_names_the_version():
+    setup = configparser.ConfigParser()
+    setup.read(CHECKOUT / "setup.cfg")
+    first = re.search(r"^## .*$", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first
+    assert setup["metadata"]["version"] in first.group()
+
+
+def test_parts_of_ones_own_work_as_the_readme_shows(tmp_path, monkeypatch, capsys):
+    source = next(block for block in blocks("README.md", "python") if "class Averaged" in block)
+    (tmp_path / "readme_parts.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    unet = build_unet(image_size=16, block_out_channels=[8, 8])
+    save_pipeline(unet, DDPMScheduler(), tmp_path / "teacher")
+    for split, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
+        (tmp_path / "classes" / split / name).mkdir(parents=True)
+        image = torch.full((3, 40, 48), 0.2 if name == "a" else 0.8)
+        save_image(image, tmp_path / "classes" / split / name / "0.png")
+    (tmp_path / "own.yaml").write_text(
+        "pairs: [{student: layer2, teacher: mid_block, loss: 'readme_parts:power'}]\n"
+        f"teacher: {{name: 'readme_parts:Averaged', path: {tmp_path / 'teacher'}}}\n"
+        "policy: {name: 'readme_parts:LowNoise', bins: 5}\n"
+        f"data: {{benchmark: 'readme_parts:Classes', root: {tmp_path / 'classes'}, size: 32}}\n"
+        "train: {steps: 2, batch: 2, unlabelled_batch: 2, arms: [distilled]}\n"
+    )
+    assert main(["train", str(tmp_path / "own.yaml"), "--dry-run"]) == 0
+    assert "classes, 2 labelled and 2 unlabelled images of 32x32 px" in capsys.readouterr().out
