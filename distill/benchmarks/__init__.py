@@ -35,7 +35,11 @@ class Examples(Protocol):
 
 
 class Benchmark(Protocol):
-    """What training and evaluation ask of a benchmark."""
+    """What training and evaluation ask of a benchmark.
+
+    One more method is used where it exists: `unlabelled()` gives Examples without targets, or None,
+    that are distilled on beside the training split.
+    """
 
     @property
     def name(self) -> str: ...

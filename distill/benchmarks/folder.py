@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distill.benchmarks import IGNORE_INDEX, Task, distinct_colours, hold_out
 from distill.benchmarks.files import MaskedImages, Pair, image_files, read_pairs
+from distill.benchmarks.images import UnlabelledImages
 from distill.errors import UserError, nearest
 
 SPLITS = ("train", "val", "test")
@@ -16,7 +17,9 @@ class Folder:
     """A segmentation benchmark from `root/images/`, `root/masks/` and `root/{train,val,test}.txt`.
 
     Without a val list, a share of the train list is held out; without a test list there is no test
-    split. Example, the options for Oxford Pets: `classes: [background, pet]`,
+    split. Images that no list names need no mask: they serve unlabelled.
+
+    Example, the options for Oxford Pets: `classes: [background, pet]`,
     `value_map: {1: 1, 2: 0, 3: 255}`, `masks: annotations/trimaps`,
     `train_list: annotations/trainval.txt`, `test_list: annotations/test.txt`.
 
@@ -74,6 +77,8 @@ class Folder:
             for split, file in lists.items()
             if split == "train" or (self.root / file).exists()
         }
+        listed = {pair.image for pairs in self._pairs.values() for pair in pairs}
+        self._bare = [path for path in image_paths.values() if path not in listed]
         if "val" not in self._pairs:
             self._hold_out_val(val_ratio, split_seed)
 
@@ -97,6 +102,10 @@ class Folder:
             raise UserError(f"{self.root} has no test list; write test.txt, or evaluate on val")
         pairs: list[Pair] = self._pairs[split]
         return MaskedImages(pairs, self._classes)
+
+    def unlabelled(self) -> UnlabelledImages | None:
+        """The images that no list names."""
+        return UnlabelledImages(self.root, self._bare) if self._bare else None
 
 
 def _class_names(classes: Sequence[str] | None, num_classes: int | None) -> tuple[str, ...]:

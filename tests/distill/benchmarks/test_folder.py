@@ -136,3 +136,17 @@ def test_unlabelled_images_have_no_val_split_and_need_a_folder_with_images(tmp_p
     Image.new("L", (2, 2)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="train only"):
         Images(str(tmp_path)).dataset("val")
+
+
+def test_images_in_no_list_serve_unlabelled(tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for name in ("a", "b", "c", "bare"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{name}.png")
+        if name != "bare":
+            Image.new("L", (8, 8)).save(tmp_path / "masks" / f"{name}.png")
+    (tmp_path / "train.txt").write_text("a\nb\n")
+    (tmp_path / "test.txt").write_text("c\n")
+    unlabelled = Folder(str(tmp_path), classes=["x", "y"]).unlabelled()
+    assert unlabelled is not None
+    assert unlabelled.names == ["images/bare.png"]
