@@ -1,0 +1,1 @@
+"""Distil a diffusion model into a small, label-efficient vision backbone."""

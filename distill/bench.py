@@ -159,6 +159,7 @@ def bench(*, batch: int, rounds: int, layer: str, out: str | None) -> str:
     }
     if out is not None:
         checkpoint.write_text(out, json.dumps(figures, indent=2) + "\n")
+    spread = f"median of {rounds} rounds, {min(ratios):.1f} to {max(ratios):.1f}"
     return (
         f"one step, {batch} images of 32 px, {layer} of the CIFAR-10 DDPM, resnet18, "
         f"{figures['hardware']}\n"
@@ -166,7 +167,7 @@ def bench(*, batch: int, rounds: int, layer: str, out: str | None) -> str:
         f"{whole / 1e9:.1f} GFLOP an image)\n"
         f"  ours   {figures['images_per_second']:7.1f} images/s  (bfloat16, UNet left after the "
         f"layer, {used / 1e9:.1f} GFLOP an image)\n"
-        f"  ratio  {ratio:7.1f}  (median of {rounds} rounds, {min(ratios):.1f} to {max(ratios):.1f})\n"
+        f"  ratio  {ratio:7.1f}  ({spread})\n"
         f"  policy {share:7.1%}  of our step (choosing, learning, reward head)"
     )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from distill.benchmarks import IGNORE_INDEX, Benchmark, Examples
 from distill.config import DataConfig, RunConfig
@@ -21,7 +24,7 @@ from distill.data import (
     fingerprint,
 )
 from distill.distiller import Distiller, Match
-from distill.errors import UserError, blame
+from distill.errors import UserError, blame, nearest
 from distill.losses import FeatureLoss
 from distill.registry import resolve
 from rl_policy.bins import timestep_bins
@@ -33,24 +36,44 @@ from teachers.protocol import Teacher
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-def build_accelerator(device: str, precision: Literal["bf16", "no"]) -> Accelerator:
-    """The process group, device and autocast of a run."""
+def build_accelerator(device: str) -> Accelerator:
+    """The device and the processes of a run; accelerate keeps one such state a program."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no GPU; use device=cpu or auto")
     # Some parameters rest in some phases: projectors while fine-tuning, the head while distilling.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision, kwargs_handlers=[unused])
+    return Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[unused])
+
+
+def autocast(device: torch.device, precision: Literal["bf16", "no"]) -> torch.autocast:
+    """The precision of a forward pass."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def build_benchmark(data: DataConfig) -> Benchmark:
     """The benchmark that `data` names."""
     factory = resolve("benchmarks", data.benchmark, "data.benchmark")
+    check_options(data.options, factory, "data.options")
     try:
         with blame("data"):
             benchmark: Benchmark = factory(data.root, **data.options)
     except TypeError as error:
-        raise UserError(f"data.options: {data.benchmark} {str(error).split(' ', 1)[-1]}") from error
+        raise UserError(f"data.options: {data.benchmark} with {data.options}: {error}") from error
     return benchmark
+
+
+def check_options(
+    options: Iterable[str], factory: Callable[..., Any], key: str, given: Iterable[str] = ()
+) -> None:
+    """Refuse options that `factory` does not take by keyword, or that are `given` to it anyway."""
+    parameters = inspect.signature(factory).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(given)
+    for option in options:
+        if option not in known:
+            near = nearest(option, known) if known else "there are none"
+            raise UserError(f"unknown key '{key}.{option}'; {near}")
 
 
 def image_size(data: DataConfig, examples: Examples) -> tuple[int, int]:
@@ -109,16 +132,18 @@ def build_training_set(data: DataConfig) -> TrainingSet:
     count = len(examples) if data.labelled is None else data.labelled
     targets = getattr(examples, "targets", None)
     labelled = choose_labelled(len(examples), count, data.split_seed, targets)
-    unlabelled = len(examples) if data.unlabelled is None else data.unlabelled
-    if unlabelled > len(examples):
-        raise UserError(f"data.unlabelled: {unlabelled} of {len(examples)} training images")
+    more = getattr(benchmark, "unlabelled", lambda: None)()
+    bare = Unlabelled(examples if more is None else ConcatDataset([examples, more]))
+    unlabelled = len(bare) if data.unlabelled is None else data.unlabelled
+    if unlabelled > len(bare):
+        raise UserError(f"data.unlabelled: {unlabelled} of {len(bare)} training images")
     return TrainingSet(
         benchmark,
         size,
         training_examples(examples, data, benchmark, size),
         labelled,
-        training_examples(Unlabelled(examples), data, benchmark, size),
-        choose_labelled(len(examples), unlabelled, data.split_seed) if unlabelled else [],
+        training_examples(bare, data, benchmark, size),
+        choose_labelled(len(bare), unlabelled, data.split_seed) if unlabelled else [],
         fingerprint(examples),
     )
 
@@ -129,19 +154,16 @@ def build_teacher(config: RunConfig, random_weights: int | None = None) -> Teach
     factory = resolve("teachers", teacher.name, "teacher.name")
     layers = dict.fromkeys(pair.teacher for pair in config.pairs)
     layers.setdefault(reward_layer(config))
-    try:
-        with blame("teacher"):
-            built: Teacher = factory(
-                embedded(teacher.path),
-                layers=list(layers),
-                input=teacher.input,
-                image_size=teacher.image_size,
-                dtype=getattr(torch, teacher.dtype),
-                random_weights=teacher.random_weights if random_weights is None else random_weights,
-                **teacher.options,
-            )
-    except TypeError as error:
-        raise UserError(f"teacher.options: {str(error).split('() ')[-1]}") from error
+    given = {
+        "layers": list(layers),
+        "input": teacher.input,
+        "image_size": teacher.image_size,
+        "dtype": getattr(torch, teacher.dtype),
+        "random_weights": teacher.random_weights if random_weights is None else random_weights,
+    }
+    check_options(teacher.options, factory, "teacher.options", given)
+    with blame("teacher"):
+        built: Teacher = factory(embedded(teacher.path), **given, **teacher.options)
     return built
 
 
@@ -186,7 +208,7 @@ def build_distiller(
         measure = pair.loss
         if ":" in measure:
             measure = resolve("losses", pair.loss, f"pairs.{index}.loss")
-        with blame(f"pairs.{index}"):
+        try:
             losses.append(
                 FeatureLoss(
                     measure,
@@ -197,6 +219,8 @@ def build_distiller(
                     options=pair.options,
                 )
             )
+        except UserError as error:
+            raise UserError(f"pairs.{index}: {error}") from error
     layer = reward_layer(config)
     return Distiller(
         student,

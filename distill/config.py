@@ -78,7 +78,7 @@ class StudentConfig:
     pretrained: bool = False
     """Start from timm's pretrained weights; off, as the point is to do without labels of others."""
     init_from: str | None = None
-    """A run, checkpoint or exported student whose backbone weights this run starts from."""
+    """A finished run or exported student whose backbone weights this run starts from."""
     freeze: bool = False
     """Train the head alone, on a frozen backbone."""
     head: Literal["fpn", "linear"] = "fpn"

@@ -19,8 +19,8 @@ from teachers import anatomy, loading
 
 def dry_run(config: RunConfig) -> str:
     """Check a recipe to the last detail, with one batch of each arm, and estimate its cost."""
-    accelerator = build_accelerator(config.device, config.train.precision)
-    check_schedule(config)
+    accelerator = build_accelerator(config.device)
+    check_schedule(config, accelerator.num_processes)
     data = build_training_set(config.data)
     held_out = held_out_examples(config, data.benchmark, data.size)
     held_out[0]
@@ -56,7 +56,7 @@ def dry_run(config: RunConfig) -> str:
 
 def teacher_dry_run(config: TeacherTrainConfig) -> str:
     """Check a teacher's recipe with one batch, and estimate its cost."""
-    training = TeacherTraining(config, build_accelerator(config.device, config.precision))
+    training = TeacherTraining(config, build_accelerator(config.device))
     images = torch.stack(
         [training.examples.examples[i % len(training.examples)][0] for i in range(config.batch)]
     )

@@ -67,11 +67,16 @@ def export_student(student: Student, card: StudentCard, folder: Path) -> None:
             if student.head is not None:
                 save_file(student.head.state_dict(), new / HEAD)
             checkpoint.write_text(new / CARD, json.dumps(asdict(card), indent=2) + "\n")
-            if folder.exists():
-                folder.rename(Path(scratch, "old"))
-            new.rename(folder)
-    except OSError as error:
-        raise UserError(f"the student cannot be written to {folder}: {error.strerror}") from error
+            old = Path(scratch, "old")
+            try:
+                if folder.exists():
+                    folder.rename(old)
+                new.rename(folder)
+            finally:
+                if old.exists() and not folder.exists():  # interrupted between the two
+                    old.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the student cannot be written to {folder}: {error}") from error
 
 
 def load_student(path: str | Path) -> tuple[Student, StudentCard]:

@@ -18,10 +18,16 @@ Config = TypeVar("Config", RunConfig, TeacherTrainConfig)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without surprises: `1e-4` is a number, and a key given twice is an error."""
+    """YAML without surprises: `1e-4` is a number, `no` a word, and a key given twice an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in the base class)
+        first: [pair for pair in pairs if first in "tTfF" or not pair[0].endswith(":bool")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=deep) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 line = node.start_mark.line + 1
@@ -31,9 +37,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that `_Loader` would take for numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def load_config(kind: type[Config], recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -73,7 +86,9 @@ def to_tree(config: RunConfig | TeacherTrainConfig) -> dict[str, Any]:
 
 def to_yaml(config: RunConfig | TeacherTrainConfig) -> str:
     """The resolved recipe as YAML text; `load_config` of it gives the config back."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=None, width=100)
+    tree = to_tree(config)
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
+    return text
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -106,7 +121,7 @@ def _child(node: Any, name: str, override: str) -> Any:
             )
         return node[int(name)]
     if not isinstance(node, dict):
-        raise UserError(f"override {override!r}: nothing lies below {name!r}")
+        raise UserError(f"override {override!r}: {name!r} lies below a value, not a section")
     if node.get(name) is None:
         node[name] = {}
     return node[name]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import Any
 
 from distill.errors import UserError, nearest
@@ -57,9 +59,11 @@ def resolve(table: str, name: str, key: str) -> Any:
             f"{key}: unknown name {name!r}; {nearest(name, TABLES[table])} (or module:attribute)"
         )
     module, _, attribute = target.partition(":")
+    if ":" in name and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # one's own file, beside the recipe; last, so it hides nothing
     try:
         return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, ValueError) as error:
         raise UserError(f"{key}: {target!r} cannot be imported: {error}") from error
     except AttributeError as error:
         raise UserError(f"{key}: module {module!r} has no {attribute!r}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from distill.benchmarks import Benchmark
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.export import usage
-from distill.tracking import commit, read_metrics
+from distill.tracking import read_metrics
 from distill.train import checkpoint_path
 from rl_policy.summary import policy_summary
 
@@ -41,9 +40,7 @@ def summarise(config: RunConfig, folder: Path, benchmark: Benchmark) -> dict[str
         "wall_seconds": sum(result["seconds"] for result in results.values()),
         "student": str(folder / "student"),
         "seed": config.seed,
-        "commit": commit(),
-        "hardware": results[first]["hardware"],
-        "date": time.strftime("%Y-%m-%d"),
+        **{key: results[first][key] for key in ("commit", "hardware", "date")},
     }
     checkpoint.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

@@ -60,7 +60,7 @@ def _own_head(config: RunConfig, folder: Path) -> dict[str, Any]:
             f"the student predicts {card.classes} classes, {benchmark.name} has "
             f"{benchmark.num_classes}; fit a new head with --head linear"
         )
-    accelerator = build_accelerator(config.device, "no")
+    accelerator = build_accelerator(config.device)
     size = (student.image_size[0], student.image_size[1])
     examples = held_out_examples(config, benchmark, size)
     return score(student.to(accelerator.device), examples, benchmark, config, accelerator)
@@ -73,7 +73,7 @@ def _linear_head(config: RunConfig, folder: Path) -> dict[str, Any]:
     )
     train = dataclasses.replace(config.train, arms=["scratch"], finetune_steps=0, evaluate_every=0)
     config = dataclasses.replace(config, student=student, train=train)
-    accelerator = build_accelerator(config.device, config.train.precision)
+    accelerator = build_accelerator(config.device)
     data = build_training_set(config.data)
     trainer = Trainer(config, "scratch", data, accelerator)
     with tempfile.TemporaryDirectory() as scratch, stop_on_signals() as stop:

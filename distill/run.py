@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from distill import checkpoint, plots
@@ -45,8 +47,8 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         Interrupted: The user stopped it; `resume=True` goes on.
     """
     folder = Path(config.output) / config.name
-    accelerator = build_accelerator(config.device, config.train.precision)
-    check_schedule(config)
+    accelerator = build_accelerator(config.device)
+    check_schedule(config, accelerator.num_processes)
     if resume and (folder / "config.yaml").exists():
         _check_unchanged(config, folder / "config.yaml")
     data = build_training_set(config.data)
@@ -84,9 +86,12 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     return summarise(config, folder, data.benchmark) if accelerator.is_main_process else {}
 
 
-def check_schedule(config: RunConfig) -> None:
+def check_schedule(config: RunConfig, processes: int) -> None:
     """Refuse combinations of the training section that have no meaning."""
     train = config.train
+    for key, batch in (("batch", train.batch), ("unlabelled_batch", train.unlabelled_batch)):
+        if batch % processes:
+            raise UserError(f"train.{key}: {batch} does not divide over {processes} processes")
     if train.finetune_steps > train.steps:
         raise UserError(
             f"train.finetune_steps: {train.finetune_steps} of train.steps {train.steps}"
@@ -96,8 +101,13 @@ def check_schedule(config: RunConfig) -> None:
             "train.finetune_steps: distill_then_finetune needs some of train.steps "
             f"({train.steps}) for fine-tuning, not {train.finetune_steps}"
         )
-    if train.batch + train.unlabelled_batch < 2:
-        raise UserError("train.batch: batch norm needs two images a step or more")
+    # Whether there are steps that see labelled images alone.
+    alone = "scratch" in train.arms or train.finetune_steps > 0 or config.data.unlabelled == 0
+    if train.batch + (0 if alone else train.unlabelled_batch) < 2 * processes:
+        raise UserError(
+            f"train.batch: {train.batch} is too small: batch norm needs two images in every step "
+            "and process"
+        )
 
 
 def held_out_examples(
@@ -122,6 +132,8 @@ def score(
 ) -> dict[str, Any]:
     """Score a student on a split, over all processes."""
     student.eval()
+    for buffer in student.buffers():  # of batch norm every process has its own statistics
+        broadcast(buffer)
     return evaluate(
         student,
         examples,
@@ -208,6 +220,8 @@ def _finish_arm(
         "images_per_second": trainer.images / max(trainer.seconds, 1e-9),
         "seconds": trainer.seconds,
         "hardware": hardware(trainer.accelerator.device),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
     }
     if trainer.teacher is not None:
         result["policy"] = {
@@ -271,7 +285,7 @@ def export_run(run_folder: str, arm: str, out: str | None) -> str:
         raise UserError(f"--arm {arm}: {folder} has {', '.join(config.train.arms)}")
     path = checkpoint_path(folder, arm)
     state = checkpoint.load(path)
-    accelerator = build_accelerator("cpu", "no")
+    accelerator = build_accelerator("cpu")
     trainer = Trainer(config, arm, build_training_set(config.data), accelerator)
     trainer.load_state(state, path)
     target = Path(out) if out else folder / "student"

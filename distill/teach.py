@@ -68,13 +68,14 @@ class TeacherTraining:
         noise = seeding.generator(config.seed, "noise", self.step, self.accelerator.process_index)
         with autocast(self.accelerator.device, config.precision):
             loss = denoising_loss(self.model, self.scheduler, images, noise)
-        if not math.isfinite(loss.item()):
-            raise UserError(
-                f"the loss is {loss.item()} at step {self.step}; the last checkpoint is intact; "
-                "try a smaller lr, or precision=no"
-            )
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.unet.parameters(), config.clip)
+        norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), config.clip)
+        for name, value in (("loss", loss), ("gradient", norm)):
+            if not math.isfinite(value.item()):
+                raise UserError(
+                    f"the {name} is not finite at step {self.step}; the last checkpoint is intact; "
+                    "try a smaller lr, or precision=no"
+                )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.step(self.unet.parameters())
@@ -143,23 +144,24 @@ def _loop(training: TeacherTraining, folder: Path, last: Path) -> None:
     )
     batches = iter(loader(training.examples, sampler, config.data.workers))
     log = RunLog(folder, "teacher", training.step) if main else None
-    progress = Progress(f"teacher {config.name}", config.steps, training.step)
-    total = torch.zeros((), device=accelerator.device)
+    progress = Progress(config.name, config.steps, training.step, show=main)
+    total, logged = torch.zeros((), device=accelerator.device), training.step
     with stop_on_signals() as stop, progress:
         while training.step < config.steps:
             began = time.monotonic()
             images = next(batches)[0].to(accelerator.device, non_blocking=True)
             waited = time.monotonic() - began
-            total += training.train_step(images)
+            loss = training.train_step(images)
+            total += loss
             step = training.step
             if log and step % config.log_every == 0:
                 rate = training.optimizer.param_groups[0]["lr"]
-                mean = total.item() / config.log_every
+                mean = total.item() / (step - logged)
                 log.scalars(
                     step, {"loss/denoising": mean, "lr": rate, "images_per_second": progress.rate}
                 )
-                total.zero_()
-            progress.update(len(images) * accelerator.num_processes, {}, waited)
+                total, logged = torch.zeros_like(total), step
+            progress.update(len(images) * accelerator.num_processes, {"loss": loss.item()}, waited)
             if main and (step % config.checkpoint_every == 0 or step == config.steps or stop):
                 checkpoint.save(last, training.state())
             if stop:

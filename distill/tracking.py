@@ -92,7 +92,7 @@ class Progress:
         label: What is being done.
         total: Number of steps.
         start: Steps done before.
-        unit: What `count` in `update` counts.
+        show: False on all processes but the first.
     """
 
     PLAIN_SECONDS = 10.0
@@ -102,14 +102,14 @@ class Progress:
         label: str,
         total: int,
         start: int = 0,
-        unit: str = "images",
+        show: bool = True,
         stream: TextIO | None = None,
     ) -> None:
         self._stream = stream or sys.stderr
-        self._label, self._unit, self._total, self._done = label, unit, total, start
+        self._label, self._show, self._total, self._done = label, show, total, start
         self._bar = tqdm(
             total=total, initial=start, desc=label, unit="step", file=self._stream,
-            dynamic_ncols=True, disable=not self._stream.isatty(),
+            dynamic_ncols=True, disable=not (show and self._stream.isatty()),
         )  # fmt: skip
         self._began = self._printed = time.monotonic()
         self._start, self._count, self._waited = start, 0, 0.0
@@ -127,14 +127,16 @@ class Progress:
         self._waited += waited
         now = time.monotonic()
         seconds = max(now - self._began, 1e-9)
-        shown = [f"{self._count / seconds:.0f} {self._unit}/s"]
+        shown = [f"{self._count / seconds:.0f} images/s"]
         shown += [f"{name} {value:.3f}" for name, value in values.items()]
         if self._waited / seconds >= 0.05:
             shown.append(f"waiting for data {self._waited / seconds:.0%}")
         if not self._bar.disable:
             self._bar.set_postfix_str(", ".join(shown), refresh=False)
             self._bar.update()
-        elif now - self._printed >= self.PLAIN_SECONDS or self._done == self._total:
+        elif self._show and (
+            now - self._printed >= self.PLAIN_SECONDS or self._done == self._total
+        ):
             left = (self._total - self._done) * seconds / (self._done - self._start)
             shown.append(f"ETA {tqdm.format_interval(left)}")
             print(

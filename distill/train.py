@@ -13,11 +13,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from distill import checkpoint, seeding
-from distill.build import TrainingSet, build_distiller, build_policy, build_teacher
+from distill.build import TrainingSet, autocast, build_distiller, build_policy, build_teacher
 from distill.config import Arm, RunConfig
 from distill.data import Augmented, StepSampler, loader
 from distill.distiller import Lesson, Losses
-from distill.errors import Interrupted, UserError
+from distill.errors import Interrupted, UserError, blame
 from distill.export import load_backbone
 from distill.optim import build_optimizer, lr_factor
 from distill.recipe import to_tree
@@ -53,6 +53,9 @@ class Trainer:
         if arm != "scratch":
             random_weights = config.seed if arm == "random_teacher" else None
             self.teacher = build_teacher(config, random_weights).to(device)
+            with blame("data.size, or teacher.image_size"):  # a size that does not fit shows here
+                image = torch.zeros(1, 3, *data.size, device=device)
+                self.teacher.features(image, torch.zeros(1, dtype=torch.int64))
         # Every arm starts from the same student.
         torch.manual_seed(seeding.derive_seed(config.seed, "network"))
         self.distiller = build_distiller(config, data.benchmark, data.size, self.teacher)
@@ -113,7 +116,7 @@ class Trainer:
         def teach(context: Tensor) -> Lesson:
             return self._lesson(images, context)
 
-        with self.accelerator.autocast():
+        with autocast(self.accelerator.device, train.precision):
             losses: Losses = self.model(
                 images, targets, teach if phase.teach else None, phase.task_weight
             )
@@ -240,7 +243,7 @@ def train_arm(
     log = RunLog(folder, trainer.arm, trainer.step) if main else None
     stream = batches(trainer)
     images = train.batch + (train.unlabelled_batch if trainer.teacher else 0)
-    with Progress(trainer.arm, train.steps, trainer.step) as progress:
+    with Progress(trainer.arm, train.steps, trainer.step, show=main) as progress:
         while trainer.step < train.steps:
             began = time.monotonic()
             batch = next(stream)
@@ -296,14 +299,9 @@ def _stream(
     stream: Literal["labelled", "unlabelled"],
 ) -> Iterator[Any]:
     accelerator = trainer.accelerator
-    share, rest = divmod(batch, accelerator.num_processes)
-    if rest:
-        raise UserError(
-            f"train: a batch of {batch} does not divide over {accelerator.num_processes} processes"
-        )
     sampler = StepSampler(
         indices,
-        share,
+        batch // accelerator.num_processes,
         seed=seeding.derive_seed(trainer.config.seed, stream),
         rank=accelerator.process_index,
         world=accelerator.num_processes,

@@ -93,7 +93,7 @@ def _upsampling(size: int, cells: int) -> Array:
     )
 
 
-def _texture(generator: np.random.Generator, size: int, contrast: float) -> Array:
+def _texture(generator: np.random.Generator, size: int) -> Array:
     """(size, size, 3) in [0, 1]: two colours mixed by soft noise, stripes or checks."""
     colour, other = generator.random((2, 3), dtype=np.float32)
     kind, angle, phase = generator.integers(3), generator.random() * np.pi, generator.random()
@@ -110,14 +110,14 @@ def _texture(generator: np.random.Generator, size: int, contrast: float) -> Arra
         mix = 0.5 + 0.5 * waves
     else:
         mix = 0.5 + 0.5 * waves * np.sin(2 * np.pi * frequency * v)
-    blend: Array = colour + contrast * mix[..., None] * (other - colour)
+    blend: Array = colour + 0.5 * mix[..., None] * (other - colour)
     return np.clip(blend * (0.8 + 0.4 * noise[..., None]), 0.0, 1.0)
 
 
 def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
     """Draw scene `index` of a split: 2 to 4 objects, painted one over the other."""
     generator = np.random.default_rng([seed, SPLITS[split], index])
-    image = _texture(generator, size, contrast=0.5)
+    image = _texture(generator, size)
     mask = np.zeros((size, size), dtype=np.uint8)
     x, y = _grid(size)
     forms = list(FORMS.values())
@@ -126,7 +126,7 @@ def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
         centre = 0.15 + 0.7 * generator.random(2)
         radius = 0.15 + 0.13 * generator.random()
         angle = 2 * np.pi * generator.random()
-        texture = _texture(generator, size, contrast=0.5)
+        texture = _texture(generator, size)
         dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
         turned_x = (np.cos(angle) * dx + np.sin(angle) * dy).astype(np.float32)
         turned_y = (np.cos(angle) * dy - np.sin(angle) * dx).astype(np.float32)
