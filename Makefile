@@ -12,7 +12,7 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 # torchvision's compiled operators load only beside the torch that they were built for.
 PAIR := import torch, torchvision; torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart evidence test lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -23,6 +23,16 @@ quickstart: install ## distil and train from scratch on embedded data, compare b
 	@$(if $(wildcard runs/quickstart/config.yaml),echo "going on with runs/quickstart; remove that folder to start afresh",:)
 	@$(BIN)/distill train experiments/quickstart.yaml \
 		$(if $(wildcard runs/quickstart/config.yaml),--resume)
+
+SEEDS := 0 1 2
+evidence: install ## the quickstart's figures: three seeds, with the random-weight teacher
+	@for seed in $(SEEDS); do \
+		run=runs/evidence-$$seed; \
+		$(BIN)/distill train experiments/quickstart.yaml seed=$$seed name=evidence-$$seed \
+			'train.arms=[distilled, scratch, random_teacher]' \
+			$$(test -e $$run/config.yaml && echo --resume) || exit; \
+	done
+	@$(BIN)/distill report $(SEEDS:%=runs/evidence-%) --out experiments/results/quickstart.json
 
 test: install ## run all tests, offline
 	@$(BIN)/python -m pytest

@@ -133,7 +133,7 @@ def build_training_set(data: DataConfig) -> TrainingSet:
     targets = getattr(examples, "targets", None)
     labelled = choose_labelled(len(examples), count, data.split_seed, targets)
     more = getattr(benchmark, "unlabelled", lambda: None)()
-    bare = Unlabelled(examples if more is None else ConcatDataset([examples, more]))
+    bare = Unlabelled(examples if more is None else ConcatDataset([examples, more]))  # type: ignore[list-item]
     unlabelled = len(bare) if data.unlabelled is None else data.unlabelled
     if unlabelled > len(bare):
         raise UserError(f"data.unlabelled: {unlabelled} of {len(bare)} training images")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,8 +106,7 @@ class Trainer:
         # For what draws from torch's default generator, such as dropout.
         torch.manual_seed(seeding.derive_seed(self.config.seed, "network", 1 + self.step))
         for group in self.optimizer.param_groups:
-            factor = lr_factor(train.lr_schedule, self.step, train.steps, train.warmup)
-            group["lr"] = train.lr * factor * group.get("lr_scale", 1.0)
+            group["lr"] = train.lr * self._lr_factor()
         images = labelled
         if phase.teach and unlabelled is not None:
             images = torch.cat([labelled, unlabelled])
@@ -120,10 +120,14 @@ class Trainer:
             losses: Losses = self.model(
                 images, targets, teach if phase.teach else None, phase.task_weight
             )
-        self._check_finite(losses)
+        self._check_finite(
+            task_loss=losses.task, feature_loss=losses.feature, reward_head_loss=losses.reward_head
+        )
         self.accelerator.backward(losses.total)
-        if train.clip is not None:
-            self.accelerator.clip_grad_norm_(self.distiller.parameters(), train.clip)
+        norm = self.accelerator.clip_grad_norm_(
+            self.distiller.parameters(), math.inf if train.clip is None else train.clip
+        )
+        self._check_finite(gradient=norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -132,11 +136,21 @@ class Trainer:
             self._reward_policy(losses)
         return losses
 
+    def _lr_factor(self) -> float:
+        """Share of the largest learning rate; the two stages of the paper each have a schedule."""
+        train = self.config.train
+        first, last = 0, train.steps
+        if train.schedule == "distill_then_finetune" and self.teacher is not None:
+            border = train.steps - train.finetune_steps
+            first, last = (0, border) if self.step < border else (border, train.steps)
+        return lr_factor(train.lr_schedule, self.step - first, last - first, train.warmup)
+
     def _lesson(self, images: Tensor, context: Tensor) -> Lesson:
         """Let the policy choose a timestep an image, and the teacher show its features there."""
         assert self.teacher is not None
         assert self.policy is not None
         seed, rank = self.config.seed, self.accelerator.process_index
+        self._check_finite(student_feature_map=context)
         with torch.autocast("cpu", enabled=False):  # the policy computes in float32
             bins = self.policy.act(
                 context.float().cpu(),
@@ -162,15 +176,14 @@ class Trainer:
         """Share of the arm's steps that are done."""
         return self.step / self.config.train.steps
 
-    def _check_finite(self, losses: Losses) -> None:
-        if bool(torch.isfinite(losses.total)):
-            return
-        named = {"task": losses.task, "feature": losses.feature, "reward head": losses.reward_head}
-        guilty = [n for n, value in named.items() if not bool(torch.isfinite(value))] or ["total"]
-        raise UserError(
-            f"{self.arm}: the {guilty[0]} loss is not finite at step {self.step}; the last "
-            "checkpoint is intact; try a smaller train.lr, or train.precision=no"
-        )
+    def _check_finite(self, **values: Tensor) -> None:
+        """Stop before what is not finite reaches the policy, the weights and the checkpoint."""
+        for name, value in values.items():
+            if not bool(torch.isfinite(value).all()):
+                raise UserError(
+                    f"{self.arm}: the {name.replace('_', ' ')} is not finite at step {self.step}; "
+                    "the last checkpoint is intact; try a smaller train.lr, or train.precision=no"
+                )
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs; randomness is a function of seed and step."""
@@ -242,19 +255,22 @@ def train_arm(
     train, main = trainer.config.train, trainer.accelerator.is_main_process
     log = RunLog(folder, trainer.arm, trainer.step) if main else None
     stream = batches(trainer)
-    images = train.batch + (train.unlabelled_batch if trainer.teacher else 0)
+    # A short run that ends with labels alone shows its policy all the same.
+    shown = {train.steps, train.steps - train.finetune_steps}
     with Progress(trainer.arm, train.steps, trainer.step, show=main) as progress:
         while trainer.step < train.steps:
             began = time.monotonic()
             batch = next(stream)
             waited = time.monotonic() - began
             losses = trainer.train_step(*batch)
+            images = sum(len(x) for x in batch[::2] if x is not None)
+            images *= trainer.accelerator.num_processes
             trainer.images += images
             trainer.seconds += time.monotonic() - began
             figures = _figures(losses)
             progress.update(images, {n.split("/")[-1]: v for n, v in figures.items()}, waited)
             last = trainer.step == train.steps
-            if log and (trainer.step % train.log_every == 0 or last):
+            if log and (trainer.step % train.log_every == 0 or trainer.step in shown):
                 _write(log, trainer, losses, figures | {"images_per_second": progress.rate})
             if last or (train.evaluate_every and trainer.step % train.evaluate_every == 0):
                 observe(trainer, log)
@@ -284,9 +300,9 @@ def batches(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         unlabelled = _stream(
             trainer, data.unlabelled, data.unlabelled_indices, train.unlabelled_batch, "unlabelled"
         )
-    for images, targets in labelled:
+    for step, (images, targets) in enumerate(labelled, trainer.step):
         more = None
-        if unlabelled is not None:
+        if unlabelled is not None and trainer.phase(step).teach:
             more = next(unlabelled)[0].to(device, non_blocking=True)
         yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True), more
 

@@ -1,0 +1,217 @@
+"""The embedded scenes: exact masks, one scene for one (seed, index), a class that is a form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+from sklearn.preprocessing import StandardScaler
+
+from distill.benchmarks import shapes
+from distill.benchmarks.shapes import FORMS, Shapes, draw_scene, presence_labels
+from distill.errors import UserError
+
+CLASS = {name: number for number, name in enumerate(Shapes.class_names)}
+
+
+class Script:
+    """Stands in for the random generator: the given forms, at the centre.
+
+    Every single number drawn is `draw`: a radius of 0.15 + 0.13 draw of the image's side, turned by
+    `draw` of a circle.
+    """
+
+    def __init__(self, forms: Sequence[str], draw: float) -> None:
+        self.forms, self.draw = [list(FORMS).index(form) for form in forms], draw
+
+    def integers(self, low: int, high: int | None = None) -> int:
+        if high is not None:
+            return len(self.forms)
+        return self.forms.pop(0) if low == len(FORMS) else 0
+
+    def random(self, shape: Any = None, dtype: Any = None) -> Any:
+        return self.draw if shape is None else np.full(shape, 0.5, dtype or np.float64)
+
+    def standard_normal(self, shape: Any, dtype: Any) -> NDArray[np.float32]:
+        return np.zeros(shape, dtype)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *forms: str, draw: float = 0.5) -> NDArray[np.uint8]:
+    """The mask of a scene of these forms, painted one over the other, at 100 px."""
+    monkeypatch.setattr(np.random, "default_rng", lambda key: Script(forms, draw))
+    return draw_scene(0, "train", 0, 100).mask
+
+
+ROWS, COLUMNS = np.mgrid[0:100, 0:100] + 0.5 - 50  # of the pixel centres, from the scene's
+
+
+def test_a_square_covers_the_pixels_whose_centres_lie_inside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Half a side of 0.8 x 21.5 px: from 32.8 to 67.2, so the centres 33.5 to 66.5.
+    expected = np.zeros((100, 100), dtype=np.uint8)
+    expected[33:67, 33:67] = CLASS["square"]
+    assert np.array_equal(scripted(monkeypatch, "square"), expected)
+
+
+def test_an_object_is_turned_about_its_centre(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On its corner: half a diagonal of 0.8 x 16.625 px x sqrt(2).
+    inside = np.abs(ROWS) + np.abs(COLUMNS) < 0.8 * 16.625 * 2**0.5
+    expected = np.where(inside, CLASS["square"], 0)
+    assert np.array_equal(scripted(monkeypatch, "square", draw=0.125), expected)
+
+
+def test_a_disc_covers_the_pixels_whose_centres_lie_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = np.where(np.hypot(ROWS, COLUMNS) < 0.9 * 21.5, CLASS["disc"], 0)
+    assert np.array_equal(scripted(monkeypatch, "disc"), expected)
+
+
+def test_the_later_object_covers_the_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = scripted(monkeypatch, "square", "cross")
+    assert mask[50, 50] == CLASS["cross"]
+    assert mask[36, 36] == CLASS["square"]
+    assert mask[50, 30] == CLASS["cross"]  # an arm that reaches beyond the square
+    assert mask[20, 20] == CLASS["background"]
+
+
+@pytest.mark.parametrize(
+    ("form", "inside", "outside"),
+    [
+        ("disc", [(0, 0), (0.62, 0.62)], [(0.65, 0.65), (0, 0.91)]),
+        ("ring", [(0.72, 0), (0, -0.99)], [(0, 0), (0.43, 0), (1.01, 0)]),
+        ("square", [(0.79, 0.79), (-0.79, 0.5)], [(0.81, 0), (0, -0.81)]),
+        ("triangle", [(0, 1.09), (0.94, -0.54), (0, 0)], [(0, -0.56), (0.5, 0.6), (0, 1.11)]),
+        ("cross", [(0.99, 0.31), (-0.31, -0.99), (0, 0)], [(0.5, 0.5), (1.01, 0)]),
+        ("star", [(0, 1.09), (0, -0.44), (1.04, 0.34)], [(0, 1.11), (0, -0.46), (0.7, 0.7)]),
+    ],
+)
+def test_a_form_is_what_its_name_says(
+    form: str, inside: list[tuple[float, float]], outside: list[tuple[float, float]]
+) -> None:
+    """At points worked out by hand; a triangle points up, a star has a tip there."""
+    for points, sign in ((inside, -1), (outside, 1)):
+        for x, y in points:
+            assert np.sign(FORMS[form](np.array(x), np.array(y))) == sign, (form, x, y)
+
+
+def test_object_and_background_mix_at_the_outline_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    grey = iter([0.2, 0.8])  # of the background, of the square
+    monkeypatch.setattr(shapes, "_texture", lambda *_: np.full((100, 100, 3), next(grey)))
+    monkeypatch.setattr(np.random, "default_rng", lambda key: Script(["square"], 0.5))
+    image, mask = draw_scene(0, "train", 0, 100)
+    assert image[:, :, 0][mask > 0].min() >= 0.5 >= image[:, :, 0][mask == 0].max()
+    assert np.allclose(image[34:66, 34:66], 0.8)
+    image[32:68, 32:68] = 0.2
+    assert np.allclose(image, 0.2)
+
+
+def test_a_scene_is_a_function_of_seed_split_and_index() -> None:
+    first = Shapes(size=32, seed=3).dataset("train")
+    again = Shapes(size=32, seed=3).dataset("train")
+    image, mask = first[7]
+    first[2]
+    assert torch.equal(image, again[7][0])
+    assert torch.equal(mask, again[7][1])
+    assert not torch.equal(image, first[8][0])
+    assert not torch.equal(image, Shapes(size=32, seed=4).dataset("train")[7][0])
+
+
+def test_splits_share_no_scene() -> None:
+    benchmark = Shapes(size=32, train=40, val=40, test=40)
+    scenes = {
+        bytes(benchmark.dataset(split)[index][0].numpy())
+        for split in ("train", "val", "test")
+        for index in range(40)
+    }
+    assert len(scenes) == 120
+
+
+def test_a_larger_split_begins_with_the_smaller() -> None:
+    few, many = (Shapes(size=32, train=n).dataset("train") for n in (5, 50))
+    assert all(torch.equal(few[index][0], many[index][0]) for index in range(5))
+
+
+def test_items_are_as_the_protocol_says() -> None:
+    dataset = Shapes(size=48, val=3).dataset("val")
+    image, mask = dataset[0]
+    assert (image.shape, image.dtype) == ((3, 48, 48), torch.uint8)
+    assert (mask.shape, mask.dtype) == ((48, 48), torch.uint8)
+    assert len(dataset) == 3
+    with pytest.raises(IndexError):
+        dataset[3]
+
+
+def test_the_same_index_is_the_same_scene_at_every_size() -> None:
+    agree = []
+    for index in range(20):
+        small, large = draw_scene(0, "train", index, 32), draw_scene(0, "train", index, 64)
+        corners = [large.mask[i::2, j::2] for i in (0, 1) for j in (0, 1)]
+        certain = np.all([corner == corners[0] for corner in corners], axis=0)
+        assert certain.mean() > 0.7
+        agree.append((small.mask == corners[0])[certain].mean())
+        halved = large.image.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
+        assert np.corrcoef(small.image.ravel(), halved.ravel())[0, 1] > 0.7
+    assert np.mean(agree) > 0.99
+
+
+def test_every_class_occurs_and_nothing_else() -> None:
+    masks = torch.stack([Shapes(size=32).dataset("train")[index][1] for index in range(40)])
+    assert set(masks.flatten().tolist()) == set(range(7))
+
+
+def test_presence_labels_say_which_forms_are_there() -> None:
+    mask = torch.zeros(8, 8, dtype=torch.uint8)
+    mask[0, 0], mask[4:6, 4:6] = CLASS["ring"], CLASS["star"]
+    assert presence_labels(mask).tolist() == [False, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("size", [31, 129, 0, -64])
+def test_a_size_outside_32_to_128_is_refused(size: int) -> None:
+    with pytest.raises(UserError, match=f"data.options.size: .*32 to 128 px, not {size}"):
+        Shapes(size=size)
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_sizes_from_32_to_128_are_drawn(size: int) -> None:
+    assert Shapes(size=size).dataset("train")[0][0].shape == (3, size, size)
+
+
+def test_an_empty_split_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.options\.val: at least one scene"):
+        Shapes(val=0)
+
+
+def test_an_unknown_split_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="no split 'tets'; did you mean 'test'"):
+        Shapes().dataset("tets")
+
+
+def objects() -> Any:
+    """Of each visible form in some scenes: its class, mean colour, and how it fills its box."""
+    for index in range(250):
+        image, mask = draw_scene(0, "train", index, 48)
+        for form in range(1, 7):
+            inside = mask == form
+            if inside.sum() < 30:
+                continue
+            rows, columns = np.nonzero(inside)
+            box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+            yield form, image[inside].mean(axis=0), [inside.sum() / box, inside.sum()]
+
+
+def test_the_class_is_the_form_and_not_the_colour() -> None:
+    classes, colours, forms = (np.array(column) for column in zip(*objects(), strict=True))
+
+    def accuracy(features: NDArray[Any]) -> float:
+        features = StandardScaler().fit_transform(features)
+        return float(cross_val_score(LogisticRegression(), features, classes, cv=5).mean())
+
+    assert len(classes) > 500
+    assert accuracy(colours) < 0.23  # chance is 1 in 6, the largest class a little more
+    assert accuracy(forms) > 0.27  # the probe does learn where there is something to learn

@@ -1,0 +1,199 @@
+"""The command line: help at once, every verb, and mistakes as one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill import cli
+from distill.cli import main
+from distill.registry import TABLES, resolve
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of an exit with code 2."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("distill: error: ")
+    assert err.count("\n") == 1
+    return err.strip()
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = (
+        "import sys\n"
+        "from distill.cli import build_parser\n"
+        "text = build_parser().format_help()\n"
+        "assert 'evaluate' in text and 'examples:' in text\n"
+        "heavy = {'torch', 'numpy', 'diffusers', 'timm', 'stable_baselines3', 'matplotlib'}\n"
+        "heavy |= {'pydantic', 'yaml', 'accelerate', 'torchvision'}\n"
+        "print(sorted(heavy & sys.modules.keys()))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert (shown.stdout, shown.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [[], ["train"], ["evaluate"], ["export"], ["bench"], ["teacher"], ["teacher", "train"],
+     ["teacher", "layers"], ["list"]],
+)  # fmt: skip
+def test_every_verb_explains_itself(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*verb, "--help"])
+    assert ended.value.code == 0
+    assert "usage: distill" in capsys.readouterr().out
+
+
+def test_mistakes_on_the_command_line_are_one_line(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, words in (
+        ([], "the following arguments are required: VERB"),
+        (["trian"], "argument VERB: invalid choice: 'trian'"),
+        (["train"], "the following arguments are required: RECIPE.yaml"),
+        (["train", "a.yaml", "--resum"], "recipe a.yaml: No such file"),
+        (["train", "a.yaml", "--fast"], "unrecognised argument '--fast'"),
+        (["export", "run", "seed=1"], "unrecognised argument 'seed=1'"),
+        (["list", "teacher"], "invalid choice: 'teacher' (choose from"),
+        (["teacher"], "the following arguments are required: VERB"),
+        (["teacher", "layers", "/none"], "teacher: '/none' is not a folder"),
+        (["train", "/none.yaml"], "recipe /none.yaml: No such file or directory"),
+        (["bench", "--batch", "many"], "argument --batch: invalid int value: 'many'"),
+        (["train", recipe, "train.steps"], "override 'train.steps': expected section.key=value"),
+        (["train", recipe, "seed=1", "--dry-run", "steps"], "unrecognised argument 'steps'"),
+    ):
+        assert words in refused(capsys, *arguments), arguments
+
+
+def test_options_and_overrides_come_in_any_order(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for order in (
+        ["train", "--dry-run", str(recipe), "seed=3"],
+        ["train", str(recipe), "--dry-run", "seed=3"],
+        ["train", str(recipe), "seed=3", "--dry-run"],
+    ):
+        assert main([*order, "train.steps=2", "train.arms=[scratch]"]) == 0
+        assert "seed: 3" in capsys.readouterr().out
+
+
+def test_an_interrupt_outside_of_training_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_list", stop)
+    assert main(["list"]) == 130
+    assert capsys.readouterr().err == "distill: stopped\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    code = "import sys; from distill.cli import main; sys.exit(main(['list']))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+    process.stderr.close()
+
+
+def test_list_shows_every_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for table in TABLES.values() for name in table)
+    assert main(["list", "policies"]) == 0
+    only = capsys.readouterr().out
+    assert "a2c" in only
+    assert "resnet18" not in only
+
+
+@pytest.mark.parametrize("table", [name for name in TABLES if name != "students"])
+def test_every_name_leads_to_something(table: str) -> None:
+    for name in TABLES[table]:
+        assert callable(resolve(table, name, "key"))
+
+
+def test_a_dry_run_shows_everything_and_trains_nothing(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "pairs:" in out  # the resolved recipe
+    assert "unlabelled_batch: 4" in out
+    assert "# data: shapes, 6 labelled and 12 unlabelled images of 32x32 px, 5 held out" in out
+    assert "#   layer3 (192, 2, 2) -> up_blocks.0 (16, 32, 32)  mse x 1" in out
+    assert "GFLOP an image" in out
+    assert "# scratch: 5 steps of" in out
+    assert "nothing was trained" in out
+    assert {path.name for path in recipe.parent.iterdir()} == {recipe.name}
+
+
+def test_a_dry_run_finds_what_a_run_would_stumble_over(
+    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for change, words in (
+        ("pairs.0.teacher=mid_blok", "did you mean 'mid_block'?"),
+        ("data.size=33", "an image of 33x33 does not fit this teacher"),
+        ("data.labelled=17", "1 to 16 of the training images"),
+        ("train.batch=1", "batch norm needs two images"),
+        ("evaluate.split=tset", "input should be 'train', 'val' or 'test'"),
+    ):
+        assert words in refused(capsys, "train", recipe, change, "--dry-run")
+
+
+def test_a_dry_run_says_that_the_run_exists(
+    stopped_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(stopped_run / "config.yaml")
+    assert main(["train", config, "--dry-run", "train.arms=[scratch]"]) == 0
+    assert f"# {stopped_run} exists: the run would need --resume" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_a_teacher_counts_its_parameters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ddpm.yaml"
+    path.write_text(
+        "data: {options: {size: 32, train: 3}}\n"
+        "unet: {block_out_channels: [8, 16]}\n"
+        "batch: 4\n"
+        f"output: {tmp_path / 'runs'}\n"
+    )
+    assert main(["teacher", "train", str(path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "# 3 images of 32x32 px, 0.0M parameters" in out
+    assert "nothing was trained" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_teacher_layers_are_a_table(
+    teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["teacher", "layers", str(teacher_folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
+    assert list(rows) == [
+        "conv_in", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1",
+    ]  # fmt: skip
+    assert rows["mid_block"][:2] == ["16", "2"]
+    assert rows["conv_in"][:2] == ["8", "1"]
+    assert lines[-1] == "images of 32 px, timesteps 0 to 999"
+    assert main(["teacher", "layers", str(teacher_folder), "--size", "33"]) == 2

@@ -1,0 +1,135 @@
+"""What the losses of a step are made of, and whose labels they see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.build import build_accelerator, build_training_set
+from distill.config import RunConfig
+from distill.train import Trainer, batches
+
+Load = Callable[..., RunConfig]
+
+
+def build(config: RunConfig) -> Trainer:
+    data = build_training_set(config.data)
+    return Trainer(config, "distilled", data, build_accelerator(config.device))
+
+
+def steps(trainer: Trainer, count: int = 1) -> list[Any]:
+    """The losses of the next steps."""
+    stream = batches(trainer)
+    return [trainer.train_step(*next(stream)) for _ in range(count)]
+
+
+HIDDEN_LABELS = '''
+import torch
+from distill.benchmarks.shapes import Shapes
+
+class Hidden(Shapes):
+    """Shapes whose masks are nonsense but for the visible ones."""
+
+    def __init__(self, root, *, visible, **options):
+        super().__init__(root, **options)
+        self.visible = visible
+
+    def dataset(self, split):
+        scenes, visible = super().dataset(split), self.visible
+
+        class Masked:
+            def __len__(self):
+                return len(scenes)
+
+            def __getitem__(self, index):
+                image, mask = scenes[index]
+                return image, mask if index in visible else torch.full_like(mask, 6)
+
+        return Masked()
+'''
+
+
+def test_labels_of_unlabelled_images_are_never_read(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hidden_labels.py").write_text(HIDDEN_LABELS)
+    monkeypatch.syspath_prepend(tmp_path)
+    visible = build_training_set(load().data).labelled_indices
+    other = f"data.options.visible={visible}"
+    runs = [build(load()), build(load("data.benchmark=hidden_labels:Hidden", other))]
+    first, second = (steps(trainer, 3) for trainer in runs)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    states = [trainer.state()["distiller"] for trainer in runs]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_unlabelled_images_contribute_the_feature_loss_only(load: Load) -> None:
+    # A ViT, whose images do not see each other as those of a batch norm do.
+    config = load(
+        "student={model: test_vit}",
+        "pairs.0.student=blocks.3",
+        "pairs.0.standardise=false",
+        "policy.name=fixed",
+    )
+    labelled, targets, unlabelled = next(batches(build(config)))
+    assert unlabelled is not None
+    noise = torch.rand(unlabelled.shape, generator=torch.Generator().manual_seed(0))
+    first, second, alone = (
+        build(config).train_step(labelled, targets, more) for more in (unlabelled, noise, None)
+    )
+    assert first.task == pytest.approx(alone.task.item(), abs=1e-6)
+    assert first.task == pytest.approx(second.task.item(), abs=1e-6)
+    assert first.feature != pytest.approx(second.feature.item(), rel=1e-3)
+    assert torch.allclose(first.rewards, second.rewards)
+    assert (len(first.rewards), len(first.bins), len(alone.bins)) == (4, 8, 4)
+
+
+def test_unlabelled_examples_come_without_label(load: Load) -> None:
+    data = build_training_set(load().data)
+    assert {data.unlabelled.examples[index][1] for index in data.unlabelled_indices} == {255}
+    assert len(data.unlabelled_indices) == 12
+
+
+def test_the_policy_learns_from_the_labelled_images(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[tuple[Tensor, ...]] = []
+    trainer = build(load())
+    assert trainer.policy is not None
+    monkeypatch.setattr(trainer.policy, "learn", lambda *given: learned.append(given[:3]))
+    losses = steps(trainer)[0]
+    context, bins, rewards = learned[0]
+    assert torch.equal(context, losses.context[:4])
+    assert torch.equal(bins, losses.bins[:4])
+    assert torch.equal(rewards, losses.rewards)
+    assert not torch.equal(losses.context[:4], losses.context[4:])
+
+
+def test_the_total_is_the_weighted_sum(load: Load) -> None:
+    config = load(
+        "train.feature_weight=0.5",
+        "pairs=[{student: layer3, teacher: mid_block, weight: 3}]",
+    )
+    single = load("pairs=[{student: layer3, teacher: mid_block}]")
+    weighted, plain = steps(build(config))[0], steps(build(single))[0]
+    assert weighted.feature.item() == pytest.approx(3 * plain.feature.item(), rel=1e-6)
+    expected = weighted.task + 0.5 * weighted.feature + weighted.reward_head
+    assert weighted.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert weighted.reward_head.item() == pytest.approx(-weighted.rewards.mean().item(), rel=1e-6)
+
+
+def test_every_pair_adds_its_loss(load: Load) -> None:
+    one = "{student: layer2, teacher: up_blocks.0, loss: cosine, standardise: false}"
+    two = "{student: layer3, teacher: mid_block, loss: mse, pooled: true}"
+    both, first, second = (
+        steps(build(load(f"pairs=[{pairs}]", "policy.name=fixed")))[0].feature.item()
+        for pairs in (f"{one}, {two}", one, two)
+    )
+    assert first != second
+    # Not exactly: the projectors are drawn one after the other.
+    assert both == pytest.approx(first + second, rel=0.2)

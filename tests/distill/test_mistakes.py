@@ -1,0 +1,189 @@
+"""What a user may get wrong in a recipe or its data: one line that names it, and exit code 2."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill import checkpoint
+from distill.cli import main
+from distill.train import checkpoint_path
+
+Refuse = Callable[..., str]
+
+
+def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refuse) -> None:
+    before = {path: path.read_bytes() for path in stopped_run.rglob("*") if path.is_file()}
+    line = refuse("train", stopped_run / "config.yaml")
+    assert line == f"run folder {stopped_run} exists; go on with --resume, or give another name="
+    assert {p: p.read_bytes() for p in stopped_run.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("data.benchmark=shape", "data.benchmark: unknown name 'shape'; did you mean 'shapes'?"),
+        ("data.options={sizee: 32}", "unknown key 'data.options.sizee'; did you mean 'size'?"),
+        ("data.options={size: big}", "data.options: shapes with {'size': 'big'}: "),
+        ("data.options={size: 20}", "data.options.size: shapes are drawn at 32 to 128 px, not 20"),
+        ("data.labelled=17", "data.labelled: 1 to 16 of the training images, not 17"),
+        ("data.unlabelled=17", "data.unlabelled: 17 of 16 training images"),
+        ("data.benchmark=camvid", "unknown key 'data.options.size'; there are none"),
+        ("data.benchmark=nothing:Here", "data.benchmark: 'nothing:Here' cannot be imported"),
+        ("data.benchmark=distill.losses:Here", "module 'distill.losses' has no 'Here'"),
+        ("data.benchmark=:Here", "data.benchmark: ':Here' cannot be imported"),
+        ("data={benchmark: folder, root: /none, options: {num_classes: 2}}", "no folder /none"),
+        ("data={benchmark: cifar10, root: /none}", "/none"),
+        ("teacher.path=/none", "teacher: '/none' is not a folder"),
+        ("teacher.name=unet", "teacher.name: unknown name 'unet'"),
+        ("teacher.options={revisoin: 1}", "unknown key 'teacher.options.revisoin'; did you mean"),
+        ("teacher.options={layers: []}", "unknown key 'teacher.options.layers'"),
+        ("pairs.0.teacher=up_blok.0", "layer 'up_blok.0' is not in this teacher; did you mean"),
+        ("policy.reward_layer=mid_blok", "layer 'mid_blok' is not in this teacher; did you mean"),
+        ("pairs.0.student=layer9", "layer 'layer9' is not a feature map of 'test_resnet'; did"),
+        ("pairs.0.loss=msee", "pairs.0: no feature loss 'msee'; did you mean 'mse'?"),
+        ("pairs.0.options={beta: 2}", "pairs.0: feature loss 'mse' has no option 'beta'"),
+        ("student.model=test_resnt", "timm has no model 'test_resnt'; did you mean 'test_resnet'?"),
+        ("student.kwargs={foo: 1}", "student: 'test_resnet' does not take {'foo': 1}"),
+        ("student.head_layers=[layer9]", "layer 'layer9' is not a feature map"),
+        ("policy.name=a2", "policy.name: unknown name 'a2'; did you mean 'a2c'?"),
+        ("policy.options={rate: 1}", "policy: A2CPolicy has no option 'rate'"),
+        ("policy.bins=1000", "policy: 1000 timestep bins do not fit"),
+        ("policy.highest=1000", "policy: timesteps from 0 to 1000 are no range within 0..999"),
+        ("data.size=33", "an image of 33x33 does not fit this teacher"),
+        ("teacher.image_size=[32, 33]", "an image of 32x33 does not fit this teacher"),
+        ("data.size=16", "'test_resnet' cannot take images of 16x16 px: each side must be"),
+        ("train.batch=1", "train.batch: 1 is too small: batch norm needs two images"),
+        ("train.finetune_steps=6", "train.finetune_steps: 6 of train.steps 5"),
+        ("train.schedule=distill_then_finetune", "train.finetune_steps: distill_then_finetune"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(
+    recipe: Path, refuse: Refuse, change: str, words: str
+) -> None:
+    changes = [change, "policy.highest=900"] if change == "policy.bins=1000" else [change]
+    assert words in refuse("train", recipe, *changes)
+    # Mistakes show before there is a folder, so that the mended run keeps its name.
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_a_batch_too_small_for_the_loss_is_named(recipe: Path, refuse: Refuse) -> None:
+    small = ["train.batch=2", "train.unlabelled_batch=0", "pairs.0.loss=rkd"]
+    assert "feature loss 'rkd' compares the images of a batch: it needs 3 or more, not 2" in refuse(
+        "train", recipe, *small
+    )
+
+
+def test_images_without_labels_are_no_benchmark_to_score(
+    recipe: Path, folder: Path, refuse: Refuse
+) -> None:
+    line = refuse("train", recipe, f"data={{benchmark: images, root: {folder}}}")
+    assert "data.benchmark: 'images' has no labels" in line
+    assert "use it for `distill teacher train`" in line
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_the_run_can_go_on(
+    recipe: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipe.parent / "own_wild.py").write_text(
+        "calls = 0\n"
+        "def wild(student, teacher):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    loss = (student - teacher).square().mean(dim=(1, 2, 3))\n"
+        "    return loss * float('nan') if calls == 4 else loss\n"
+    )
+    monkeypatch.syspath_prepend(recipe.parent)
+    arguments = ["train", str(recipe), "pairs.0.loss=own_wild:wild", "train.arms=[distilled]"]
+    assert refuse(*arguments) == (
+        "distilled: the feature loss is not finite at step 3; the last checkpoint is intact; "
+        "try a smaller train.lr, or train.precision=no"
+    )
+    run = recipe.parent / "runs" / "tiny"
+    assert checkpoint.load(checkpoint_path(run, "distilled"))["step"] == 2
+    assert main([*arguments, "--resume"]) == 0
+
+
+def test_a_missing_gpu_is_named(
+    recipe: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refuse("train", recipe, "device=cuda")
+    assert line == "device: cuda was asked for, but torch sees no GPU; use device=cpu or auto"
+
+
+def test_a_hub_that_cannot_be_reached_asks_for_a_folder(
+    recipe: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = refuse("train", recipe, "teacher.path=distill-tests/no-such-teacher")
+    assert "'distill-tests/no-such-teacher' is neither a folder here nor to be had" in line
+    assert "give a local folder" in line
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve images of 32 px with masks of two classes, in the layout of `folder`."""
+    root = tmp_path / "mine"
+    random = np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    names = [f"photo{number}" for number in range(12)]
+    for name in names:
+        image = random.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(image).save(root / "images" / f"{name}.png")
+        Image.fromarray((image[..., 0] > 127).astype(np.uint8)).save(root / "masks" / f"{name}.png")
+    (root / "train.txt").write_text("\n".join(names[:8]))
+    (root / "test.txt").write_text("\n".join(names[8:]))
+    return root
+
+
+def of_folder(recipe: Path, root: Path) -> list[str]:
+    data = f"data={{benchmark: folder, root: {root}, options: {{classes: [off, on]}}}}"
+    return ["train", str(recipe), data, "train.arms=[scratch]"]
+
+
+def test_ones_own_images_and_masks_train(recipe: Path, folder: Path) -> None:
+    assert main(of_folder(recipe, folder)) == 0
+    summary = json.loads((recipe.parent / "runs" / "tiny" / "summary.json").read_text())
+    assert set(summary["metrics"]["scratch"]["iou"]) == {"off", "on"}
+
+
+def test_images_without_a_mask_serve_unlabelled(
+    recipe: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "images" / "bare.png")
+    assert main([*of_folder(recipe, folder), "--dry-run"]) == 0
+    # Of the eight listed, one is held out for validation.
+    assert "# data: folder, 7 labelled and 8 unlabelled images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("photo", ["photo0", "photo11"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("image", "images/{}.png: does not decode"),
+        ("size", "masks/{}.png: mask of 16x16 px, its image has 32x32"),
+        ("value", "masks/{}.png: mask value 7 is not a class; allowed: 0, 1, 255"),
+        ("colours", "masks/{}.png: a mask has one channel"),
+        ("missing", "{}.png has no mask file"),
+    ],
+)
+def test_a_damaged_file_is_named_in_training_and_in_evaluation(
+    recipe: Path, folder: Path, refuse: Refuse, damage: str, words: str, photo: str
+) -> None:
+    image, mask = folder / "images" / f"{photo}.png", folder / "masks" / f"{photo}.png"
+    if damage == "image":
+        image.write_bytes(image.read_bytes()[:60])
+    elif damage == "missing":
+        mask.unlink()
+    else:
+        shape = {"size": (16, 16), "value": (32, 32), "colours": (32, 32, 3)}[damage]
+        Image.fromarray(np.full(shape, 7, dtype=np.uint8)).save(mask)
+    assert words.format(photo) in refuse(*of_folder(recipe, folder))
