@@ -94,24 +94,18 @@ def _upsampling(size: int, cells: int) -> Array:
 
 
 def _texture(generator: np.random.Generator, size: int) -> Array:
-    """(size, size, 3) in [0, 1]: two colours mixed by soft noise, stripes or checks."""
+    """(size, size, 3) in [0, 1]: two colours mixed by soft noise or by stripes."""
     colour, other = generator.random((2, 3), dtype=np.float32)
-    kind, angle, phase = generator.integers(3), generator.random() * np.pi, generator.random()
-    frequency = 3.0 + 4.0 * generator.random()
-    knots = generator.random((6, 6), dtype=np.float32)
-    noise = _upsampling(size, 6) @ knots @ _upsampling(size, 6).T
-    x, y = _grid(size)
-    u = np.cos(angle) * x + np.sin(angle) * y
-    v = np.cos(angle) * y - np.sin(angle) * x
-    waves = np.sin(2 * np.pi * (frequency * u + phase))
-    if kind == 0:
-        mix = noise
-    elif kind == 1:
-        mix = 0.5 + 0.5 * waves
-    else:
-        mix = 0.5 + 0.5 * waves * np.sin(2 * np.pi * frequency * v)
-    blend: Array = colour + 0.5 * mix[..., None] * (other - colour)
-    return np.clip(blend * (0.8 + 0.4 * noise[..., None]), 0.0, 1.0)
+    striped, angle, phase = generator.random() < 0.5, generator.random() * np.pi, generator.random()
+    frequency = 2.0 + 3.0 * generator.random()
+    knots = generator.random((4, 4), dtype=np.float32)
+    mix = _upsampling(size, 4) @ knots @ _upsampling(size, 4).T
+    if striped:
+        x, y = _grid(size)
+        along = np.cos(angle) * x + np.sin(angle) * y
+        mix = 0.5 + 0.5 * np.sin(2 * np.pi * (frequency * along + phase))
+    blend: Array = colour + 0.4 * mix[..., None] * (other - colour)
+    return blend
 
 
 def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
@@ -124,7 +118,7 @@ def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
     for _ in range(int(generator.integers(2, 5))):
         form = int(generator.integers(len(forms)))
         centre = 0.15 + 0.7 * generator.random(2)
-        radius = 0.15 + 0.13 * generator.random()
+        radius = 0.17 + 0.13 * generator.random()
         angle = 2 * np.pi * generator.random()
         texture = _texture(generator, size)
         dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
@@ -134,7 +128,7 @@ def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
         cover = np.clip(0.5 - pixels, 0.0, 1.0)[..., None]
         image = cover * texture + (1.0 - cover) * image
         mask[pixels < 0] = form + 1
-    image = image + 0.02 * generator.standard_normal((size, size, 3), dtype=np.float32)
+    image = image + 0.01 * generator.standard_normal((size, size, 3), dtype=np.float32)
     return Scene(np.clip(image, 0.0, 1.0).astype(np.float32), mask)
 
 

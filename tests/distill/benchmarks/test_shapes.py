@@ -23,7 +23,7 @@ CLASS = {name: number for number, name in enumerate(Shapes.class_names)}
 class Script:
     """Stands in for the random generator: the given forms, at the centre.
 
-    Every single number drawn is `draw`: a radius of 0.15 + 0.13 draw of the image's side, turned by
+    Every single number drawn is `draw`: a radius of 0.17 + 0.13 draw of the image's side, turned by
     `draw` of a circle.
     """
 
@@ -54,21 +54,21 @@ ROWS, COLUMNS = np.mgrid[0:100, 0:100] + 0.5 - 50  # of the pixel centres, from 
 def test_a_square_covers_the_pixels_whose_centres_lie_inside(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Half a side of 0.8 x 21.5 px: from 32.8 to 67.2, so the centres 33.5 to 66.5.
+    # Half a side of 0.8 x 23.5 px: from 31.2 to 68.8, so the centres 31.5 to 68.5.
     expected = np.zeros((100, 100), dtype=np.uint8)
-    expected[33:67, 33:67] = CLASS["square"]
+    expected[31:69, 31:69] = CLASS["square"]
     assert np.array_equal(scripted(monkeypatch, "square"), expected)
 
 
 def test_an_object_is_turned_about_its_centre(monkeypatch: pytest.MonkeyPatch) -> None:
-    # On its corner: half a diagonal of 0.8 x 16.625 px x sqrt(2).
-    inside = np.abs(ROWS) + np.abs(COLUMNS) < 0.8 * 16.625 * 2**0.5
+    # On its corner: half a diagonal of 0.8 x 18.625 px x sqrt(2).
+    inside = np.abs(ROWS) + np.abs(COLUMNS) < 0.8 * 18.625 * 2**0.5
     expected = np.where(inside, CLASS["square"], 0)
     assert np.array_equal(scripted(monkeypatch, "square", draw=0.125), expected)
 
 
 def test_a_disc_covers_the_pixels_whose_centres_lie_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = np.where(np.hypot(ROWS, COLUMNS) < 0.9 * 21.5, CLASS["disc"], 0)
+    expected = np.where(np.hypot(ROWS, COLUMNS) < 0.9 * 23.5, CLASS["disc"], 0)
     assert np.array_equal(scripted(monkeypatch, "disc"), expected)
 
 
@@ -106,8 +106,8 @@ def test_object_and_background_mix_at_the_outline_only(monkeypatch: pytest.Monke
     monkeypatch.setattr(np.random, "default_rng", lambda key: Script(["square"], 0.5))
     image, mask = draw_scene(0, "train", 0, 100)
     assert image[:, :, 0][mask > 0].min() >= 0.5 >= image[:, :, 0][mask == 0].max()
-    assert np.allclose(image[34:66, 34:66], 0.8)
-    image[32:68, 32:68] = 0.2
+    assert np.allclose(image[32:68, 32:68], 0.8)
+    image[30:70, 30:70] = 0.2
     assert np.allclose(image, 0.2)
 
 
