@@ -15,8 +15,8 @@ from torch import Tensor
 
 from distill import checkpoint, plots
 from distill.benchmarks import Benchmark, Examples
-from distill.build import TrainingSet, build_accelerator, build_training_set
-from distill.config import Arm, RunConfig
+from distill.build import build_accelerator, build_training_set
+from distill.config import RunConfig
 from distill.data import Resized, as_float
 from distill.errors import Interrupted, UserError
 from distill.evaluate import evaluate, predicted_classes
@@ -56,7 +56,8 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     validation = held_out
     if config.train.evaluate_every:
         validation = held_out_examples(config, data.benchmark, data.size, "val")
-    trainers = _first_trainer(config, data, accelerator)  # mistakes show before a folder is made
+    first = config.train.arms[0]  # built before there is a folder: its mistakes leave none behind
+    trainers = {first: Trainer(config, first, data, accelerator)}
     if accelerator.is_main_process:
         open_run_folder(folder, resume)
         checkpoint.write_text(folder / "config.yaml", to_yaml(config))
@@ -163,13 +164,6 @@ def _observe(trainer: Trainer, log: RunLog | None, examples: Examples) -> None:
                 [image, torch.nn.functional.interpolate(mask[None], image.shape[-2:])[0]]
             )
             log.images(trainer.step, f"predictions/{index}", shown)
-
-
-def _first_trainer(
-    config: RunConfig, data: TrainingSet, accelerator: Accelerator
-) -> dict[Arm, Trainer]:
-    arm = config.train.arms[0]
-    return {arm: Trainer(config, arm, data, accelerator)}
 
 
 def _check_unchanged(config: RunConfig, path: Path) -> None:
