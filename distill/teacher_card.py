@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -59,6 +60,9 @@ def teacher_card(
         parameters: Of the network.
         hardware: The machine in words.
     """
+    # Where its maker kept data and runs tells nobody anything.
+    data = dataclasses.replace(config.data, root=None)
+    recipe = dataclasses.replace(config, data=data, output="runs")
     losses = [row["loss/denoising"] for row in read_metrics(folder)]
     late = losses[-max(1, len(losses) // 10) :]
     return CARD.format(
@@ -77,5 +81,5 @@ def teacher_card(
         commit=commit(),
         hardware=hardware,
         sha256=hashlib.sha256((folder / "pipeline" / WEIGHTS).read_bytes()).hexdigest(),
-        recipe=to_yaml(config),
+        recipe=to_yaml(recipe),
     )
