@@ -56,7 +56,7 @@ def test_two_processes_train_one_student(recipe: Path, tmp_path: Path) -> None:
     assert ended.stdout.count("mIoU distilled") == 1
     assert ended.stderr.count("distilled 5/5") == 1
     trained, scored = (
-        [torch.load(tmp_path / f"{what}{rank}.pt") for rank in (0, 1)]
+        [torch.load(tmp_path / f"{what}{rank}.pt", weights_only=True) for rank in (0, 1)]
         for what in ("trained", "scored")
     )
     assert trained[0]["step"] == 5
