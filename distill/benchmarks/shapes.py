@@ -1,7 +1,8 @@
 """`shapes`: the embedded benchmark, textured scenes drawn on the fly from (seed, index).
 
-A scene holds several overlapping objects. The class of an object is its form: the colours and
-textures of all objects and of the background come from one family, so that nothing else tells.
+A scene holds several overlapping objects, upright up to a tilt. The class of an object is its
+form: the colours and textures of all objects and of the background come from one family, so that
+nothing else tells.
 The scene is drawn from parameters that do not know the image size: the same index at 32 and at
 64 px is the same scene.
 """
@@ -109,17 +110,17 @@ def _texture(generator: np.random.Generator, size: int) -> Array:
 
 
 def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
-    """Draw scene `index` of a split: 2 to 4 objects, painted one over the other."""
+    """Draw scene `index` of a split: 2 or 3 objects, painted one over the other."""
     generator = np.random.default_rng([seed, SPLITS[split], index])
     image = _texture(generator, size)
     mask = np.zeros((size, size), dtype=np.uint8)
     x, y = _grid(size)
     forms = list(FORMS.values())
-    for _ in range(int(generator.integers(2, 5))):
+    for _ in range(int(generator.integers(2, 4))):
         form = int(generator.integers(len(forms)))
-        centre = 0.15 + 0.7 * generator.random(2)
-        radius = 0.17 + 0.13 * generator.random()
-        angle = 2 * np.pi * generator.random()
+        centre = 0.2 + 0.6 * generator.random(2)
+        radius = 0.2 + 0.12 * generator.random()
+        angle = np.pi / 9 * (2 * generator.random() - 1)  # tilted by up to 20 degrees
         texture = _texture(generator, size)
         dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
         turned_x = (np.cos(angle) * dx + np.sin(angle) * dy).astype(np.float32)

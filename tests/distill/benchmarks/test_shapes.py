@@ -23,8 +23,8 @@ CLASS = {name: number for number, name in enumerate(Shapes.class_names)}
 class Script:
     """Stands in for the random generator: the given forms, at the centre.
 
-    Every single number drawn is `draw`: a radius of 0.17 + 0.13 draw of the image's side, turned by
-    `draw` of a circle.
+    Every single number drawn is `draw`: a radius of 0.2 + 0.12 draw of the image's side, tilted by
+    40 (draw - 0.5) degrees.
     """
 
     def __init__(self, forms: Sequence[str], draw: float) -> None:
@@ -54,21 +54,24 @@ ROWS, COLUMNS = np.mgrid[0:100, 0:100] + 0.5 - 50  # of the pixel centres, from 
 def test_a_square_covers_the_pixels_whose_centres_lie_inside(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Half a side of 0.8 x 23.5 px: from 31.2 to 68.8, so the centres 31.5 to 68.5.
+    # Half a side of 0.8 x 26 px: from 29.2 to 70.8, so the centres 29.5 to 70.5.
     expected = np.zeros((100, 100), dtype=np.uint8)
-    expected[31:69, 31:69] = CLASS["square"]
+    expected[29:71, 29:71] = CLASS["square"]
     assert np.array_equal(scripted(monkeypatch, "square"), expected)
 
 
-def test_an_object_is_turned_about_its_centre(monkeypatch: pytest.MonkeyPatch) -> None:
-    # On its corner: half a diagonal of 0.8 x 18.625 px x sqrt(2).
-    inside = np.abs(ROWS) + np.abs(COLUMNS) < 0.8 * 18.625 * 2**0.5
+def test_an_object_is_tilted_about_its_centre(monkeypatch: pytest.MonkeyPatch) -> None:
+    # By all of 20 degrees, at the largest radius of 32 px; (x, y) of a corner turns with it.
+    turn = np.deg2rad(20.0)
+    along = np.cos(turn) * COLUMNS + np.sin(turn) * ROWS
+    across = np.cos(turn) * ROWS - np.sin(turn) * COLUMNS
+    inside = np.maximum(np.abs(along), np.abs(across)) < 0.8 * 32
     expected = np.where(inside, CLASS["square"], 0)
-    assert np.array_equal(scripted(monkeypatch, "square", draw=0.125), expected)
+    assert np.array_equal(scripted(monkeypatch, "square", draw=1.0), expected)
 
 
 def test_a_disc_covers_the_pixels_whose_centres_lie_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = np.where(np.hypot(ROWS, COLUMNS) < 0.9 * 23.5, CLASS["disc"], 0)
+    expected = np.where(np.hypot(ROWS, COLUMNS) < 0.9 * 26, CLASS["disc"], 0)
     assert np.array_equal(scripted(monkeypatch, "disc"), expected)
 
 
@@ -76,7 +79,7 @@ def test_the_later_object_covers_the_earlier(monkeypatch: pytest.MonkeyPatch) ->
     mask = scripted(monkeypatch, "square", "cross")
     assert mask[50, 50] == CLASS["cross"]
     assert mask[36, 36] == CLASS["square"]
-    assert mask[50, 30] == CLASS["cross"]  # an arm that reaches beyond the square
+    assert mask[50, 26] == CLASS["cross"]  # an arm that reaches beyond the square
     assert mask[20, 20] == CLASS["background"]
 
 
@@ -106,8 +109,8 @@ def test_object_and_background_mix_at_the_outline_only(monkeypatch: pytest.Monke
     monkeypatch.setattr(np.random, "default_rng", lambda key: Script(["square"], 0.5))
     image, mask = draw_scene(0, "train", 0, 100)
     assert image[:, :, 0][mask > 0].min() >= 0.5 >= image[:, :, 0][mask == 0].max()
-    assert np.allclose(image[32:68, 32:68], 0.8)
-    image[30:70, 30:70] = 0.2
+    assert np.allclose(image[30:70, 30:70], 0.8)
+    image[28:72, 28:72] = 0.2
     assert np.allclose(image, 0.2)
 
 
