@@ -30,7 +30,7 @@ from distill.tracking import commit, hardware
 from distill.train import Trainer
 from rl_policy.protocol import TimestepPolicy
 from rl_policy.reward import TeacherTaskReward
-from teachers.diffusers_unet import DiffusersUNet
+from teachers.diffusion import DiffusionTeacher
 
 # The published configuration of google/ddpm-cifar10-32 (Ho et al. 2020, 35.7M parameters).
 CIFAR10_DDPM = {
@@ -60,24 +60,24 @@ SCHEDULE = {
 class WholeTeacher:
     """The naive way to a feature map: a hook, and the complete forward pass for its sake."""
 
-    def __init__(self, teacher: DiffusersUNet) -> None:
+    def __init__(self, teacher: DiffusionTeacher) -> None:
         self.teacher = teacher
 
     @torch.no_grad()
     def features(
         self, images: Tensor, timesteps: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """As `DiffusersUNet.features` gives them."""
+        """As `DiffusionTeacher.features` gives them."""
         maps: dict[str, Tensor] = {}
         layer = self.teacher.layers[0]
         noise = torch.randn(images.shape, generator=generator, device=generator.device)
         x = self.teacher.noise_schedule.add_noise(
             2 * images - 1, noise.to(images.device), timesteps
         )
-        handle = self.teacher.unet.get_submodule(layer).register_forward_hook(
+        handle = self.teacher.network.get_submodule(layer).register_forward_hook(
             lambda module, inputs, output: maps.update({layer: output})
         )
-        self.teacher.unet(x, timesteps.to(x.device))
+        self.teacher.network(x, timesteps.to(x.device))
         handle.remove()
         return maps
 
@@ -131,7 +131,7 @@ def bench(*, batch: int, rounds: int, layer: str, out: str | None) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         config = _config(Path(scratch), batch, layer)
         ours, naive = _trainer(config), _trainer(_naive(config))
-    assert isinstance(naive.teacher, DiffusersUNet)
+    assert isinstance(naive.teacher, DiffusionTeacher)
     used, whole = naive.teacher.flops(32)
     naive.teacher = WholeTeacher(naive.teacher)  # type: ignore[assignment]
     assert ours.policy is not None

@@ -67,8 +67,8 @@ def check_options(
 ) -> None:
     """Refuse options that `factory` does not take by keyword, or that are `given` to it anyway."""
     parameters = inspect.signature(factory).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return
+    if not given and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return  # with `given` they are what its `**` takes
     known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(given)
     for option in options:
         if option not in known:
@@ -154,12 +154,15 @@ def build_teacher(config: RunConfig, random_weights: int | None = None) -> Teach
     factory = resolve("teachers", teacher.name, "teacher.name")
     layers = dict.fromkeys(pair.teacher for pair in config.pairs)
     layers.setdefault(reward_layer(config))
+    average = teacher.input if isinstance(teacher.input, dict) else None
     given = {
         "layers": list(layers),
-        "input": teacher.input,
+        "input": "noised" if average else teacher.input,
+        "draws": average["average"] if average else 1,
         "image_size": teacher.image_size,
         "dtype": getattr(torch, teacher.dtype),
         "random_weights": teacher.random_weights if random_weights is None else random_weights,
+        "compile": teacher.compile,
     }
     check_options(teacher.options, factory, "teacher.options", given)
     with blame("teacher"):

@@ -53,12 +53,15 @@ class TeacherConfig:
     """A name of `distill list teachers`, or `module:attribute`."""
     path: str = "teachers/pretrained/shapes"
     """A local diffusers folder (relative to here or to the checkout), or a hub id."""
-    input: Literal["noised", "clean"] = "noised"
-    """What the teacher sees: x_t, or the image itself beside t (as the official RepFusion code)."""
+    input: Literal["noised", "clean"] | dict[Literal["average"], Count] = "noised"
+    """What the teacher sees: x_t, or the image itself beside t (as the official RepFusion code).
+    `{average: n}`: x_t, and the features are the mean over n draws of the noise."""
     image_size: HeightWidth | None = None
     """Images are resized to this for the teacher; by default they keep their size."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the teacher's forward pass."""
+    compile: bool = False
+    """Compile the teacher with `torch.compile`; slow to start, faster on a GPU."""
     random_weights: int | None = None
     """Seed of fresh random weights instead of the trained ones: the control."""
     options: Options = Field(default_factory=dict)

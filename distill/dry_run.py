@@ -14,7 +14,8 @@ from distill.recipe import to_yaml
 from distill.run import check_schedule, held_out_examples
 from distill.teach import TeacherTraining
 from distill.train import Trainer, batches
-from teachers import anatomy, loading
+from teachers.diffusers_unet import PixelUNet
+from teachers.diffusion import layer_table
 
 
 def dry_run(config: RunConfig) -> str:
@@ -78,15 +79,16 @@ def teacher_dry_run(config: TeacherTrainConfig) -> str:
 def teacher_layers(path: str, size: int | None) -> str:
     """A table of a UNet's blocks: channels, reduction, share of a forward pass spent by then."""
     with blame("teacher"):
-        folder = loading.locate(embedded(path))
-        config, schedule = loading.read_config(folder.unet), loading.load_schedule(folder.scheduler)
-        side = size or config["sample_size"]
+        family = PixelUNet(embedded(path))
+        side = size or family.config["sample_size"]
         if side is None:
             raise UserError(f"{path}: its config names no sample_size; give --size")
-        table = anatomy.layer_table(config, side)
+        table = layer_table(family, side)
     lines = [f"{'layer':16} {'channels':>8} {'reduction':>9} {'cost until here':>15}"]
     lines += [f"{row.name:16} {row.channels:8} {row.reduction:9} {row.cost:15.0%}" for row in table]
-    return "\n".join([*lines, f"images of {side} px, timesteps 0 to {len(schedule) - 1}"])
+    return "\n".join(
+        [*lines, f"images of {side} px, timesteps 0 to {len(family.noise_schedule) - 1}"]
+    )
 
 
 def _pairs(trainer: Trainer) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from distill.errors import UserError, nearest
 
 TABLES: dict[str, dict[str, str]] = {
-    "teachers": {"diffusers_unet": "teachers.diffusers_unet:DiffusersUNet"},
+    "teachers": {"diffusers_unet": "teachers.diffusers_unet:diffusers_unet"},
     "students": {
         "resnet18": "timm:resnet18",
         "resnet50": "timm:resnet50",

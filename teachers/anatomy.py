@@ -1,4 +1,4 @@
-"""What is inside a UNet: the layers a user may name, their shapes, and what each costs.
+"""What is inside a network: the layers a user may name, their shapes, and what each costs.
 
 All of it is read from one forward pass on torch's meta device: exact shapes and multiply-adds of
 any architecture, without weights, memory or arithmetic.
@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-BLOCK = re.compile(r"conv_in|mid_block|(down|up)_blocks\.\d+")
+from teachers.tap import first_tensor
+
+BLOCK = re.compile(r"conv_in|mid_block|middle_block|layer\d+|(\w*blocks|stages)\.\d+")
 
 
 class TracedLayer(NamedTuple):
     """One call of one module, in the order in which they finish.
 
     Attributes:
-        name: the module's name in the UNet.
-        shape: of its (first) output tensor, for a batch of one.
+        name: the module's name in the network.
+        shape: of its feature map, for a batch of one; of another output that of its first tensor.
         flops: spent from the start of the forward pass until it is done; two a multiply-add.
     """
 
@@ -39,7 +39,7 @@ class LayerInfo(NamedTuple):
     Attributes:
         name: to be used in a recipe.
         channels: of its map.
-        reduction: side of the UNet's input over the side of the map.
+        reduction: side of the image over the side of the map.
         cost: share in 0..1 of the forward's multiply-adds spent until the layer is done.
     """
 
@@ -47,11 +47,6 @@ class LayerInfo(NamedTuple):
     channels: int
     reduction: int
     cost: float
-
-
-def first_tensor(output: Any) -> Any:
-    """A module's feature map: diffusers' down blocks answer (map, skip maps), most others a map."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -62,70 +57,57 @@ def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def total_reduction(config: Mapping[str, Any]) -> int:
-    """What both sides of an image must be a multiple of: each level but the last halves it."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
-
-
-def check_image_size(size: tuple[int, int], reduction: int) -> None:
-    """Refuse an image (height, width) that the UNet's halvings do not divide.
+def check_image_size(size: tuple[int, int], multiple: int) -> None:
+    """Refuse an image (height, width) whose sides are no multiples of what the network needs.
 
     Raises:
         ValueError: with the nearest size that would do.
     """
-    if any(side < reduction or side % reduction for side in size):
-        fit = [max(reduction, round(side / reduction) * reduction) for side in size]
+    if any(side < multiple or side % multiple for side in size):
+        fit = [max(multiple, round(side / multiple) * multiple) for side in size]
         raise ValueError(
-            f"an image of {size[0]}x{size[1]} does not fit this teacher, whose UNet reduces "
-            f"by {reduction}; {fit[0]}x{fit[1]} would do"
+            f"an image of {size[0]}x{size[1]} does not fit this teacher, which reduces "
+            f"by {multiple}; {fit[0]}x{fit[1]} would do"
         )
 
 
-def trace(config: Mapping[str, Any], image_size: int | Sequence[int]) -> list[TracedLayer]:
-    """Every module call of one forward pass of the UNet that `config` describes.
+def trace(
+    network: nn.Module, forward: Callable[[], Any], feature_map: Callable[[Any], Any]
+) -> list[TracedLayer]:
+    """Every module call of one forward pass.
 
-    Raises:
-        ValueError: the image size does not fit.
+    Args:
+        network: on the meta device; not used again by the caller.
+        forward: runs it once, for a batch of one.
+        feature_map: from a module's (first) output to its map, (1, C, h, w) where it has one.
     """
-    size = height_width(image_size)
-    check_image_size(size, total_reduction(config))
-    with torch.device("meta"):
-        unet = UNet2DModel.from_config(config)
-        images = torch.empty(1, unet.config["in_channels"], *size)
-        timesteps = torch.zeros(1, dtype=torch.int64)
     counter = FlopCounterMode(display=False)
     layers: list[TracedLayer] = []
 
-    def record(name: str, module: nn.Module) -> None:
+    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            output = first_tensor(output)
+            output = feature_map(first_tensor(output))
             if isinstance(output, Tensor):
                 layers.append(TracedLayer(name, tuple(output.shape), counter.get_total_flops()))
 
-        module.register_forward_hook(hook)
+        return hook
 
-    for name, module in unet.named_modules():
+    for name, module in network.named_modules():
         if name:
-            record(name, module)
-    with counter, torch.no_grad():
-        unet(images, timesteps)
+            module.register_forward_hook(record(name))
+    with counter:
+        forward()
     return layers
 
 
-def layer_table(config: Mapping[str, Any], image_size: int | Sequence[int]) -> list[LayerInfo]:
-    """The UNet's blocks in the order in which they run, for images of that size.
-
-    Raises:
-        ValueError: the image size does not fit.
-    """
-    layers = trace(config, image_size)
-    height, _ = height_width(image_size)
+def layer_table(layers: Sequence[TracedLayer], height: int) -> list[LayerInfo]:
+    """The network's blocks in the order in which they run. height: of the image, in pixels."""
     return [
         LayerInfo(
             layer.name, layer.shape[1], height // layer.shape[2], layer.flops / layers[-1].flops
         )
         for layer in layers
-        if BLOCK.fullmatch(layer.name)
+        if BLOCK.fullmatch(layer.name) and len(layer.shape) == 4
     ]
 
 

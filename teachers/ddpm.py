@@ -122,7 +122,7 @@ def save_pipeline(
     folder: str | os.PathLike[str],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a folder that `DDPMPipeline.from_pretrained` and `DiffusersUNet` load.
+    """Write a folder that `DDPMPipeline.from_pretrained` and `diffusers_unet` load.
 
     It is complete on disk before it takes its name; an older pipeline of that name is replaced, any
     other folder is left alone.

@@ -1,4 +1,4 @@
-"""Finding and reading a diffusers UNet and its scheduler, on disk or on the Hugging Face hub.
+"""Finding and reading diffusers models and schedulers, on disk or on the Hugging Face hub.
 
 Strict where diffusers is lenient (missing weights, NaN), silent where it chats, and every mistake
 is one line that names the file. Weights are safetensors, or a `.bin` that diffusers reads with
@@ -11,84 +11,65 @@ import hashlib
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import diffusers
 import torch
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.utils import logging as chatter
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from teachers.noise import NoiseSchedule
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
 WEIGHTS = (SAFETENSORS, f"{SAFETENSORS}.index.json", "diffusion_pytorch_model.bin")
-LOCAL_FOLDER = (
-    "a local folder written by DDPMPipeline.save_pretrained or UNet2DModel.save_pretrained"
-)
+LOCAL_FOLDER = "a local folder written by save_pretrained of a diffusers pipeline or model"
+
+Built = TypeVar("Built")
 
 
-class TeacherFolder(NamedTuple):
-    """Where the two halves of a teacher lie.
-
-    Attributes:
-        unet: folder of `config.json` and the weights.
-        scheduler: folder of `scheduler_config.json`.
-    """
-
-    unet: Path
-    scheduler: Path
-
-
-def locate(path: str, revision: str | None = None) -> TeacherFolder:
-    """Find a teacher's files.
+def pipeline_folder(
+    path: str, revision: str | None = None, components: Sequence[str] = ("",)
+) -> Path:
+    """The folder of a pipeline: the local one, or the hub's, fetched into its own cache.
 
     Args:
-        path: a pipeline folder (`unet/` and `scheduler/`, or both flat in it as in the first
-            pipelines on the hub), a UNet's folder with the scheduler in it or beside it, or a hub
-            id.
+        path: a folder, or a hub id.
         revision: branch, tag or commit, for a hub id.
+        components: the subfolders whose weights are needed; "" for the whole.
 
     Raises:
-        OSError: no such folder or file, or the hub cannot give it.
+        OSError: no such folder, or the hub cannot give it.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if folder.exists() or not HUB_ID.fullmatch(path):
             raise FileNotFoundError(f"{path!r} is not a folder; give {LOCAL_FOLDER}, or a hub id")
-        folder = download(path, revision)
-    folder = folder.resolve()
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    if not (unet / "config.json").is_file():
-        raise FileNotFoundError(f"{path!r} holds no {unet / 'config.json'}; give {LOCAL_FOLDER}")
-    for scheduler in (unet / "scheduler", unet, unet.parent / "scheduler", unet.parent):
-        if (scheduler / "scheduler_config.json").is_file():
-            return TeacherFolder(unet, scheduler)
-    raise FileNotFoundError(
-        f"no scheduler_config.json in {unet} or beside it, and a noise schedule cannot be guessed; "
-        f"save the one that the UNet was trained with: scheduler.save_pretrained({str(unet)!r})"
-    )
+        folder = download(path, revision, components)
+    return folder.resolve()
 
 
-def download(hub_id: str, revision: str | None) -> Path:
+def download(hub_id: str, revision: str | None, components: Sequence[str] = ("",)) -> Path:
     """Fetch configs and weights (safetensors where there are any) into the hub's own cache.
 
     Raises:
         OSError: offline and not in the cache, or no such repository or revision.
     """
 
-    def fetch(weights: str) -> Path:
-        patterns = ["*config.json", f"*{weights}"]
+    def fetch(suffix: str) -> Path:
+        weights = [f"{component and component + '/'}*{suffix}" for component in components]
+        patterns = ["*.json", "*.txt", "*tokenizer*/*", *weights]
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
 
     try:
-        folder = fetch(SAFETENSORS)
-        if not any(folder.rglob(SAFETENSORS)):
-            folder = fetch("diffusion_pytorch_model.bin")
+        folder = fetch(".safetensors")
+        if not any(folder.rglob("*.safetensors")):
+            folder = fetch(".bin")
     except (OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise OSError(
@@ -99,7 +80,9 @@ def download(hub_id: str, revision: str | None) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is not a JSON object."""
+    """Raises FileNotFoundError without the file, ValueError where it is not a JSON object."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; give {LOCAL_FOLDER}")
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -109,38 +92,40 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The architecture in `folder/config.json`, every key of `UNet2DModel` filled in.
+def without_bookkeeping(path: Path) -> dict[str, Any]:
+    """A config file less diffusers' own notes: its keys that begin with an underscore."""
+    return {key: value for key, value in read_json(path).items() if key[0] != "_"}
+
+
+def read_config(folder: Path, architecture: type[ModelMixin]) -> dict[str, Any]:
+    """The architecture in `folder/config.json`, every key of that class filled in.
 
     Raises:
-        ValueError: not an unconditional RGB `UNet2DModel`.
+        ValueError: of another class, or with values that the class does not take.
     """
     path = folder / "config.json"
     content = read_json(path)
-    kind = content.get("_class_name")
-    if kind != "UNet2DModel":
-        raise ValueError(f"{path} describes a {kind}; a teacher must be a UNet2DModel")
+    name = architecture.__name__
+    if content.get("_class_name") != name:
+        raise ValueError(
+            f"{path} describes a {content.get('_class_name')}; here it must be a {name}"
+        )
     try:
         with quiet(), torch.device("meta"):
-            known, _, _ = UNet2DModel.extract_init_dict(content)
-            config = dict(UNet2DModel(**known).config)
+            known, _, _ = architecture.extract_init_dict(content)
+            config = dict(architecture(**known).config)
     except (TypeError, ValueError, AttributeError) as error:
         reason = textwrap.shorten(str(error), 200)
-        raise ValueError(f"{path} does not describe a UNet2DModel: {reason}") from error
-    if config["in_channels"] != 3:
-        raise ValueError(
-            f"{path}: the UNet takes {config['in_channels']} channels; a teacher must take 3 (RGB)"
-        )
-    if config["class_embed_type"] is not None or config["num_class_embeds"] is not None:
-        raise ValueError(f"{path}: the UNet is conditioned on classes; a teacher must not be")
-    return config
+        raise ValueError(f"{path} does not describe a {name}: {reason}") from error
+    return {key: value for key, value in config.items() if key[0] != "_"}
 
 
 def load_schedule(folder: Path) -> NoiseSchedule:
     """The noise schedule that `folder/scheduler_config.json` describes.
 
     Raises:
-        ValueError: an unknown scheduler, or one without a variance-preserving schedule.
+        FileNotFoundError: no such file.
+        ValueError: an unknown scheduler, or one of a kind that no teacher has.
     """
     path = folder / "scheduler_config.json"
     kind = read_json(path).get("_class_name")
@@ -155,8 +140,8 @@ def load_schedule(folder: Path) -> NoiseSchedule:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_unet(folder: Path) -> UNet2DModel:
-    """The trained UNet of that folder, in float32, every weight from the file and finite.
+def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
+    """The trained model of that folder, in float32, every weight from the file and finite.
 
     Raises:
         FileNotFoundError: no weights in the folder.
@@ -168,7 +153,7 @@ def load_unet(folder: Path) -> UNet2DModel:
     try:
         with quiet():
             # low_cpu_mem_usage leaves missing weights on the meta device instead of reporting them
-            unet, report = UNet2DModel.from_pretrained(
+            model, report = architecture.from_pretrained(
                 folder,
                 torch_dtype=torch.float32,
                 use_safetensors=weights.suffix != ".bin",
@@ -187,28 +172,30 @@ def load_unet(folder: Path) -> UNet2DModel:
                 f"{weights} does not fit config.json beside it: {len(keys)} {what} weights, "
                 f"such as {names}"
             )
-    for name, weight in unet.named_parameters():
+    check_finite(model, weights)
+    return model
+
+
+def check_finite(model: nn.Module, source: Path) -> None:
+    """Raises ValueError that names the file and the first weight that is not finite."""
+    for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
-            raise ValueError(f"{weights}: {name} holds values that are not finite")
-    return unet
+            raise ValueError(f"{source}: {name} holds values that are not finite")
 
 
-def random_unet(config: Mapping[str, Any], seed: int) -> UNet2DModel:
-    """The same architecture with fresh weights: the control that a trained teacher must beat."""
+def randomly(build: Callable[[], Built], seed: int) -> Built:
+    """What `build` makes of torch's default generator, seeded; the generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
-        return UNet2DModel.from_config(config)
+        return build()
 
 
-def fingerprint(folder: TeacherFolder, unet: UNet2DModel) -> str:
-    """SHA-256 over both config files and all weights; diffusers' own bookkeeping keys left out."""
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over all weights: names, shapes, dtypes and bytes; 64 hex digits."""
     digest = hashlib.sha256()
-    for path in (folder.unet / "config.json", folder.scheduler / "scheduler_config.json"):
-        config = {key: value for key, value in read_json(path).items() if key[0] != "_"}
-        digest.update(json.dumps(config, sort_keys=True).encode())
-    for name, weight in sorted(unet.state_dict().items()):
+    for name, weight in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

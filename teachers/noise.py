@@ -11,50 +11,88 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NoiseSchedule:
-    """The variance-preserving forward process of Ho et al. 2020, "Denoising Diffusion ...".
+    """The forward process x_t = signal_t x_0 + noise_t n of a model, n standard normal.
 
-    Timesteps are indices into this one schedule: index 300 of two teachers is two different noise
-    levels, so tables compare `noise_fraction` or `log_snr`. Every method takes integer timesteps of
-    any shape and answers float64 of that shape on the CPU, where the 8 kB table lies.
+    Timesteps are indices 0..T-1 into this one schedule, from little noise to much: index 300 of two
+    teachers is two different noise levels, so tables compare `noise_fraction` or `log_snr`. Every
+    method takes integer timesteps of any shape and answers float64 of that shape on the CPU, where
+    the small tables lie.
 
     Attributes:
-        alphas_cumprod: (T,) float64 in [0, 1], the paper's bar alpha_t.
-        prediction_type: what the network was trained to predict: "epsilon", "v_prediction" or
-            "sample".
+        signal: (T,) float64, the factor of the image.
+        noise: (T,) float64, the factor of the noise.
+        times: (T,) float64, what the network is told: the index itself, or T times the noise
+            fraction in flow matching.
+        prediction_type: what the network was trained to predict: "epsilon", "v_prediction",
+            "sample", "flow", or "nothing" for a network that knows no timesteps.
     """
 
-    alphas_cumprod: Tensor
+    signal: Tensor
+    noise: Tensor
+    times: Tensor
     prediction_type: str
 
     def __post_init__(self) -> None:
-        table = self.alphas_cumprod
-        assert (table.dtype, table.ndim) == (torch.float64, 1), (table.dtype, table.shape)
-        if len(table) == 0 or not bool(((table >= 0) & (table <= 1)).all()):
+        for table in (self.signal, self.noise, self.times):
+            assert (table.dtype, table.shape) == (torch.float64, self.times.shape), table
+        if not len(self) or not bool(((self.signal >= 0) & (self.noise >= 0)).all()):
+            raise ValueError("the noise schedule is empty, or has negative factors")
+
+    @classmethod
+    def variance_preserving(cls, alphas_cumprod: Tensor, prediction_type: str) -> Self:
+        """sqrt(abar) x_0 + sqrt(1 - abar) n (Ho et al. 2020, eq. 4). alphas_cumprod: (T,)."""
+        alpha_bar = alphas_cumprod.detach().to("cpu", torch.float64, copy=True)
+        if alpha_bar.numel() == 0 or not bool(((alpha_bar >= 0) & (alpha_bar <= 1)).all()):
             raise ValueError("the scheduler's alphas_cumprod is empty or leaves [0, 1]")
+        return cls(
+            signal=alpha_bar.sqrt(),
+            noise=(1 - alpha_bar).sqrt(),
+            times=torch.arange(len(alpha_bar), dtype=torch.float64),
+            prediction_type=prediction_type,
+        )
+
+    @classmethod
+    def flow(cls, sigmas: Tensor) -> Self:
+        """(1 - s) x_0 + s n (Lipman et al. 2023; Esser et al. 2024). sigmas: (T,) s in [0, 1]."""
+        fraction = sigmas.detach().to("cpu", torch.float64, copy=True).sort().values
+        return cls(
+            signal=1 - fraction,
+            noise=fraction,
+            times=fraction * len(fraction),
+            prediction_type="flow",
+        )
+
+    @classmethod
+    def without_noise(cls) -> Self:
+        """Of a network that knows no timesteps: one index, 0, the image itself."""
+        one = torch.ones(1, dtype=torch.float64)
+        return cls(signal=one, noise=0 * one, times=0 * one, prediction_type="nothing")
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> Self:
-        """Read the schedule off a diffusers scheduler.
+        """Read the schedule off a diffusers scheduler, as it is before a sampler thins it.
 
         Raises:
-            ValueError: it has no `alphas_cumprod` (flow matching, EDM) or no prediction type.
+            ValueError: it has neither `alphas_cumprod` nor flow matching's sigmas (EDM), or no
+                prediction type.
         """
         name = type(scheduler).__name__
+        if name.startswith("FlowMatch"):
+            return cls.flow(scheduler.sigmas[: scheduler.config["num_train_timesteps"]])
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
             raise ValueError(
                 f"scheduler {name} has no alphas_cumprod; a teacher needs a variance-preserving "
-                "schedule such as DDPMScheduler's"
+                "schedule such as DDPMScheduler's, or flow matching"
             )
         prediction_type = scheduler.config.get("prediction_type")
         if prediction_type is None:
             raise ValueError(f"scheduler {name} has no prediction_type in its config")
-        table = alphas_cumprod.detach().to("cpu", torch.float64, copy=True)
-        return cls(alphas_cumprod=table, prediction_type=prediction_type)
+        return cls.variance_preserving(alphas_cumprod, prediction_type)
 
     def __len__(self) -> int:
         """T, the number of timesteps."""
-        return len(self.alphas_cumprod)
+        return len(self.times)
 
     def check(self, timesteps: Tensor) -> None:
         """Refuse what does not index this schedule.
@@ -70,37 +108,55 @@ class NoiseSchedule:
                 f"timestep {int(outside[0])} is outside 0..{len(self) - 1} of this noise schedule"
             )
 
-    def alpha_bar(self, timesteps: Tensor) -> Tensor:
-        """Share of the image's variance left in x_t. Raises ValueError outside 0..T-1."""
-        timesteps = timesteps.cpu()
-        self.check(timesteps)
-        return self.alphas_cumprod[timesteps.long()]
-
     def snr(self, timesteps: Tensor) -> Tensor:
-        """Signal-to-noise ratio abar / (1 - abar) (Kingma et al. 2021, eq. 2), inf at abar 1."""
-        alpha_bar = self.alpha_bar(timesteps)
-        return alpha_bar / (1 - alpha_bar)
+        """Signal-to-noise ratio signal^2 / noise^2 (Kingma et al. 2021, eq. 2), inf without noise.
+
+        Raises:
+            ValueError: a timestep outside 0..T-1; so do the methods below.
+        """
+        return (self._at(self.signal, timesteps) / self._at(self.noise, timesteps)).square()
 
     def log_snr(self, timesteps: Tensor) -> Tensor:
         """Natural logarithm of `snr`; -inf where nothing is left of the image."""
         return self.snr(timesteps).log()
 
+    def alpha_bar(self, timesteps: Tensor) -> Tensor:
+        """Share of the image in the variance of x_t, SNR / (1 + SNR): the bar alpha_t of DDPM."""
+        signal, noise = self._at(self.signal, timesteps), self._at(self.noise, timesteps)
+        return signal.square() / (signal.square() + noise.square())
+
     def noise_fraction(self, timesteps: Tensor) -> Tensor:
         """The s in [0, 1] of the straight path (1 - s) x_0 + s n with the same ratio of both.
 
-        The convention of flow matching, so that teachers with different schedules compare:
-        s = sqrt(1 - abar) / (sqrt(abar) + sqrt(1 - abar)).
+        The convention of flow matching, so that teachers with different schedules compare.
         """
-        alpha_bar = self.alpha_bar(timesteps)
-        return (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
+        signal, noise = self._at(self.signal, timesteps), self._at(self.noise, timesteps)
+        return noise / (signal + noise)
+
+    def nearest(self, noise_fraction: Tensor) -> Tensor:
+        """The timesteps whose noise fraction is nearest. noise_fraction: any shape -> int64."""
+        table = self.noise_fraction(torch.arange(len(self)))
+        distance = (table - noise_fraction.cpu().double()[..., None]).abs()
+        return distance.argmin(dim=-1)
 
     def add_noise(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) n (Ho et al. 2020, eq. 4).
+        """x_t = signal_t x_0 + noise_t n.
 
         Args:
-            images: (B, C, H, W) x_0 in [-1, 1].
+            images: (B, C, H, W) x_0, images in [-1, 1] or latents.
             noise: (B, C, H, W) standard normal.
             timesteps: (B,) integers in 0..T-1.
         """
-        alpha_bar = self.alpha_bar(timesteps)[:, None, None, None]  # (B, 1, 1, 1)
-        return alpha_bar.sqrt().to(images) * images + (1 - alpha_bar).sqrt().to(images) * noise
+        signal = self._at(self.signal, timesteps)[:, None, None, None]  # (B, 1, 1, 1)
+        spread = self._at(self.noise, timesteps)[:, None, None, None]
+        return signal.to(images) * images + spread.to(images) * noise
+
+    def network_times(self, timesteps: Tensor) -> Tensor:
+        """What the network is told: (B,) int64 indices, or float32 times in flow matching."""
+        times = self._at(self.times, timesteps)
+        return times.float() if self.prediction_type == "flow" else times.long()
+
+    def _at(self, table: Tensor, timesteps: Tensor) -> Tensor:
+        timesteps = timesteps.cpu()
+        self.check(timesteps)
+        return table[timesteps.long()]

@@ -35,7 +35,7 @@ class Teacher(Protocol):
 
     @property
     def reductions(self) -> Mapping[str, int]:
-        """Side of the image that the network sees over the side of each layer's map."""
+        """Side of the image over the side of each layer's map."""
         ...
 
     @property
@@ -49,7 +49,11 @@ class Teacher(Protocol):
         ...
 
     def features(
-        self, images: Tensor, timesteps: Tensor, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        timesteps: Tensor,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The asked layers' maps, float32 (B, C, h, w) each, without gradient.
 
@@ -57,6 +61,8 @@ class Teacher(Protocol):
             images: (B, 3, H, W) RGB float in [0, 1], on the teacher's device.
             timesteps: (B,) int64 in 0..T-1, any mix; on the CPU they cost no synchronisation.
             generator: source of the noise; None takes torch's default generator.
+            labels: (B,) int64 classes, for a teacher with a condition a class; negative where an
+                image has none, and None for all. Given in training alone.
 
         Raises:
             ValueError: a timestep outside 0..T-1, or images of a shape that it cannot take.

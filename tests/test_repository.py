@@ -81,7 +81,7 @@ def test_changelog_names_the_version():
 
 
 def test_parts_of_ones_own_work_as_the_readme_shows(tmp_path, monkeypatch, capsys):
-    source = next(block for block in blocks("README.md", "python") if "class Averaged" in block)
+    source = next(block for block in blocks("README.md", "python") if "def averaged" in block)
     (tmp_path / "readme_parts.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     unet = build_unet(image_size=16, block_out_channels=[8, 8])
@@ -92,7 +92,7 @@ def test_parts_of_ones_own_work_as_the_readme_shows(tmp_path, monkeypatch, capsy
         save_image(image, tmp_path / "classes" / split / name / "0.png")
     (tmp_path / "own.yaml").write_text(
         "pairs: [{student: layer2, teacher: mid_block, loss: 'readme_parts:power'}]\n"
-        f"teacher: {{name: 'readme_parts:Averaged', path: {tmp_path / 'teacher'}}}\n"
+        f"teacher: {{name: 'readme_parts:averaged', path: {tmp_path / 'teacher'}}}\n"
         "policy: {name: 'readme_parts:LowNoise', bins: 5}\n"
         f"data: {{benchmark: 'readme_parts:Classes', root: {tmp_path / 'classes'}, size: 32}}\n"
         "train: {steps: 2, batch: 2, unlabelled_batch: 2, arms: [distilled]}\n"

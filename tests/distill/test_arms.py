@@ -16,7 +16,7 @@ from distill.config import Arm, RunConfig
 from distill.errors import UserError
 from distill.train import Phase, Trainer, batches, checkpoint_path
 from teachers import loading
-from teachers.diffusers_unet import DiffusersUNet
+from teachers.diffusion import DiffusionTeacher
 
 Load = Callable[..., RunConfig]
 
@@ -116,16 +116,16 @@ def test_distilling_leaves_the_head_alone_and_finetuning_the_teacher(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    features = DiffusersUNet.features
+    features = DiffusionTeacher.features
 
-    def counted(self: DiffusersUNet, *arguments: Any) -> dict[str, Tensor]:
+    def counted(self: DiffusionTeacher, *arguments: Any) -> dict[str, Tensor]:
         calls.append(len(arguments[0]))
         return features(self, *arguments)
 
     trainer = build(
         load("train.schedule=distill_then_finetune", "train.steps=3", "train.finetune_steps=1")
     )
-    monkeypatch.setattr(DiffusersUNet, "features", counted)
+    monkeypatch.setattr(DiffusionTeacher, "features", counted)
     assert trainer.student.head is not None
     before = [parameter.clone() for parameter in trainer.student.head.parameters()]
     predicted: list[nn.Module] = []
@@ -147,19 +147,19 @@ def test_distilling_leaves_the_head_alone_and_finetuning_the_teacher(
 
 def test_the_teacher_is_not_trained_and_in_no_state(load: Load) -> None:
     trainer = build(load())
-    assert isinstance(trainer.teacher, DiffusersUNet)
-    folder = loading.locate(trainer.teacher.path)
+    assert isinstance(trainer.teacher, DiffusionTeacher)
+    before = loading.weights_hash(trainer.teacher.parts)
     steps(trainer, 3)
-    assert not trainer.teacher.unet.training
+    assert not trainer.teacher.network.training
     assert all(
         parameter.grad is None and not parameter.requires_grad
-        for parameter in trainer.teacher.unet.parameters()
+        for parameter in trainer.teacher.network.parameters()
     )
-    assert loading.fingerprint(folder, trainer.teacher.unet) == trainer.teacher.fingerprint
-    theirs = {id(parameter) for parameter in trainer.teacher.unet.parameters()}
+    assert loading.weights_hash(trainer.teacher.parts) == before
+    theirs = {id(parameter) for parameter in trainer.teacher.network.parameters()}
     optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert not theirs & (optimised | {id(parameter) for parameter in trainer.model.parameters()})
-    weights = [x for x in trainer.teacher.unet.parameters() if x.numel() > 100]
+    weights = [x for x in trainer.teacher.network.parameters() if x.numel() > 100]
     saved = [x for _, x in tensors(trainer.state())]
     assert weights
     assert not any(torch.equal(mine, x) for x in saved for mine in weights)

@@ -21,7 +21,7 @@ from distill.cli import main
 from distill.teach import TeacherTraining
 from distill.tracking import read_metrics
 from teachers.ddpm import denoising_loss
-from teachers.diffusers_unet import DiffusersUNet
+from teachers.diffusers_unet import diffusers_unet
 
 Refuse = Callable[..., str]
 
@@ -106,7 +106,7 @@ def test_the_average_is_what_becomes_the_teacher(finished: Path) -> None:
 
 
 def test_the_pipeline_is_a_teacher(finished: Path) -> None:
-    teacher = DiffusersUNet(str(finished / "pipeline"), layers=["mid_block"])
+    teacher = diffusers_unet(str(finished / "pipeline"), layers=["mid_block"])
     maps = teacher.features(torch.rand(1, 3, 32, 32), torch.tensor([10]))
     assert maps["mid_block"].shape == (1, 16, 16, 16)
 
@@ -146,9 +146,9 @@ def test_a_teacher_learns_from_a_folder_of_images(recipe: Path, tmp_path: Path) 
     few = ["steps=2", "diffusion.prediction_type=v_prediction", "save_dtype=float16", "samples=0"]
     assert main(["teacher", "train", str(recipe), data, *few]) == 0
     run = recipe.parent / "runs" / "ddpm"
-    teacher = DiffusersUNet(str(run / "pipeline"), layers=["mid_block"])
+    teacher = diffusers_unet(str(run / "pipeline"), layers=["mid_block"])
     assert teacher.noise_schedule.prediction_type == "v_prediction"
-    assert list(teacher.config["sample_size"]) == [32, 48]
+    assert list(teacher.family.configs["unet"]["sample_size"]) == [32, 48]
     assert not (run / "samples.png").exists()
 
 

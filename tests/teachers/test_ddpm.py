@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from teachers import ddpm
-from teachers.diffusers_unet import DiffusersUNet
+from teachers.diffusers_unet import diffusers_unet
 
 
 def tiny_unet() -> UNet2DModel:
@@ -116,7 +116,7 @@ def test_saved_pipeline_loads_in_diffusers_and_as_a_teacher(tmp_path, images):
         assert torch.equal(weight, unet.state_dict()[name])
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert pipeline.scheduler.config.beta_end == 0.03
-    teacher = DiffusersUNet(str(tmp_path / "made" / "teacher"), layers=("mid_block",))
+    teacher = diffusers_unet(str(tmp_path / "made" / "teacher"), layers=("mid_block",))
     assert teacher.noise_schedule.prediction_type == "v_prediction"
     assert teacher.features(images, torch.arange(4), seeded())["mid_block"].shape == (4, 16, 8, 8)
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, EDMEulerScheduler, UNet2DModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from teachers import loading
-from teachers.diffusers_unet import DiffusersUNet
+from teachers.diffusers_unet import diffusers_unet
+from teachers.diffusion import DiffusionTeacher
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -35,8 +36,8 @@ def pipeline(tmp_path) -> Path:
     return tmp_path / "tiny"
 
 
-def load(folder: Path | str, **settings) -> DiffusersUNet:
-    return DiffusersUNet(str(folder), layers=("mid_block",), **settings)
+def load(folder: Path | str, **settings) -> DiffusionTeacher:
+    return diffusers_unet(str(folder), layers=("mid_block",), **settings)
 
 
 def fails(folder: Path | str, kind: type[Exception], pattern: str, **settings) -> None:
@@ -103,7 +104,7 @@ def test_attention_weights_under_their_old_names_load(pipeline):
 def test_half_precision_weights_compute_in_float32(pipeline):
     weights = pipeline / "unet" / WEIGHTS
     save_file({name: weight.half() for name, weight in load_file(weights).items()}, weights)
-    assert load(pipeline).unet.dtype == torch.float32
+    assert load(pipeline).network.dtype == torch.float32
 
 
 def test_random_weights_need_no_weights_file(pipeline):
@@ -125,7 +126,9 @@ def test_missing_folder_says_what_to_give():
 
 
 def test_empty_folder_says_what_to_give(tmp_path):
-    fails(tmp_path, FileNotFoundError, r"holds no .*config\.json; give a local folder written by")
+    fails(
+        tmp_path, FileNotFoundError, r"there is no .*config\.json; give a local folder written by"
+    )
 
 
 def test_unreachable_hub_says_to_give_a_folder(monkeypatch):
@@ -146,10 +149,10 @@ def test_hub_falls_back_to_bin_only_without_safetensors(pipeline, monkeypatch):
 
     monkeypatch.setattr(loading, "snapshot_download", snapshot)
     load("someone/tiny", revision="main")
-    assert asked == [("someone/tiny", "main", f"*{WEIGHTS}")]
+    assert asked == [("someone/tiny", "main", "*.safetensors")]
     (pipeline / "unet" / WEIGHTS).unlink()
     load("someone/tiny", random_weights=0)
-    assert asked[-1] == ("someone/tiny", None, "*diffusion_pytorch_model.bin")
+    assert asked[-1] == ("someone/tiny", None, "*.bin")
 
 
 def test_missing_scheduler_is_not_guessed(pipeline):
@@ -158,7 +161,7 @@ def test_missing_scheduler_is_not_guessed(pipeline):
 
 
 def test_unfit_schedulers_are_refused(pipeline):
-    FlowMatchEulerDiscreteScheduler().save_pretrained(pipeline / "scheduler")
+    EDMEulerScheduler().save_pretrained(pipeline / "scheduler")
     fails(pipeline, ValueError, r"scheduler_config\.json: .*has no alphas_cumprod")
     edit(pipeline / "scheduler" / "scheduler_config.json", _class_name="DDPMSchedular")
     fails(pipeline, ValueError, "names 'DDPMSchedular', which is not a scheduler")
@@ -186,7 +189,7 @@ def test_unfit_schedulers_are_refused(pipeline):
 def test_config_that_does_not_fit_names_the_file(pipeline, changes, pattern):
     edit(pipeline / "unet" / "config.json", **changes)
     with pytest.raises(ValueError, match=pattern):
-        DiffusersUNet(str(pipeline), layers=("conv_in",))
+        diffusers_unet(str(pipeline), layers=("conv_in",))
 
 
 def test_config_that_is_no_json_names_the_file(pipeline):

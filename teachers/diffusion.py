@@ -1,0 +1,293 @@
+"""A frozen diffusion model as a teacher: named feature maps at any timestep.
+
+What all families share is here; what one family is, its network, its input and its files, is a
+`Family` in a file of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypedDict, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from teachers import anatomy, loading
+from teachers.anatomy import LayerInfo
+from teachers.noise import NoiseSchedule
+from teachers.tap import Tap
+
+Input = Literal["noised", "clean"]
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Family(Protocol):
+    """One family of diffusion models: `DiffusionTeacher` turns it into a teacher.
+
+    `parts` holds all that has weights, by name; `parts["network"]` is the one whose layers users
+    name. Families are built without weights, so that mistakes show before they are
+    read; `build` also works under `torch.device("meta")`.
+
+    Attributes:
+        name: for tables and logs.
+        configs: all that decides the architecture and the noise, for the fingerprint.
+        noise_schedule: what the timesteps index.
+        multiple: both sides of an image must be multiples of it.
+    """
+
+    name: str
+    configs: Mapping[str, Any]
+    noise_schedule: NoiseSchedule
+    multiple: int
+
+    def build(self) -> nn.ModuleDict:
+        """The parts, the weights of `network` drawn from torch's default generator."""
+        ...
+
+    def load(self, random_weights: int | None) -> nn.ModuleDict:
+        """The parts with their trained weights; with a seed, those of `network` are fresh."""
+        ...
+
+    def encode(self, parts: nn.ModuleDict, images: Tensor) -> Tensor:
+        """What the noise is added to, (B, c, h, w) float32, of images (B, 3, H, W) in [-1, 1]."""
+        ...
+
+    def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
+        """Run `parts["network"]` once.
+
+        Args:
+            x: (B, c, h, w), of the teacher's dtype.
+            times: (B,) as `NoiseSchedule.network_times` gives them.
+            labels: (B,) int64, see `DiffusionTeacher.features`.
+        """
+        ...
+
+    def feature_map(self, output: Any, x: Tensor) -> Any:
+        """A module's output as (B, C, h, w); anything else where that has no meaning."""
+        ...
+
+
+class View(TypedDict, total=False):
+    """How a teacher looks at images: what every family's teacher can be given.
+
+    Attributes:
+        layers: module names in the library's own spelling, each giving a (B, C, H, W) map.
+        input: `noised` shows the network x_t, what it was trained on; `clean` shows it the image
+            itself with timestep t, as the published code of RepFusion does.
+        draws: the features are the mean over so many draws of the noise.
+        image_size: images are resized to this before all else; None keeps their size.
+        dtype: of weights and arithmetic; features are float32 all the same.
+        random_weights: a seed: the same architecture untrained, the control.
+        compile: compile the forward pass with `torch.compile`.
+    """
+
+    layers: Sequence[str]
+    input: Input
+    draws: int
+    image_size: int | tuple[int, int] | None
+    dtype: torch.dtype
+    random_weights: int | None
+    compile: bool
+
+
+class Flops(NamedTuple):
+    """Floating-point operations for one image, two a multiply-add.
+
+    Attributes:
+        used: until the last asked layer is done, which is what `features` spends a draw.
+        whole: the complete forward pass.
+    """
+
+    used: int
+    whole: int
+
+
+class DiffusionTeacher:
+    """A frozen network of a `Family` with its own noise schedule (a `protocol.Teacher`).
+
+    Args:
+        family: which model; the others: see `View`.
+
+    Attributes:
+        name: for tables and logs.
+        channels: C of each layer's map.
+        reductions: side of the image over the side of each layer's map.
+        noise_schedule: the model's own.
+        parts: the modules, in eval mode and without gradients.
+
+    Raises:
+        ValueError: an unknown layer, an image size that does not fit, broken weights or configs.
+        OSError: a missing file.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        *,
+        layers: Sequence[str],
+        input: Input = "noised",
+        draws: int = 1,
+        image_size: int | tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        random_weights: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        if input not in get_args(Input):
+            raise ValueError(f"input {input!r} is unknown; choose from noised, clean")
+        if draws < 1 or (draws > 1 and input == "clean"):
+            raise ValueError(f"draws {draws}: one or more, and one for clean input (it has none)")
+        if not layers or len(set(layers)) < len(layers):
+            raise ValueError(f"layers {list(layers)} must name at least one layer, and none twice")
+        self.family, self.layers, self.input, self.draws = family, tuple(layers), input, draws
+        self.noise_schedule = family.noise_schedule
+        self.image_size = None if image_size is None else anatomy.height_width(image_size)
+        if self.image_size is not None:
+            anatomy.check_image_size(self.image_size, family.multiple)
+        height, width = self.image_size or (2 * family.multiple, 2 * family.multiple)
+        traced = self._trace((height, width))
+        asked = {name: anatomy.find_layer(name, traced) for name in layers}
+        self.channels = {name: layer.shape[1] for name, layer in asked.items()}
+        self.reductions = {name: height // layer.shape[2] for name, layer in asked.items()}
+        self.last_layer = max(asked.values(), key=traced.index).name
+
+        self.name = family.name
+        if random_weights is not None:
+            self.name += f"-random{random_weights}"
+        self.parts = family.load(random_weights)
+        self._weights_hash = loading.weights_hash(self.parts)
+        self.dtype = dtype
+        # oneDNN and cuDNN convolve 16-bit floats fastest in channels_last; float32 gains nothing
+        low = dtype in LOW_PRECISION
+        self.memory_format = torch.channels_last if low else torch.contiguous_format
+        with loading.quiet():
+            self.parts.to(dtype=dtype).to(memory_format=self.memory_format)
+        self.parts.eval().requires_grad_(False)
+        self._tap = Tap(self.network, self.layers, self.last_layer)
+        self._forward = torch.compile(self._run, dynamic=False) if compile else self._run
+
+    @property
+    def network(self) -> nn.Module:
+        """The network whose layers are asked for."""
+        network: nn.Module = self.parts["network"]
+        return network
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over configs and weights (before the cast to `dtype`)."""
+        configs = json.dumps(self.family.configs, sort_keys=True, default=str)
+        return hashlib.sha256((configs + self._weights_hash).encode()).hexdigest()
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the weights, in place."""
+        self.parts.to(device)
+        return self
+
+    def features(
+        self,
+        images: Tensor,
+        timesteps: Tensor,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The asked layers' maps, and no computation after the last of them.
+
+        Args:
+            images: (B, 3, H, W) RGB float in [0, 1], on the teacher's device.
+            timesteps: (B,) int64 in 0..T-1, any mix; on the CPU they cost no synchronisation.
+            generator: source of the noise, drawn in float32 on the generator's own device; None
+                takes torch's default generator. Not used for `clean` input.
+            labels: (B,) int64 classes, for a family that was given a condition a class; a negative
+                one, and None for all, is an image without label.
+
+        Returns:
+            Layer -> float32 (B, C, h, w), in the order of `layers`.
+
+        Raises:
+            ValueError: a timestep outside 0..T-1, or images of a shape that it cannot take.
+        """
+        self._check(images, timesteps)
+        images = images.float()
+        if self.image_size is not None and tuple(images.shape[-2:]) != self.image_size:
+            images = F.interpolate(images, self.image_size, mode="bilinear", antialias=True)
+        times = self.noise_schedule.network_times(timesteps).to(images.device)
+        # the student's autocast must not reach in: this network computes in its own dtype
+        with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
+            x = self.family.encode(self.parts, 2 * images - 1)
+            maps = self._forward(self._noised(x, timesteps, generator), times, labels)
+            for draw in range(1, self.draws):
+                more = self._forward(self._noised(x, timesteps, generator), times, labels)
+                maps = [a + (b.float() - a) / (draw + 1) for a, b in zip(maps, more, strict=True)]
+        # Copies, made outside of inference mode: a loss may save them for its backward pass
+        copies = [x.to(torch.float32, copy=True) for x in maps]
+        return dict(zip(self.layers, copies, strict=True))
+
+    def _noised(self, x: Tensor, timesteps: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What the network sees, in its dtype. x: (B, c, h, w) float32."""
+        if self.input == "noised":
+            device = x.device if generator is None else generator.device
+            noise = torch.randn(x.shape, generator=generator, device=device)
+            x = self.noise_schedule.add_noise(x, noise.to(x.device), timesteps)
+        return x.to(self.dtype, memory_format=self.memory_format)
+
+    def _run(self, x: Tensor, times: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """The forward pass, left after the last asked layer."""
+        outputs = self._tap(lambda: self.family.forward(self.parts, x, times, labels))
+        return [self.family.feature_map(output, x) for output in outputs]
+
+    def _check(self, images: Tensor, timesteps: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images of shape {tuple(images.shape)} are not (B, 3, H, W) RGB")
+        if timesteps.shape != images.shape[:1]:
+            raise ValueError(
+                f"timesteps of shape {tuple(timesteps.shape)} do not match {len(images)} images; "
+                "one per image is needed"
+            )
+        self.noise_schedule.check(timesteps)
+        if self.image_size is None:
+            height, width = images.shape[-2:]
+            anatomy.check_image_size((height, width), self.family.multiple)
+
+    def layer_table(self, image_size: int | tuple[int, int]) -> list[LayerInfo]:
+        """The network's blocks with their costs, for images of that size handed to `features`."""
+        return layer_table(self.family, self.image_size or image_size)
+
+    def flops(self, image_size: int | tuple[int, int]) -> Flops:
+        """What one image of that size costs, as `features` runs it and as the whole network."""
+        traced = self._trace(anatomy.height_width(self.image_size or image_size))
+        return Flops(anatomy.find_layer(self.last_layer, traced).flops, traced[-1].flops)
+
+    def _trace(self, size: tuple[int, int]) -> list[anatomy.TracedLayer]:
+        return trace(self.family, size)
+
+
+def trace(family: Family, size: tuple[int, int]) -> list[anatomy.TracedLayer]:
+    """Every module call of one forward pass of a family's network, for one image of that size.
+
+    Raises:
+        ValueError: the image size does not fit.
+    """
+    anatomy.check_image_size(size, family.multiple)
+    with torch.device("meta"), torch.no_grad():
+        parts = family.build().eval()
+        images = torch.empty(1, 3, *size)
+        times = family.noise_schedule.network_times(torch.zeros(1, dtype=torch.int64, device="cpu"))
+        x = family.encode(parts, images)
+        return anatomy.trace(
+            parts["network"],
+            lambda: family.forward(parts, family.encode(parts, images), times.to("meta"), None),
+            lambda output: family.feature_map(output, x),
+        )
+
+
+def layer_table(family: Family, image_size: int | tuple[int, int]) -> list[LayerInfo]:
+    """The blocks of a family's network with their costs, for images of that size.
+
+    Raises:
+        ValueError: the image size does not fit.
+    """
+    size = anatomy.height_width(image_size)
+    return anatomy.layer_table(trace(family, size), size[0])

@@ -1,0 +1,59 @@
+"""Feature maps from inside a network, and no computation after the last of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class LastLayerReached(Exception):
+    """Ends a forward pass whose remaining layers nobody asked for."""
+
+
+def first_tensor(output: Any) -> Any:
+    """A module's feature map: some modules answer a map, others a tuple that it comes first in."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Tap:
+    """Runs a network as far as its last asked layer, and keeps the asked layers' outputs.
+
+    Hooks do it, and an exception in the last one, so that this works for every network as it is
+    published, and `torch.compile` sees a graph that ends there. Outside of a call the network
+    behaves as if untouched.
+
+    Args:
+        network: hooks are put on its modules, once.
+        layers: names of modules that run once in a forward pass.
+        last: the one of them that finishes last.
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[str], last: str) -> None:
+        self._network, self._layers = network, tuple(layers)
+        self._outputs: dict[str, Tensor] = {}
+        self._running = False
+        for name in layers:
+            network.get_submodule(name).register_forward_hook(self._keep(name, name == last))
+
+    def __call__(self, forward: Callable[[], Any]) -> list[Tensor]:
+        """The layers' outputs, in their order, from a `forward` that runs the network once."""
+        self._outputs, self._running = {}, True
+        try:
+            forward()
+        except LastLayerReached:
+            pass
+        finally:
+            self._running = False
+        outputs, self._outputs = self._outputs, {}
+        return [outputs[name] for name in self._layers]
+
+    def _keep(self, name: str, last: bool) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self._running:
+                self._outputs[name] = first_tensor(output)
+                if last:
+                    raise LastLayerReached
+
+        return hook
