@@ -103,8 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(teach)
     teach.set_defaults(verb=_teacher_train)
     layers = inner.add_parser("layers", help="a teacher's layers: channels, reduction, cost")
-    layers.add_argument("path", metavar="TEACHER", help="a diffusers folder, or a hub id")
-    layers.add_argument("--size", type=int, help="side of the images (default: the UNet's own)")
+    layers.add_argument("path", metavar="TEACHER", help="what a recipe gives as teacher.path")
+    layers.add_argument(
+        "--name", default="diffusers_unet", help="its teacher.name (default: diffusers_unet)"
+    )
+    layers.add_argument("--size", type=int, help="side of the images (default: its own)")
     layers.set_defaults(verb=_teacher_layers)
 
     names = verbs.add_parser("list", help="the names that recipes may use")
@@ -203,7 +206,7 @@ def _teacher_train(options: argparse.Namespace) -> int:
 def _teacher_layers(options: argparse.Namespace) -> int:
     from distill.dry_run import teacher_layers
 
-    print(teacher_layers(options.path, options.size))
+    print(teacher_layers(options.name, options.path, options.size))
     return 0
 
 

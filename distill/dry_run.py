@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 
-from distill.build import build_accelerator, build_training_set, embedded
+from distill.build import build_accelerator, build_training_set, embedded, in_order
 from distill.config import RunConfig, TeacherTrainConfig
+from distill.data import Draw
 from distill.errors import UserError, blame
 from distill.recipe import to_yaml
+from distill.registry import resolve
 from distill.run import check_schedule, held_out_examples
 from distill.teach import TeacherTraining
-from distill.train import Trainer, batches
-from teachers.diffusers_unet import PixelUNet
-from teachers.diffusion import layer_table
+from distill.train import batches
+from distill.trainer import Trainer
+from teachers import anatomy
 
 
 def dry_run(config: RunConfig) -> str:
@@ -58,10 +60,9 @@ def dry_run(config: RunConfig) -> str:
 def teacher_dry_run(config: TeacherTrainConfig) -> str:
     """Check a teacher's recipe with one batch, and estimate its cost."""
     training = TeacherTraining(config, build_accelerator(config.device))
-    images = torch.stack(
-        [training.examples.examples[i % len(training.examples)][0] for i in range(config.batch)]
-    )
-    images = images.float().div(255).to(training.accelerator.device)
+    draws = [Draw(i % len(training.examples), i) for i in range(config.batch)]
+    images = torch.stack([training.examples[draw][0] for draw in draws])
+    images = images.to(training.accelerator.device)
     for _ in range(2):
         began = time.monotonic()
         training.train_step(images)
@@ -76,19 +77,23 @@ def teacher_dry_run(config: TeacherTrainConfig) -> str:
     )
 
 
-def teacher_layers(path: str, size: int | None) -> str:
-    """A table of a UNet's blocks: channels, reduction, share of a forward pass spent by then."""
+def teacher_layers(name: str, path: str, size: int | None) -> str:
+    """A table of a network's blocks: channels, reduction, share of a forward pass spent by then."""
+    factory = resolve("teachers", name, "--name")
     with blame("teacher"):
-        family = PixelUNet(embedded(path))
-        side = size or family.config["sample_size"]
+        teacher = factory(embedded(path), layers=())
+        side = size or teacher.family.image_size
         if side is None:
-            raise UserError(f"{path}: its config names no sample_size; give --size")
-        table = layer_table(family, side)
-    lines = [f"{'layer':16} {'channels':>8} {'reduction':>9} {'cost until here':>15}"]
-    lines += [f"{row.name:16} {row.channels:8} {row.reduction:9} {row.cost:15.0%}" for row in table]
-    return "\n".join(
-        [*lines, f"images of {side} px, timesteps 0 to {len(family.noise_schedule) - 1}"]
-    )
+            raise UserError(f"{path} does not say what size of images it takes; give --size")
+        table = teacher.layer_table(side)
+    width = max(len(row.name) for row in table)
+    lines = [f"{'layer':{width}} {'channels':>8} {'reduction':>9} {'cost until here':>15}"]
+    lines += [
+        f"{row.name:{width}} {row.channels:8} {row.reduction:9} {row.cost:15.0%}" for row in table
+    ]
+    pixels = "x".join(str(x) for x in anatomy.height_width(side))
+    last = len(teacher.noise_schedule) - 1
+    return "\n".join([*lines, f"images of {pixels} px, timesteps 0 to {last}"])
 
 
 def _pairs(trainer: Trainer) -> list[str]:
@@ -103,9 +108,11 @@ def _pairs(trainer: Trainer) -> list[str]:
         student.train()
     theirs = teacher.features(image, torch.zeros(1, dtype=torch.int64))
     for pair in trainer.config.pairs:
-        shapes = [tuple(x.shape[1:]) for x in (own[pair.student], theirs[pair.teacher])]
+        students = ", ".join(
+            f"{layer} {tuple(own[layer].shape[1:])}" for layer in in_order(student, pair)
+        )
         lines.append(
-            f"#   {pair.student} {shapes[0]} -> {pair.teacher} {shapes[1]}  "
+            f"#   {students} -> {pair.teacher} {tuple(theirs[pair.teacher].shape[1:])}  "
             f"{pair.loss}{' pooled' if pair.pooled else ''} x {pair.weight:g}"
         )
     if hasattr(teacher, "flops"):

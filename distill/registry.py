@@ -10,7 +10,15 @@ from typing import Any
 from distill.errors import UserError, nearest
 
 TABLES: dict[str, dict[str, str]] = {
-    "teachers": {"diffusers_unet": "teachers.diffusers_unet:diffusers_unet"},
+    "teachers": {
+        "diffusers_unet": "teachers.diffusers_unet:diffusers_unet",
+        "stable_diffusion": "teachers.stable_diffusion:stable_diffusion",
+        "flow": "teachers.flow:flow",
+        "timm": "teachers.timm_model:timm_model",
+        "ensemble": "teachers.ensemble:ensemble",
+        "dit": "teachers.dit:dit",
+        "guided_diffusion": "teachers.guided_diffusion:guided_diffusion",
+    },
     "students": {
         "resnet18": "timm:resnet18",
         "resnet50": "timm:resnet50",
@@ -27,13 +35,14 @@ TABLES: dict[str, dict[str, str]] = {
         "linear_decay": "rl_policy.simple:LinearDecay",
     },
     "losses": {
-        "mse": "distill.losses:mse",
-        "l1": "distill.losses:l1",
-        "smooth_l1": "distill.losses:smooth_l1",
-        "cosine": "distill.losses:cosine",
-        "at": "distill.losses:attention_transfer",
-        "rkd": "distill.losses:relational",
-        "infonce": "distill.losses:infonce",
+        "mse": "distill.measures:mse",
+        "l1": "distill.measures:l1",
+        "smooth_l1": "distill.measures:smooth_l1",
+        "cosine": "distill.measures:cosine",
+        "at": "distill.measures:attention_transfer",
+        "rkd": "distill.measures:relational",
+        "infonce": "distill.measures:infonce",
+        "mse_at": "distill.measures:mse_at",
     },
     "benchmarks": {
         "shapes": "distill.benchmarks.shapes:Shapes",

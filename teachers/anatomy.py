@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from teachers.tap import first_tensor
-
 BLOCK = re.compile(r"conv_in|mid_block|middle_block|layer\d+|(\w*blocks|stages)\.\d+")
 
 
@@ -79,14 +77,14 @@ def trace(
     Args:
         network: on the meta device; not used again by the caller.
         forward: runs it once, for a batch of one.
-        feature_map: from a module's (first) output to its map, (1, C, h, w) where it has one.
+        feature_map: from a module's output to its map, (1, C, h, w) where it has one.
     """
     counter = FlopCounterMode(display=False)
     layers: list[TracedLayer] = []
 
     def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            output = feature_map(first_tensor(output))
+            output = feature_map(output)
             if isinstance(output, Tensor):
                 layers.append(TracedLayer(name, tuple(output.shape), counter.get_total_flops()))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -69,9 +70,53 @@ def denoising_loss(
         images: (B, 3, H, W) RGB float in [0, 1], on the UNet's device.
         generator: timesteps and noise are drawn from it, on its own device.
     """
-    x = 2 * images - 1  # (B, 3, H, W) in [-1, 1]
     total = scheduler.config["num_train_timesteps"]
-    timesteps = torch.randint(total, (len(x),), generator=generator, device=generator.device)
+    timesteps = torch.randint(total, (len(images),), generator=generator, device=generator.device)
+    return F.mse_loss(*_prediction(unet, scheduler, images, timesteps, generator))
+
+
+@torch.no_grad()
+def loss_by_timestep(
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    images: Iterable[Tensor],
+    generator: torch.Generator,
+    bins: int = 10,
+) -> list[float]:
+    """The loss of `denoising_loss` in equal parts of the schedule, from little noise to much.
+
+    Every image is seen once in every part, at a timestep that is drawn in it.
+
+    Args:
+        unet: in eval mode.
+        images: batches (B, 3, H, W) as there; at least one image.
+        generator: as there; equal generators make the losses of two networks comparable.
+        bins: number of parts; fewer where the schedule is shorter.
+    """
+    total = scheduler.config["num_train_timesteps"]
+    bins = min(bins, total)
+    edges = [part * total // bins for part in range(bins + 1)]
+    sums, count = [0.0] * bins, 0
+    for batch in images:
+        count += len(batch)
+        for part, (low, high) in enumerate(itertools.pairwise(edges)):
+            timesteps = torch.randint(
+                low, high, (len(batch),), generator=generator, device=generator.device
+            )
+            pair = _prediction(unet, scheduler, batch, timesteps, generator)
+            sums[part] += len(batch) * F.mse_loss(*pair).item()
+    return [value / count for value in sums]
+
+
+def _prediction(
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    images: Tensor,
+    timesteps: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """What the network says of the noised images, and what it should say; (B, 3, H, W) float32."""
+    x = 2 * images - 1  # (B, 3, H, W) in [-1, 1]
     noise = torch.randn(x.shape, generator=generator, device=generator.device).to(x)
     timesteps = timesteps.to(x.device)
     prediction_type = scheduler.config["prediction_type"]
@@ -87,7 +132,7 @@ def denoising_loss(
             "choose from epsilon, v_prediction, sample"
         )
     prediction = unet(scheduler.add_noise(x, noise, timesteps), timesteps).sample
-    return F.mse_loss(prediction.float(), target)
+    return prediction.float(), target
 
 
 def sample_images(

@@ -9,8 +9,9 @@ from typing import Any, Unpack
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from teachers import loading
+from teachers import anatomy, loading
 from teachers.diffusion import DiffusionTeacher, View
+from teachers.tap import first_tensor
 
 
 def diffusers_unet(
@@ -61,6 +62,8 @@ class PixelUNet:
             "scheduler": loading.without_bookkeeping(scheduler / "scheduler_config.json"),
         }
         self.multiple = 2 ** (len(config["block_out_channels"]) - 1)  # each level but one halves
+        self.image_size = config["sample_size"] and anatomy.height_width(config["sample_size"])
+        self.classes = 0
 
     def build(self) -> nn.ModuleDict:
         """The parts: the UNet alone."""
@@ -81,8 +84,8 @@ class PixelUNet:
         return parts["network"](x, times)
 
     def feature_map(self, output: Any, x: Tensor) -> Any:
-        """Maps already."""
-        return output
+        """Maps already; a block's comes first in a tuple."""
+        return first_tensor(output)
 
 
 def _scheduler_folder(unet: Path) -> Path:

@@ -21,7 +21,7 @@ from teachers.anatomy import LayerInfo
 from teachers.noise import NoiseSchedule
 from teachers.tap import Tap
 
-Input = Literal["noised", "clean"]
+Input = Literal["noised", "clean", "average"]
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -37,12 +37,16 @@ class Family(Protocol):
         configs: all that decides the architecture and the noise, for the fingerprint.
         noise_schedule: what the timesteps index.
         multiple: both sides of an image must be multiples of it.
+        image_size: of the images that it was trained on, in pixels; None where nothing tells.
+        classes: how many classes it has a condition for; 0 where labels play no part.
     """
 
     name: str
     configs: Mapping[str, Any]
     noise_schedule: NoiseSchedule
     multiple: int
+    image_size: int | tuple[int, int] | None
+    classes: int
 
     def build(self) -> nn.ModuleDict:
         """The parts, the weights of `network` drawn from torch's default generator."""
@@ -62,12 +66,12 @@ class Family(Protocol):
         Args:
             x: (B, c, h, w), of the teacher's dtype.
             times: (B,) as `NoiseSchedule.network_times` gives them.
-            labels: (B,) int64, see `DiffusionTeacher.features`.
+            labels: (B,) int64 below `classes`, negative for an image without; or None.
         """
         ...
 
     def feature_map(self, output: Any, x: Tensor) -> Any:
-        """A module's output as (B, C, h, w); anything else where that has no meaning."""
+        """A module's output, as it answers it, as (B, C, h, w); anything else where it has none."""
         ...
 
 
@@ -75,10 +79,12 @@ class View(TypedDict, total=False):
     """How a teacher looks at images: what every family's teacher can be given.
 
     Attributes:
-        layers: module names in the library's own spelling, each giving a (B, C, H, W) map.
+        layers: module names in the library's own spelling, each giving a (B, C, H, W) map. None at
+            all: only the table of layers is to be had, and no weights are read.
         input: `noised` shows the network x_t, what it was trained on; `clean` shows it the image
-            itself with timestep t, as the published code of RepFusion does.
-        draws: the features are the mean over so many draws of the noise.
+            itself with timestep t, as the published code of RepFusion does; `average` shows it x_t
+            several times, and the features are the mean.
+        draws: how many draws of the noise `average` takes.
         image_size: images are resized to this before all else; None keeps their size.
         dtype: of weights and arithmetic; features are float32 all the same.
         random_weights: a seed: the same architecture untrained, the control.
@@ -137,16 +143,21 @@ class DiffusionTeacher:
         compile: bool = False,
     ) -> None:
         if input not in get_args(Input):
-            raise ValueError(f"input {input!r} is unknown; choose from noised, clean")
-        if draws < 1 or (draws > 1 and input == "clean"):
-            raise ValueError(f"draws {draws}: one or more, and one for clean input (it has none)")
-        if not layers or len(set(layers)) < len(layers):
-            raise ValueError(f"layers {list(layers)} must name at least one layer, and none twice")
-        self.family, self.layers, self.input, self.draws = family, tuple(layers), input, draws
+            raise ValueError(
+                f"input {input!r} is unknown; choose from {', '.join(get_args(Input))}"
+            )
+        if draws < 1:
+            raise ValueError(f"draws {draws}: the mean is over one draw of the noise or more")
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"layers {list(layers)} must name none twice")
+        self.family, self.layers, self.input = family, tuple(layers), input
+        self.draws = draws if input == "average" and family.noise_schedule.has_noise else 1
         self.noise_schedule = family.noise_schedule
         self.image_size = None if image_size is None else anatomy.height_width(image_size)
         if self.image_size is not None:
             anatomy.check_image_size(self.image_size, family.multiple)
+        if not layers:
+            return
         height, width = self.image_size or (2 * family.multiple, 2 * family.multiple)
         traced = self._trace((height, width))
         asked = {name: anatomy.find_layer(name, traced) for name in layers}
@@ -207,13 +218,15 @@ class DiffusionTeacher:
             Layer -> float32 (B, C, h, w), in the order of `layers`.
 
         Raises:
-            ValueError: a timestep outside 0..T-1, or images of a shape that it cannot take.
+            ValueError: a timestep outside 0..T-1, a label beyond the family's classes, or images of
+                a shape that it cannot take.
         """
         self._check(images, timesteps)
         images = images.float()
         if self.image_size is not None and tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bilinear", antialias=True)
         times = self.noise_schedule.network_times(timesteps).to(images.device)
+        labels = self._labels(labels, images.device)
         # the student's autocast must not reach in: this network computes in its own dtype
         with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
             x = self.family.encode(self.parts, 2 * images - 1)
@@ -225,9 +238,20 @@ class DiffusionTeacher:
         copies = [x.to(torch.float32, copy=True) for x in maps]
         return dict(zip(self.layers, copies, strict=True))
 
+    def _labels(self, labels: Tensor | None, device: torch.device) -> Tensor | None:
+        """The labels where they play a part, and all of them known."""
+        classes = self.family.classes
+        if labels is None or not classes:
+            return None
+        if bool((labels >= classes).any()):
+            raise ValueError(
+                f"label {int(labels.max())} is not one of the teacher's classes, 0..{classes - 1}"
+            )
+        return labels.to(device)
+
     def _noised(self, x: Tensor, timesteps: Tensor, generator: torch.Generator | None) -> Tensor:
         """What the network sees, in its dtype. x: (B, c, h, w) float32."""
-        if self.input == "noised":
+        if self.input != "clean" and self.noise_schedule.has_noise:
             device = x.device if generator is None else generator.device
             noise = torch.randn(x.shape, generator=generator, device=device)
             x = self.noise_schedule.add_noise(x, noise.to(x.device), timesteps)
@@ -252,8 +276,13 @@ class DiffusionTeacher:
             anatomy.check_image_size((height, width), self.family.multiple)
 
     def layer_table(self, image_size: int | tuple[int, int]) -> list[LayerInfo]:
-        """The network's blocks with their costs, for images of that size handed to `features`."""
-        return layer_table(self.family, self.image_size or image_size)
+        """The network's blocks with their costs, for images of that size handed to `features`.
+
+        Raises:
+            ValueError: the image size does not fit.
+        """
+        size = anatomy.height_width(self.image_size or image_size)
+        return anatomy.layer_table(self._trace(size), size[0])
 
     def flops(self, image_size: int | tuple[int, int]) -> Flops:
         """What one image of that size costs, as `features` runs it and as the whole network."""
@@ -261,33 +290,17 @@ class DiffusionTeacher:
         return Flops(anatomy.find_layer(self.last_layer, traced).flops, traced[-1].flops)
 
     def _trace(self, size: tuple[int, int]) -> list[anatomy.TracedLayer]:
-        return trace(self.family, size)
-
-
-def trace(family: Family, size: tuple[int, int]) -> list[anatomy.TracedLayer]:
-    """Every module call of one forward pass of a family's network, for one image of that size.
-
-    Raises:
-        ValueError: the image size does not fit.
-    """
-    anatomy.check_image_size(size, family.multiple)
-    with torch.device("meta"), torch.no_grad():
-        parts = family.build().eval()
-        images = torch.empty(1, 3, *size)
-        times = family.noise_schedule.network_times(torch.zeros(1, dtype=torch.int64, device="cpu"))
-        x = family.encode(parts, images)
-        return anatomy.trace(
-            parts["network"],
-            lambda: family.forward(parts, family.encode(parts, images), times.to("meta"), None),
-            lambda output: family.feature_map(output, x),
-        )
-
-
-def layer_table(family: Family, image_size: int | tuple[int, int]) -> list[LayerInfo]:
-    """The blocks of a family's network with their costs, for images of that size.
-
-    Raises:
-        ValueError: the image size does not fit.
-    """
-    size = anatomy.height_width(image_size)
-    return anatomy.layer_table(trace(family, size), size[0])
+        """Every module call of one forward pass, for one image of that size."""
+        family = self.family
+        anatomy.check_image_size(size, family.multiple)
+        with torch.device("meta"), torch.no_grad():
+            parts = family.build().eval().requires_grad_(False)
+            images = torch.empty(1, 3, *size)
+            first = torch.zeros(1, dtype=torch.int64, device="cpu")
+            times = family.noise_schedule.network_times(first).to("meta")
+            x = family.encode(parts, images)
+            return anatomy.trace(
+                parts["network"],
+                lambda: family.forward(parts, family.encode(parts, images), times, None),
+                lambda output: family.feature_map(output, x),
+            )

@@ -28,6 +28,7 @@ from teachers.noise import NoiseSchedule
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
 WEIGHTS = (SAFETENSORS, f"{SAFETENSORS}.index.json", "diffusion_pytorch_model.bin")
+VARIANTS = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]  # the same weights again
 LOCAL_FOLDER = "a local folder written by save_pretrained of a diffusers pipeline or model"
 
 Built = TypeVar("Built")
@@ -64,7 +65,11 @@ def download(hub_id: str, revision: str | None, components: Sequence[str] = ("",
     def fetch(suffix: str) -> Path:
         weights = [f"{component and component + '/'}*{suffix}" for component in components]
         patterns = ["*.json", "*.txt", "*tokenizer*/*", *weights]
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=VARIANTS
+            )
+        )
 
     try:
         folder = fetch(".safetensors")
@@ -97,8 +102,15 @@ def without_bookkeeping(path: Path) -> dict[str, Any]:
     return {key: value for key, value in read_json(path).items() if key[0] != "_"}
 
 
-def read_config(folder: Path, architecture: type[ModelMixin]) -> dict[str, Any]:
+def read_config(
+    folder: Path, architecture: type[ModelMixin], former_names: Sequence[str] = ()
+) -> dict[str, Any]:
     """The architecture in `folder/config.json`, every key of that class filled in.
+
+    Args:
+        folder: of the model.
+        architecture: the class that it must be of.
+        former_names: of that class, which older files still bear.
 
     Raises:
         ValueError: of another class, or with values that the class does not take.
@@ -106,7 +118,7 @@ def read_config(folder: Path, architecture: type[ModelMixin]) -> dict[str, Any]:
     path = folder / "config.json"
     content = read_json(path)
     name = architecture.__name__
-    if content.get("_class_name") != name:
+    if content.get("_class_name") not in (name, *former_names):
         raise ValueError(
             f"{path} describes a {content.get('_class_name')}; here it must be a {name}"
         )
@@ -114,7 +126,7 @@ def read_config(folder: Path, architecture: type[ModelMixin]) -> dict[str, Any]:
         with quiet(), torch.device("meta"):
             known, _, _ = architecture.extract_init_dict(content)
             config = dict(architecture(**known).config)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
         reason = textwrap.shorten(str(error), 200)
         raise ValueError(f"{path} does not describe a {name}: {reason}") from error
     return {key: value for key, value in config.items() if key[0] != "_"}

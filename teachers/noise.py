@@ -94,6 +94,11 @@ class NoiseSchedule:
         """T, the number of timesteps."""
         return len(self.times)
 
+    @property
+    def has_noise(self) -> bool:
+        """Whether there is a timestep with noise in x_t."""
+        return bool(self.noise.any())
+
     def check(self, timesteps: Tensor) -> None:
         """Refuse what does not index this schedule.
 

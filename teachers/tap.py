@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class LastLayerReached(Exception):
@@ -32,13 +32,13 @@ class Tap:
 
     def __init__(self, network: nn.Module, layers: Sequence[str], last: str) -> None:
         self._network, self._layers = network, tuple(layers)
-        self._outputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, Any] = {}
         self._running = False
         for name in layers:
             network.get_submodule(name).register_forward_hook(self._keep(name, name == last))
 
-    def __call__(self, forward: Callable[[], Any]) -> list[Tensor]:
-        """The layers' outputs, in their order, from a `forward` that runs the network once."""
+    def __call__(self, forward: Callable[[], Any]) -> list[Any]:
+        """The layers' raw outputs, in their order, from a `forward` that runs the network once."""
         self._outputs, self._running = {}, True
         try:
             forward()
@@ -52,7 +52,7 @@ class Tap:
     def _keep(self, name: str, last: bool) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._running:
-                self._outputs[name] = first_tensor(output)
+                self._outputs[name] = output
                 if last:
                     raise LastLayerReached
 

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,3 +201,39 @@ def test_saved_configs_name_no_path_of_the_training_machine(tmp_path):
     ddpm.save_pipeline(loaded.unet, loaded.scheduler, tmp_path / "second")
     for path in (tmp_path / "second").rglob("*.json"):
         assert str(tmp_path) not in json.dumps(json.loads(path.read_text()))
+
+
+class Clock(torch.nn.Module):
+    """A network that says nothing but the timestep."""
+
+    def forward(self, x, timesteps):
+        return SimpleNamespace(sample=timesteps[:, None, None, None].expand(x.shape))
+
+
+def test_loss_by_timestep_is_the_mean_over_each_part_of_the_schedule():
+    # The image to predict is 0, so that the loss is the mean of the squared timesteps.
+    grey = [torch.full((2, 3, 4, 4), 0.5), torch.full((1, 3, 4, 4), 0.5)]
+    scheduler = DDPMScheduler(num_train_timesteps=3, prediction_type="sample")
+    assert ddpm.loss_by_timestep(Clock(), scheduler, grey, seeded()) == [0, 1, 4]
+    scheduler = DDPMScheduler(num_train_timesteps=25, prediction_type="sample")
+    losses = ddpm.loss_by_timestep(Clock(), scheduler, grey, seeded())
+    edges = [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25]
+    for loss, low, high in zip(losses, edges, edges[1:], strict=False):
+        assert low**2 <= loss <= (high - 1) ** 2
+    assert losses == ddpm.loss_by_timestep(Clock(), scheduler, grey, seeded())
+    assert losses != ddpm.loss_by_timestep(Clock(), scheduler, grey, seeded(1))
+
+
+def test_loss_by_timestep_weighs_images_not_batches(images):
+    class Silent(torch.nn.Module):
+        def forward(self, x, timesteps):
+            return SimpleNamespace(sample=torch.zeros_like(x))
+
+    scheduler = DDPMScheduler(num_train_timesteps=1)
+    (loss,) = ddpm.loss_by_timestep(Silent(), scheduler, images.split([3, 1]), seeded())
+    generator, expected = seeded(), 0.0
+    for count in (3, 1):
+        torch.randint(0, 1, (count,), generator=generator)
+        noise = torch.randn((count, 3, 16, 16), generator=generator)
+        expected += count / 4 * noise.square().mean().item()
+    assert loss == pytest.approx(expected)

@@ -143,7 +143,7 @@ def test_unreachable_hub_says_to_give_a_folder(monkeypatch):
 def test_hub_falls_back_to_bin_only_without_safetensors(pipeline, monkeypatch):
     asked = []
 
-    def snapshot(hub_id, *, revision, allow_patterns):
+    def snapshot(hub_id, *, revision, allow_patterns, ignore_patterns):
         asked.append((hub_id, revision, allow_patterns[-1]))
         return str(pipeline)
 

@@ -1,0 +1,232 @@
+"""Several teachers at once: their maps side by side, or joined over the channels."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self, Unpack
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from teachers.diffusion import Flops, View
+
+# The names of distill's registry, which this library cannot ask; a test holds them together.
+FACTORIES = MappingProxyType(
+    {
+        "diffusers_unet": "teachers.diffusers_unet:diffusers_unet",
+        "stable_diffusion": "teachers.stable_diffusion:stable_diffusion",
+        "flow": "teachers.flow:flow",
+        "dit": "teachers.dit:dit",
+        "guided_diffusion": "teachers.guided_diffusion:guided_diffusion",
+        "timm": "teachers.timm_model:timm_model",
+    }
+)
+OWN = ("image_size", "random_weights")  # what a member may see in its own way
+KEYS = ("name", "path", *OWN, "options")
+
+
+class Part(NamedTuple):
+    """A layer of one member."""
+
+    member: str
+    layer: str
+
+
+def ensemble(
+    path: str,
+    *,
+    members: Mapping[str, Mapping[str, Any]] | None = None,
+    **view: Unpack[View],
+) -> Ensemble:
+    """Teachers that look at the same images. In a recipe:
+
+        teacher:
+          name: ensemble
+          path: ""
+          options:
+            members:
+              ddpm: {name: diffusers_unet, path: A}
+              dino: {name: timm, path: B, image_size: 224, options: {kwargs: {...}}}
+        pairs:
+          - {student: layer3, teacher: ddpm/up_blocks.1+dino/blocks.11}
+
+    Args:
+        path: nothing; each member has its own.
+        members: name -> `name` (a teacher of this package, or module:attribute), `path`, and where
+            needed `image_size`, `random_weights` (otherwise the view's) and `options`, the rest.
+        view: of all members, see `teachers.diffusion.View`; layers are `member/layer`, or several
+            with `+` between them, see `Ensemble.features`. Every member must be in one of them.
+
+    Raises:
+        ValueError, OSError: a wrong `members` or layer, and what a member's factory raises.
+    """
+    if path:
+        raise ValueError(f"path {path!r}: an ensemble has none (''); each of its members has one")
+    if not isinstance(members, Mapping) or not members:
+        raise ValueError(f"members must map names to {{name: ..., path: ...}}, not {members!r}")
+    layers = {layer: _parts(layer, members) for layer in view["layers"]}
+    asked: dict[str, dict[str, None]] = {name: {} for name in members}  # ordered sets
+    for parts in layers.values():
+        for part in parts:
+            asked[part.member][part.layer] = None
+    built = {}
+    for name, member in members.items():
+        with _blame(f"member {name!r}"):
+            if not asked[name]:
+                raise ValueError("no layer is asked of it; leave it out")
+            built[name] = _build(member, {**view, "layers": list(asked[name])})
+    return Ensemble(built, layers)
+
+
+class Ensemble:
+    """Teachers under names of their own (a `protocol.Teacher`).
+
+    Args:
+        members: by name; teachers that know their `flops`. The first one's noise schedule is the
+            ensemble's, and the order is the one in which they draw noise.
+        layers: what to return, and which parts it is made of.
+
+    Attributes:
+        channels: C of each layer's map, the sum over its parts.
+        reductions: of each layer's part that its member reduces least.
+    """
+
+    def __init__(self, members: Mapping[str, Any], layers: Mapping[str, tuple[Part, ...]]) -> None:
+        self.members, self._parts = dict(members), dict(layers)
+        self.layers = tuple(layers)
+        self.noise_schedule = next(iter(self.members.values())).noise_schedule
+        self.name = "+".join(member.name for member in self.members.values())
+        self.channels = {
+            layer: sum(self.members[member].channels[name] for member, name in parts)
+            for layer, parts in layers.items()
+        }
+        self.reductions = {
+            layer: min(self.members[member].reductions[name] for member, name in parts)
+            for layer, parts in layers.items()
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the members' names and fingerprints, in their order."""
+        each = [(name, member.fingerprint) for name, member in self.members.items()]
+        return hashlib.sha256(json.dumps(each).encode()).hexdigest()
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the weights, in place."""
+        for member in self.members.values():
+            member.to(device)
+        return self
+
+    def features(
+        self,
+        images: Tensor,
+        timesteps: Tensor,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The asked layers' maps, float32 (B, C, h, w) each.
+
+        Every other member sees the timestep whose noise fraction is nearest to the first one's;
+        that is 0 for one without noise. A layer of one part is that member's map. The parts of a
+        joined one are resized to the finest and scaled to unit mean square over (C, h, w), each
+        image by itself (RMSNorm, Zhang & Sennrich 2019): otherwise the member with the largest
+        numbers would be all that a loss sees. Nothing is estimated, so nothing has to be stored.
+
+        Args:
+            images: (B, 3, H, W) RGB float in [0, 1], on the teacher's device.
+            timesteps: (B,) int64 in 0..T-1 of the first member.
+            generator: source of the noise, used in the members' order.
+            labels: (B,) int64 classes, handed to every member.
+
+        Raises:
+            ValueError: a timestep outside 0..T-1, or images of a shape that a member cannot take.
+        """
+        fraction = self.noise_schedule.noise_fraction(timesteps)
+        maps: dict[Part, Tensor] = {}
+        for name, member in self.members.items():
+            schedule = member.noise_schedule
+            own = schedule.nearest(fraction) if schedule is not self.noise_schedule else timesteps
+            features = member.features(images, own, generator, labels)
+            maps |= {Part(name, layer): feature for layer, feature in features.items()}
+        return {
+            layer: _joined([maps[part] for part in parts]) for layer, parts in self._parts.items()
+        }
+
+    def flops(self, image_size: int | tuple[int, int]) -> Flops:
+        """What one image of that size costs, over all members."""
+        each = [member.flops(image_size) for member in self.members.values()]
+        return Flops(sum(flops.used for flops in each), sum(flops.whole for flops in each))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Maps (B, C_i, h_i, w_i) as one (B, sum of C_i, h, w) of the finest; one alone as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    size = max((part.shape[-2:] for part in parts), key=torch.Size.numel)
+    resized = [F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts]
+    unit = [x * x.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).rsqrt() for x in resized]
+    return torch.cat(unit, dim=1)
+
+
+def _parts(layer: str, members: Mapping[str, Any]) -> tuple[Part, ...]:
+    """The parts that a layer's name joins."""
+    parts = tuple(Part(*part.partition("/")[::2]) for part in layer.split("+"))
+    for part in parts:
+        if part.member not in members or not part.layer:
+            choices = ", ".join(f"{name}/LAYER" for name in members)
+            raise ValueError(f"layer {layer!r} is not in this teacher; choose from {choices}")
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"layer {layer!r} joins a layer with itself")
+    return parts
+
+
+def _build(member: Mapping[str, Any], view: dict[str, Any]) -> Any:
+    """One member, by its own factory."""
+    given = set(member) if isinstance(member, Mapping) else set()
+    if not {"name", "path"} <= given <= set(KEYS):
+        raise ValueError(f"{member!r} must hold name and path, and may hold {', '.join(KEYS[2:])}")
+    options, factory = member.get("options", {}), _factory(member["name"])
+    if twice := sorted(view.keys() & options):
+        raise ValueError(f"option {twice[0]!r} is not one of a member's own")
+    view |= {key: member[key] for key in OWN if key in member}
+    try:
+        return factory(member["path"], **view, **options)
+    except TypeError as error:
+        raise ValueError(f"{member['name']} with options {options}: {error}") from error
+
+
+def _factory(name: str) -> Any:
+    """What a member's `name` stands for."""
+    target = name if ":" in name else FACTORIES.get(name)
+    if target is None:
+        hint = _nearest(name, FACTORIES)
+        raise ValueError(f"unknown teacher {name!r}; {hint} (or module:attribute)")
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ValueError(f"{target!r} cannot be imported: {error}") from error
+
+
+def _nearest(name: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, choices, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
+
+
+@contextmanager
+def _blame(who: str) -> Iterator[None]:
+    """Say which member an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}") from error
+    except OSError as error:
+        raise OSError(f"{who}: {error}") from error

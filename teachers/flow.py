@@ -1,0 +1,157 @@
+"""Flow-matching transformers of diffusers: Stable Diffusion 3 and Flux."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from teachers import latents, loading
+from teachers.diffusion import DiffusionTeacher, View
+from teachers.tap import first_tensor
+
+TEXT_LENGTH = {SD3Transformer2DModel: 77 + 256, FluxTransformer2DModel: 512}  # the pipelines' own
+PATCH = 2  # of Flux: its pipeline packs the latents, its config knows nothing of it
+
+
+def flow(path: str, *, revision: str | None = None, **view: Unpack[View]) -> DiffusionTeacher:
+    """A transformer trained by flow matching, SD3 or Flux, shown no text.
+
+    In the text's place stand zeros, as many as the pipeline has tokens. That is how SD3 was trained
+    where its captions were dropped (Esser et al. 2024), and how its pipeline stands
+    in for a missing text encoder. Flux was not trained so: for it this is the nearest to no text.
+    A Flux that is told a guidance scale (dev) is told 1, no guidance. No text encoder is read.
+
+    `random_weights` refreshes the transformer alone: the autoencoder stays trained, as it is the
+    space that its input lives in.
+
+    Args:
+        path: a pipeline folder (model_index.json, transformer/, vae/, scheduler/), or a hub id.
+        revision: branch, tag or commit, for a hub id.
+        view: see `teachers.diffusion.View`; layers are `transformer_blocks.5` and, of Flux,
+            `single_transformer_blocks.20`: their image tokens, as a map.
+
+    Raises:
+        ValueError, OSError: see `DiffusionTeacher` and `FlowTransformer`.
+    """
+    return DiffusionTeacher(FlowTransformer(path, revision), **view)
+
+
+class FlowTransformer:
+    """The family (a `diffusion.Family`); arguments as `flow`.
+
+    Raises:
+        OSError: a missing folder or file, or the hub cannot give it.
+        ValueError: neither SD3 nor Flux, one that sees more than the latents (Flux Fill, say), or
+            a scheduler that is not flow matching.
+    """
+
+    def __init__(self, path: str, revision: str | None = None) -> None:
+        root = loading.pipeline_folder(path, revision, ("transformer", "vae"))
+        self.root, self.name = root, Path(path).name
+        self.architecture = _architecture(root / "model_index.json")
+        self.is_flux = self.architecture is FluxTransformer2DModel
+        self.config = loading.read_config(root / "transformer", self.architecture)
+        self.vae_config = latents.read_config(root)
+        self.patch = PATCH if self.is_flux else self.config["patch_size"]
+        given = self.config["in_channels"]
+        made = self.vae_config["latent_channels"] * (PATCH**2 if self.is_flux else 1)
+        if given != made:
+            raise ValueError(
+                f"{root / 'transformer' / 'config.json'}: the transformer takes {given} channels "
+                f"and the autoencoder gives {made}; a teacher's must see the latents alone"
+            )
+        self.noise_schedule = loading.load_schedule(root / "scheduler")
+        if self.noise_schedule.prediction_type != "flow":
+            raise ValueError(
+                f"{root / 'scheduler' / 'scheduler_config.json'} is not flow matching; here it "
+                "must be a FlowMatchEulerDiscreteScheduler"
+            )
+        self.configs: Mapping[str, Any] = {
+            "transformer": self.config,
+            "vae": self.vae_config,
+            "scheduler": loading.without_bookkeeping(root / "scheduler" / "scheduler_config.json"),
+        }
+        reduction = latents.reduction(self.vae_config)
+        self.multiple = reduction * self.patch
+        self.image_size = None if self.is_flux else self.config["sample_size"] * reduction
+        self.classes = 0
+        self.text_length = TEXT_LENGTH[self.architecture]
+
+    def build(self) -> nn.ModuleDict:
+        """The transformer and the autoencoder."""
+        network = self.architecture.from_config(self.config)
+        return nn.ModuleDict(
+            {"network": network, "vae": AutoencoderKL.from_config(self.vae_config)}
+        )
+
+    def load(self, random_weights: int | None) -> nn.ModuleDict:
+        """The same with trained weights; only the transformer's may be fresh."""
+        if random_weights is None:
+            network = loading.load_model(self.root / "transformer", self.architecture)
+        else:
+            network = loading.randomly(
+                lambda: self.architecture.from_config(self.config), random_weights
+            )
+        vae = loading.load_model(self.root / "vae", AutoencoderKL)
+        return nn.ModuleDict({"network": network, "vae": vae})
+
+    def encode(self, parts: nn.ModuleDict, images: Tensor) -> Tensor:
+        """The latents, shifted and scaled."""
+        return latents.encode(parts["vae"], images)
+
+    def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
+        """Run the transformer."""
+        text = {
+            "encoder_hidden_states": x.new_zeros(
+                len(x), self.text_length, self.config["joint_attention_dim"]
+            ),
+            "pooled_projections": x.new_zeros(len(x), self.config["pooled_projection_dim"]),
+        }
+        if not self.is_flux:
+            return parts["network"](x, timestep=times, **text)
+        height, width = self._grid(x)
+        rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
+        places = torch.cartesian_prod(rows[:1], rows, columns)  # (h w, 3): 0, row, column
+        return parts["network"](
+            F.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2),  # (B, h w, 4 c)
+            timestep=times / len(self.noise_schedule),
+            img_ids=places,
+            txt_ids=places.new_zeros(self.text_length, 3),
+            guidance=x.new_ones(len(x)) if self.config["guidance_embeds"] else None,
+            **text,
+        )
+
+    def feature_map(self, output: Any, x: Tensor) -> Any:
+        """Image tokens (B, h w, C) as a map: a block's come last in a tuple, after the text's.
+
+        Single blocks of Flux work inside on text and image in one sequence, the image's last.
+        """
+        grid = self._grid(x)
+        image = math.prod(grid)
+        for tokens in reversed(output if isinstance(output, tuple) else (output,)):
+            shape = tokens.shape if isinstance(tokens, Tensor) else ()
+            if len(shape) == 3 and shape[1] in (image, self.text_length + image):
+                return tokens[:, -image:].transpose(1, 2).unflatten(2, grid)
+        return first_tensor(output)
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        """Height and width in patches."""
+        return x.shape[-2] // self.patch, x.shape[-1] // self.patch
+
+
+def _architecture(index: Path) -> Any:
+    """The class of the pipeline's transformer, by its model_index.json."""
+    _, name = loading.read_json(index).get("transformer") or (None, None)
+    known = {architecture.__name__: architecture for architecture in TEXT_LENGTH}
+    if name not in known:
+        raise ValueError(
+            f"{index} names {name or 'no'} transformer; here it must be a {' or a '.join(known)}"
+        )
+    return known[name]

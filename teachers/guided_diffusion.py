@@ -1,0 +1,230 @@
+"""OpenAI's guided diffusion: a file of weights from which the whole architecture is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Unpack, get_args
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from teachers import loading
+from teachers.diffusion import DiffusionTeacher, View
+from teachers.guided_unet import Architecture, GuidedUNet
+from teachers.noise import NoiseSchedule
+
+Schedule = Literal["linear", "cosine"]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def guided_diffusion(
+    path: str,
+    *,
+    schedule: Schedule = "linear",
+    timesteps: int = 1000,
+    head_channels: int = 64,
+    heads: int | None = None,
+    new_attention_order: bool = False,
+    **view: Unpack[View],
+) -> DiffusionTeacher:
+    """An unconditional model of guided-diffusion, such as OpenAI's 256x256_diffusion_uncond.pt.
+
+    The options are what the weights do not tell; their defaults are those of OpenAI's unconditional
+    256x256 models (that of ImageNet, and LSUN's). With wrong ones a model still runs, but its
+    features are worth little. Any image size will do that the network can halve often enough.
+
+    Args:
+        path: a state dict, `.safetensors`, or what `torch.save` wrote.
+        schedule: `linear` (Ho et al. 2020), or `cosine` (Nichol & Dhariwal 2021), which OpenAI's
+            64x64 models have.
+        timesteps: T; the network is told the index as it is.
+        head_channels: channels of an attention head (`--num_head_channels`), or
+        heads: their number (`--num_heads`), 4 where the training script was given neither.
+        new_attention_order: of the attention's channels (`--use_new_attention_order`).
+        view: see `teachers.diffusion.View`; layers are `input_blocks.7`, `middle_block`,
+            `output_blocks.3`, ...
+
+    Raises:
+        ValueError, OSError: see `DiffusionTeacher` and `GuidedDiffusion`.
+    """
+    options = {
+        "head_channels": head_channels,
+        "heads": heads,
+        "new_attention_order": new_attention_order,
+    }
+    return DiffusionTeacher(GuidedDiffusion(path, schedule, timesteps, options), **view)
+
+
+class GuidedDiffusion:
+    """The family (a `diffusion.Family`).
+
+    Args:
+        path, schedule, timesteps: as `guided_diffusion`.
+        options: those of its options that `Architecture` has.
+
+    Raises:
+        OSError: no such file.
+        ValueError: it is damaged, no such network, or a conditional one; options that do not fit.
+    """
+
+    def __init__(
+        self, path: str, schedule: Schedule, timesteps: int, options: Mapping[str, Any]
+    ) -> None:
+        self.path = Path(path).expanduser()
+        self.name = self.path.stem
+        self.noise_schedule = noise_schedule(schedule, timesteps)
+        shapes = {name: tuple(weight.shape) for name, weight in read(self.path).items()}
+        try:
+            self.architecture = dataclasses.replace(infer(shapes), **options)
+            with torch.device("meta"):
+                check_shapes(shapes, GuidedUNet(self.architecture))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        self.configs: Mapping[str, Any] = {
+            "architecture": dataclasses.asdict(self.architecture),
+            "schedule": schedule,
+            "timesteps": timesteps,
+        }
+        self.multiple = 2 ** (len(self.architecture.level_channels) - 1)
+        self.image_size: int | tuple[int, int] | None = None
+        self.classes = 0
+
+    def build(self) -> nn.ModuleDict:
+        """The parts: the UNet alone."""
+        return nn.ModuleDict({"network": GuidedUNet(self.architecture)})
+
+    def load(self, random_weights: int | None) -> nn.ModuleDict:
+        """The same with its trained weights, or fresh ones."""
+        if random_weights is not None:
+            return loading.randomly(self.build, random_weights)
+        parts = self.build()
+        parts["network"].load_state_dict(read(self.path), strict=True)
+        loading.check_finite(parts["network"], self.path)
+        return parts
+
+    def encode(self, parts: nn.ModuleDict, images: Tensor) -> Tensor:
+        """The pixels themselves."""
+        return images
+
+    def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
+        """Run the UNet."""
+        return parts["network"](x, times)
+
+    def feature_map(self, output: Any, x: Tensor) -> Any:
+        """Maps already."""
+        return output
+
+
+def noise_schedule(schedule: Schedule, timesteps: int) -> NoiseSchedule:
+    """The schedule of that name, stretched to T timesteps.
+
+    Raises:
+        ValueError: an unknown name, or a linear schedule too short to be stretched.
+    """
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule {schedule!r} is unknown; choose from linear, cosine")
+    if timesteps < 20:
+        raise ValueError(f"timesteps {timesteps} is too few; these schedules have 20 or more")
+    if schedule == "linear":
+        scale = 1000 / timesteps
+        betas = torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64)
+    else:  # Nichol & Dhariwal 2021, eq. 17, and beta clipped as there
+        fraction = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+        alpha_bar = torch.cos((fraction + 0.008) / 1.008 * math.pi / 2).square()
+        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    return NoiseSchedule.variance_preserving((1 - betas).cumprod(0), "epsilon")
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, or holds something else than tensors by name.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file {path}; give the state dict of a guided-diffusion model"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can fail in any way at all
+        reason = textwrap.shorten(str(error), 200)
+        raise ValueError(f"{path} is damaged, or holds more than tensors ({reason})") from error
+    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise ValueError(f"{path} is no state dict; save the weights alone: model.state_dict()")
+    return dict(state)
+
+
+def infer(shapes: Shapes) -> Architecture:
+    """What a state dict tells of its network.
+
+    Raises:
+        ValueError: it is a conditional one, or none of guided diffusion.
+    """
+    if "label_emb.weight" in shapes:
+        raise ValueError("the network is conditioned on classes (label_emb); a teacher must not be")
+    ups = r"output_blocks\.(\d+)\.(?:\d\.conv|[12]\.in_layers\.0)\.weight"
+    levels = 1 + len(_indices(ups, shapes))
+    outputs = len(_indices(r"output_blocks\.(\d+)\.", shapes))
+    res_blocks = outputs // levels - 1
+    if res_blocks < 1:
+        raise ValueError(
+            f"{levels} levels with {outputs} output_blocks are no UNet of guided diffusion "
+            "(a classifier has none)"
+        )
+    taken = _shape("input_blocks.0.0.weight", shapes)[1]
+    out_channels = _shape("out.2.weight", shapes)[0]
+    if taken != 3 or out_channels not in (3, 6):
+        raise ValueError(
+            f"the network turns {taken} channels into {out_channels}; a teacher takes 3 (RGB) and "
+            "predicts 3, or 6 with the variance"
+        )
+    first = [f"input_blocks.{1 + level * (res_blocks + 1)}" for level in range(levels)]
+    widths = tuple(_shape(f"{name}.0.out_layers.3.weight", shapes)[0] for name in first)
+    emb = _shape("middle_block.0.emb_layers.1.weight", shapes)[0]
+    return Architecture(
+        channels=_shape("time_embed.0.weight", shapes)[1],
+        level_channels=widths,
+        attention=tuple(f"{name}.1.qkv.weight" in shapes for name in first),
+        res_blocks=res_blocks,
+        scale_shift=emb == 2 * widths[-1],
+        residual_resampling=not _indices(r"output_blocks\.(\d+)\.\d\.conv\.weight", shapes),
+        out_channels=out_channels,
+    )
+
+
+def check_shapes(shapes: Shapes, network: nn.Module) -> None:
+    """Raises ValueError that names the first tensors that are not as the network has them."""
+    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    wrong = [
+        f"{name} is {shapes.get(name, 'missing')}, not {expected.get(name, 'expected at all')}"
+        for name in sorted(expected.keys() | shapes.keys())
+        if expected.get(name) != shapes.get(name)
+    ]
+    if wrong:
+        raise ValueError(
+            f"no UNet of guided diffusion: {len(wrong)} tensors differ ({'; '.join(wrong[:3])})"
+        )
+
+
+def _shape(name: str, shapes: Shapes) -> tuple[int, ...]:
+    """Of a weight, in two dimensions or more."""
+    shape = shapes.get(name, ())
+    if len(shape) < 2:
+        raise ValueError(f"no UNet of guided diffusion: there is no weight {name}")
+    return shape
+
+
+def _indices(pattern: str, shapes: Shapes) -> set[int]:
+    """The numbers that the pattern's group matches at the beginning of the names."""
+    return {int(match[1]) for name in shapes if (match := re.match(pattern, name))}

@@ -1,0 +1,56 @@
+"""The latent space that latent diffusion adds its noise to: a pipeline's `AutoencoderKL`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from teachers import loading
+
+
+def read_config(pipeline: Path) -> dict[str, Any]:
+    """The config of the autoencoder in `pipeline/vae`.
+
+    Raises:
+        OSError, ValueError: missing, not an `AutoencoderKL`, or not one of RGB images.
+    """
+    config = loading.read_config(pipeline / "vae", AutoencoderKL)
+    if config["in_channels"] != 3:
+        raise ValueError(
+            f"{pipeline / 'vae' / 'config.json'}: the autoencoder takes {config['in_channels']} "
+            "channels; a teacher's must take 3 (RGB)"
+        )
+    return config
+
+
+def reduction(config: Mapping[str, Any]) -> int:
+    """Side of the image over the side of its latents: each level but one halves."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+def encode(vae: nn.Module, images: Tensor) -> Tensor:
+    """The posterior's mean, shifted and scaled as the autoencoder's config says.
+
+    The mean and not a draw, so that the only noise is that of the timestep.
+
+    Args:
+        vae: an `AutoencoderKL`. In float16 it is made float32 at its first image, unless its
+            config has `force_upcast` off: inside of it, as SDXL's, activations leave float16.
+        images: (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        (B, c, h, w) float32, contiguous: some convolutions answer channels_last, and the network
+        would round differently.
+    """
+    assert isinstance(vae, AutoencoderKL)
+    if vae.dtype == torch.float16 and vae.config["force_upcast"]:
+        with torch.inference_mode(False):  # its weights outlive the caller's inference mode
+            vae.float()
+    mean = vae.encode(images.to(vae.dtype)).latent_dist.mean.float()
+    latents: Tensor = (mean - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]
+    return latents.contiguous()

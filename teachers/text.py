@@ -1,0 +1,155 @@
+"""Prompts as a diffusion model reads them, embedded once by its pipeline's CLIP text encoders.
+
+`transformers` is needed here alone, when prompts are embedded.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from teachers import loading
+
+CHUNK = 32  # prompts that go through an encoder at once, where there are a thousand classes
+
+
+class Prompts(nn.Module):
+    """Embedded prompts, as buffers: they move, are cast and are fingerprinted like weights.
+
+    Args:
+        tokens: (P, L, D), a row a prompt.
+        pooled: (P, E), each prompt as one vector, where the model asks for it.
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None
+
+    def __init__(self, tokens: Tensor, pooled: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("tokens", tokens)
+        self.register_buffer("pooled", pooled)
+
+
+def prompt_length(pipeline: Path, encoders: int) -> int:
+    """L, the number of tokens that every prompt is padded to; also finds what is missing.
+
+    Args:
+        pipeline: its folder, with text_encoder/ and tokenizer/.
+        encoders: 2 where text_encoder_2/ and tokenizer_2/ belong to it too, else 1.
+
+    Raises:
+        OSError: a folder or a file of them is missing.
+    """
+    for suffix in ("", "_2")[:encoders]:
+        loading.read_json(pipeline / f"text_encoder{suffix}" / "config.json")
+        folder = pipeline / f"tokenizer{suffix}"
+        loading.read_json(folder / "tokenizer_config.json")
+        # transformers would go on with three tokens for all words
+        alone = (folder / "tokenizer.json").is_file()
+        if not alone and not all(
+            (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+        ):
+            raise FileNotFoundError(
+                f"no vocabulary in {folder}: it should hold vocab.json and merges.txt, or "
+                "tokenizer.json"
+            )
+    config = loading.read_json(pipeline / "tokenizer" / "tokenizer_config.json")
+    return int(config.get("model_max_length", 77))
+
+
+def embed(pipeline: Path, prompts: Sequence[str], encoders: int) -> Prompts:
+    """The prompts as the pipelines of Stable Diffusion embed them.
+
+    One encoder gives its last layer, normalised (Rombach et al. 2022). Of two, it is the last but
+    one of both, side by side, and the second's projected text as the pooled one (Podell et al.
+    2023, section 2.1).
+
+    Args:
+        pipeline, encoders: see `prompt_length`.
+
+    Raises:
+        ValueError: no `transformers`, broken weights, or a prompt with too many tokens.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"transformers, which reads the prompts of {pipeline}, is not installed; "
+            "pip install 'diffusion-distill[text]'"
+        ) from error
+    length = prompt_length(pipeline, encoders)
+    kinds = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
+    sides: list[Tensor] = []
+    pooled: list[Tensor] = []
+    for suffix, kind in list(zip(("", "_2"), kinds, strict=True))[:encoders]:
+        folder = pipeline / f"tokenizer{suffix}"
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        encoder = _load_encoder(pipeline / f"text_encoder{suffix}", kind)
+        rows = []
+        for ids in torch.split(_token_ids(tokenizer, prompts, length), CHUNK):
+            with torch.no_grad():
+                output = encoder(ids, output_hidden_states=True)
+            rows.append(output.last_hidden_state if encoders == 1 else output.hidden_states[-2])
+            if suffix:
+                pooled.append(output.text_embeds)
+        sides.append(torch.cat(rows))
+    return Prompts(torch.cat(sides, dim=-1), torch.cat(pooled) if pooled else None)
+
+
+def _token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+    """(P, L) int64, each prompt between its marks and padded."""
+    for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
+        if len(ids) > length:
+            raise ValueError(
+                f"prompt {textwrap.shorten(prompt, 60)!r} has {len(ids)} tokens, its marks "
+                f"included; the text encoder reads {length}"
+            )
+    padded = tokenizer(
+        list(prompts), padding="max_length", max_length=length, return_tensors="pt"
+    ).input_ids
+    assert isinstance(padded, Tensor)
+    return padded
+
+
+def _load_encoder(folder: Path, kind: Any) -> Any:
+    """A text encoder in float32, all of its weights from the file."""
+    try:
+        with _quiet():
+            encoder, report = kind.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True
+            )
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder} does not hold a {kind.__name__} with its weights "
+            f"({textwrap.shorten(str(error), 200)})"
+        ) from error
+    if missing := report["missing_keys"]:
+        raise ValueError(
+            f"{folder}: the weights do not fit config.json beside them: {len(missing)} missing, "
+            f"such as {min(missing)}"
+        )
+    loading.check_finite(encoder, folder)
+    return encoder.float().eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' log lines and progress bars off the terminal: what matters is raised."""
+    from transformers.utils import logging as chatter
+
+    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity(chatter.CRITICAL)
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(verbosity)
+        if bars:
+            chatter.enable_progress_bar()
