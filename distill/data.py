@@ -25,8 +25,8 @@ from distill.errors import UserError, nearest
 
 Item = tuple[Tensor, Tensor | int]
 Augmentation = Callable[[Tensor, Tensor | int], Item]
-Strength = Literal["none", "flip", "crop", "strong"]
-STRENGTHS: tuple[Strength, ...] = ("none", "flip", "crop", "strong")
+Strength = Literal["none", "flip", "crop", "strong", "patch"]
+STRENGTHS: tuple[Strength, ...] = ("none", "flip", "crop", "strong", "patch")
 
 
 class Resized:
@@ -86,9 +86,11 @@ def augmentation(
     Args:
         strength: `none`; `flip`: left to right; `crop`: a random part too, for segmentation of a
             random scale, otherwise shifted by up to an eighth of the side (borders mirrored: a
-            teacher has never seen black ones); `strong`: brightness, contrast and colour too.
+            teacher has never seen black ones); `strong`: brightness, contrast and colour too;
+            `patch`: a random part of `size` px at the image's own scale, flipped.
         task: Decides which crop is meant.
-        size: (H, W) of the images; a crop comes out at this size again.
+        size: (H, W) of the images; a crop comes out at this size again. For `patch`, images may
+            have any size; smaller ones are mirrored at their borders.
         scale: Smallest and largest share of the image's area that a segmentation crop keeps.
     """
     if strength not in STRENGTHS:
@@ -103,6 +105,8 @@ def augmentation(
     elif strength in ("crop", "strong"):
         margins = [width // 8, height // 8]
         steps.append(v2.RandomCrop(size, padding=margins, padding_mode="reflect"))
+    elif strength == "patch":
+        steps.append(v2.RandomCrop(size))
     if strength != "none":
         steps.append(v2.RandomHorizontalFlip())
     if strength == "strong":
@@ -110,12 +114,25 @@ def augmentation(
     transform = v2.Compose(steps)
 
     def apply(image: Tensor, target: Tensor | int) -> Item:
+        if strength == "patch":
+            image = _mirrored(image, size)
+            target = _mirrored(target, size) if isinstance(target, Tensor) else target
         if isinstance(target, int):
             return transform(tv_tensors.Image(image)).as_subclass(Tensor), target
         changed, mask = transform(tv_tensors.Image(image), tv_tensors.Mask(target))
         return changed.as_subclass(Tensor), mask.as_subclass(Tensor)
 
     return apply
+
+
+def _mirrored(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """x: (..., h, w), continued as by mirrors on all sides until it is at least of `size`."""
+    missing = [max(0, wanted - side) for wanted, side in zip(size, x.shape[-2:], strict=True)]
+    if not any(missing):
+        return x
+    borders = [(0, 0)] * (x.ndim - 2) + [(m // 2, m - m // 2) for m in missing]
+    # torch reflects no further than the image is wide; numpy goes on.
+    return torch.from_numpy(np.pad(x.numpy(), borders, mode="reflect"))
 
 
 class Draw(NamedTuple):
@@ -209,12 +226,15 @@ class StepSampler(Sampler[list[Draw]]):
 
 def loader(
     examples: Augmented, sampler: StepSampler, workers: int = 0
-) -> DataLoader[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches in the sampler's order: images (B, 3, H, W) float32, targets (B, H, W) or (B,) int64.
 
     The images of a batch must have one size: augment to it, or wrap `examples` in `Resized`.
+
+    Raises:
+        UserError: of an example, also where a worker process read it, without that traceback.
     """
-    return DataLoader(
+    batches = DataLoader(
         cast("Dataset[tuple[Tensor, Tensor]]", examples),
         batch_sampler=sampler,
         num_workers=workers,
@@ -222,6 +242,10 @@ def loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # otherwise it draws from, and so moves, the default one
     )
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2]) from error
 
 
 def choose_labelled(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
@@ -26,11 +29,14 @@ from distill.build import (
 from distill.config import TeacherTrainConfig
 from distill.data import StepSampler, loader
 from distill.errors import Interrupted, UserError, blame
+from distill.judge import judge_features, judge_losses
 from distill.optim import lr_factor
-from distill.recipe import to_tree, to_yaml
+from distill.recipe import build_config, to_tree, to_yaml
 from distill.teacher_card import teacher_card
 from distill.tracking import Progress, RunLog, hardware, open_run_folder, stop_on_signals
 from teachers.ddpm import build_unet, denoising_loss, sample_images, save_pipeline
+
+Judgement = TypeVar("Judgement")
 
 
 class TeacherTraining:
@@ -38,10 +44,14 @@ class TeacherTraining:
 
     def __init__(self, config: TeacherTrainConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
-        benchmark = build_benchmark(config.data)
-        examples = Unlabelled(benchmark.dataset("train"))
+        if config.batch % accelerator.num_processes:
+            raise UserError(
+                f"batch: {config.batch} does not divide over {accelerator.num_processes} processes"
+            )
+        self.benchmark = build_benchmark(config.data)
+        examples = Unlabelled(self.benchmark.dataset("train"))
         self.size = image_size(config.data, examples)
-        self.examples = training_examples(examples, config.data, benchmark, self.size)
+        self.examples = training_examples(examples, config.data, self.benchmark, self.size)
         torch.manual_seed(seeding.derive_seed(config.seed, "network"))
         with blame("unet"):
             self.unet = build_unet(
@@ -82,6 +92,25 @@ class TeacherTraining:
         self.step += 1
         return loss.detach()
 
+    def averaged(self) -> UNet2DModel:
+        """The teacher to be: a copy of the network with the averaged weights."""
+        unet = copy.deepcopy(self.unet)
+        self.average.copy_to(unet.parameters())
+        return unet
+
+    def sample_grid(self, unet: UNet2DModel) -> Tensor:
+        """Samples in a square, (3, H, W) in [0, 1]; of the same noise at every step."""
+        config = self.config
+        samples = sample_images(
+            unet,
+            self.scheduler,
+            config.samples,
+            steps=config.sample_steps,
+            generator=seeding.generator(config.seed, "samples"),
+        )
+        grid: Tensor = make_grid(samples.cpu(), nrow=math.ceil(math.sqrt(config.samples)))
+        return grid
+
     def state(self) -> dict[str, Any]:
         return {
             "config": to_tree(self.config),
@@ -92,7 +121,9 @@ class TeacherTraining:
         }
 
     def load_state(self, state: dict[str, Any], source: Path) -> None:
-        if state.get("config") != to_tree(self.config):
+        # Built anew, so that a key which is younger than the file stands at its default.
+        written = build_config(TeacherTrainConfig, state.get("config", {}), where=str(source))
+        if written != self.config:
             raise UserError(f"{source} is of another recipe; resume with the run's own config.yaml")
         self.unet.load_state_dict(state["unet"])
         self.average.load_state_dict(state["average"])
@@ -121,15 +152,22 @@ def train_teacher(config: TeacherTrainConfig, *, resume: bool = False) -> Path:
     accelerator.wait_for_everyone()
     if resume and last.exists():
         training.load_state(checkpoint.load(last), last)
+    log = None
     if accelerator.is_main_process:
         checkpoint.write_text(folder / "config.yaml", to_yaml(config))
-    _loop(training, folder, last)
-    if accelerator.is_main_process:
-        _finish(training, folder)
+        log = RunLog(folder, "teacher", training.step)
+    try:
+        _loop(training, last, log)
+        if log:
+            _finish(training, folder, log)
+    finally:
+        if log:
+            log.close()
     return folder
 
 
-def _loop(training: TeacherTraining, folder: Path, last: Path) -> None:
+def _loop(training: TeacherTraining, last: Path, log: RunLog | None) -> None:
+    """Train to the end. log: of the main process."""
     config, accelerator = training.config, training.accelerator
     main = accelerator.is_main_process
     batch = config.batch // accelerator.num_processes
@@ -142,8 +180,7 @@ def _loop(training: TeacherTraining, folder: Path, last: Path) -> None:
         start_step=training.step,
         stop_step=config.steps,
     )
-    batches = iter(loader(training.examples, sampler, config.data.workers))
-    log = RunLog(folder, "teacher", training.step) if main else None
+    batches = loader(training.examples, sampler, config.data.workers)
     progress = Progress(config.name, config.steps, training.step, show=main)
     total, logged = torch.zeros((), device=accelerator.device), training.step
     with stop_on_signals() as stop, progress:
@@ -154,50 +191,58 @@ def _loop(training: TeacherTraining, folder: Path, last: Path) -> None:
             loss = training.train_step(images)
             total += loss
             step = training.step
-            if log and step % config.log_every == 0:
+            progress.update(len(images) * accelerator.num_processes, {"loss": loss.item()}, waited)
+            if log and (step % config.log_every == 0 or step == config.steps):
                 rate = training.optimizer.param_groups[0]["lr"]
                 mean = total.item() / (step - logged)
                 log.scalars(
                     step, {"loss/denoising": mean, "lr": rate, "images_per_second": progress.rate}
                 )
                 total, logged = torch.zeros_like(total), step
-            progress.update(len(images) * accelerator.num_processes, {"loss": loss.item()}, waited)
             if main and (step % config.checkpoint_every == 0 or step == config.steps or stop):
                 checkpoint.save(last, training.state())
             if stop:
                 raise Interrupted(f"stopped at step {step} of {config.steps}; go on with --resume")
-    if log:
-        log.close()
+            due = config.samples and config.sample_every and step < config.steps
+            if log and due and step % config.sample_every == 0:
+                log.images(step, "samples", training.sample_grid(training.averaged())[None])
 
 
-def _finish(training: TeacherTraining, folder: Path) -> None:
-    """Write the averaged network as a pipeline folder with its card, and a grid of samples."""
-    config = training.config
-    training.average.copy_to(training.unet.parameters())
+def _finish(training: TeacherTraining, folder: Path, log: RunLog) -> None:
+    """Write the averaged network as a pipeline folder, a grid of samples, and then its card."""
+    config, unet = training.config, training.averaged()
     with blame(f"pipeline of {config.name}"):
-        save_pipeline(
-            training.unet,
-            training.scheduler,
-            folder / "pipeline",
-            getattr(torch, config.save_dtype),
-        )
+        dtype = getattr(torch, config.save_dtype)
+        save_pipeline(unet, training.scheduler, folder / "pipeline", dtype)
+    if config.samples:
+        grid = training.sample_grid(unet)
+        log.images(config.steps, "samples", grid[None])
+        with checkpoint.replacing(folder / "samples.png") as file:
+            save_image(grid, file, format="png")
+    benchmark, data, size = training.benchmark, config.data, training.size
+    device = training.accelerator.device
     card = teacher_card(
         config,
         folder,
         images=len(training.examples),
-        size=training.size,
-        parameters=sum(p.numel() for p in training.unet.parameters()),
-        hardware=hardware(training.accelerator.device),
+        size=size,
+        parameters=sum(p.numel() for p in unet.parameters()),
+        hardware=hardware(device),
+        processes=training.accelerator.num_processes,
+        losses=_tried(lambda: judge_losses(unet, training.scheduler, benchmark, data, size)),
+        probe=_tried(
+            lambda: judge_features(
+                folder / "pipeline", benchmark, data, size, count=config.probe, device=device
+            )
+        ),
     )
     checkpoint.write_text(folder / "pipeline" / "README.md", card)
-    if config.samples:
-        samples = sample_images(
-            training.unet,
-            training.scheduler,
-            config.samples,
-            steps=config.sample_steps,
-            generator=seeding.generator(config.seed, "samples"),
-        )
-        with checkpoint.replacing(folder / "samples.png") as file:
-            grid = make_grid(samples.cpu(), nrow=math.ceil(math.sqrt(config.samples)))
-            save_image(grid, file, format="png")
+
+
+def _tried(judge: Callable[[], Judgement]) -> Judgement | str:
+    """What it finds, or why not: a file that training did not need must not cost the teacher."""
+    try:
+        return judge()
+    except UserError as error:
+        print(f"distill: not judged: {error}", file=sys.stderr, flush=True)
+        return "images or labels could not be read"

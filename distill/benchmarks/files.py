@@ -18,6 +18,8 @@ from distill.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
 EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+# What Pillow raises on damaged files, and on those that would fill the memory.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 INDEX_MODES = frozenset({"1", "L", "P", "I;16", "I"})
 
 
@@ -26,7 +28,7 @@ def _decode(path: Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return image
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{path}: does not decode ({reason}); replace it or leave it out"

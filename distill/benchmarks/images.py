@@ -2,29 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill.benchmarks import IGNORE_INDEX, Task, distinct_colours
-from distill.benchmarks.files import IMAGE_SUFFIXES, read_image
+from distill.benchmarks.files import EIGHT_BIT_MODES, IMAGE_SUFFIXES, UNREADABLE, read_image
 from distill.errors import UserError
 
 
 class UnlabelledImages(Dataset[tuple[Tensor, int]]):
-    """Image files, decoded when asked for. Items: image (3, H, W) uint8, `IGNORE_INDEX`."""
+    """Image files, decoded when asked for. Items: image (3, H, W) uint8, `IGNORE_INDEX`.
 
-    def __init__(self, root: Path, paths: Sequence[Path]) -> None:
-        self.paths = paths
+    Args:
+        root: The folder that `names` are relative to.
+        paths: The files.
+        skip: How many may be unreadable, over all worker processes of a loader. In the place of
+            such a file comes the next one that can be read, so that what an index gives depends on
+            the files alone. None: the first one raises its own UserError.
+    """
+
+    def __init__(self, root: Path, paths: Sequence[Path], skip: int | None = None) -> None:
+        self.paths, self.skip = paths, skip
         self.names = [path.relative_to(root).as_posix() for path in paths]
+        # Worker processes write to one memory, and so count together.
+        self._unreadable = torch.zeros(len(paths), dtype=torch.bool)
+        self._unreadable.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return read_image(self.paths[index]), IGNORE_INDEX
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        while True:
+            if not self._unreadable[index]:
+                try:
+                    return read_image(self.paths[index]), IGNORE_INDEX
+                except UserError as error:
+                    if self.skip is None:
+                        raise
+                    self._leave_out({index: str(error)})
+            index = (index + 1) % len(self)
+
+    def check_headers(self) -> None:
+        """Leave out what is no image by its first bytes; nothing is decoded. Raises UserError."""
+        problems = {index: _header_problem(path) for index, path in enumerate(self.paths)}
+        self._leave_out({index: text for index, text in problems.items() if text})
+
+    def _leave_out(self, problems: Mapping[int, str]) -> None:
+        """Say what is wrong with the files at some indices, and remember it."""
+        limit = self.skip or 0
+        bad = sorted({*problems, *self._unreadable.nonzero().flatten().tolist()})
+        if len(bad) > limit:
+            first = ", ".join(self.names[index] for index in bad[:3])
+            raise UserError(
+                f"{next(iter(problems.values()))}; {len(bad)} of {len(self)} images are unreadable "
+                f"({first}{', ...' if len(bad) > 3 else ''}), where {limit} may be: mend or remove "
+                "them, or raise data.options.skip"
+            )
+        for problem in problems.values():
+            print(f"distill: skipped {problem}", file=sys.stderr, flush=True)
+        self._unreadable[list(problems)] = True
+
+
+def _header_problem(path: Path) -> str:
+    """What is wrong with a file as far as its first bytes tell; empty for nothing."""
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+    except UNREADABLE as error:
+        return f"{path}: does not decode ({' '.join(str(error).split())})"
+    return "" if mode in EIGHT_BIT_MODES else f"{path}: {mode!r} is not an 8-bit image"
 
 
 class Images:
@@ -32,6 +86,8 @@ class Images:
 
     Args:
         root: The folder. Files and folders that begin with a dot are left out.
+        skip: Largest share of the files that may be unreadable; each is named. More of them stop
+            the run, at its start (no image, more than 8 bits) or when one turns out damaged.
     """
 
     name = "images"
@@ -41,9 +97,13 @@ class Images:
     ignore_index = IGNORE_INDEX
     palette = distinct_colours(0)
 
-    def __init__(self, root: str | None) -> None:
+    def __init__(self, root: str | None, *, skip: float = 0.01) -> None:
         if root is None:
             raise UserError("images: no folder given; say where with data.root=FOLDER")
+        if not 0 <= skip < 1:
+            raise UserError(
+                f"data.options.skip: a share of the files from 0 to below 1, not {skip}"
+            )
         folder = Path(root)
         if not folder.is_dir():
             raise UserError(f"images: there is no folder {folder}; say where with data.root=FOLDER")
@@ -56,7 +116,8 @@ class Images:
         if not paths:
             known = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"images: no image file below {folder} (looked for {known})")
-        self._examples = UnlabelledImages(folder, paths)
+        self._examples = UnlabelledImages(folder, paths, int(skip * len(paths)))
+        self._examples.check_headers()
 
     def dataset(self, split: str) -> UnlabelledImages:
         """The images; the only split is `train`."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +18,21 @@ import torch
 import yaml
 from diffusers import DDPMPipeline
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
 from torch import Tensor
 
 from distill import checkpoint
 from distill.cli import main
+from distill.config import TeacherTrainConfig, UNetConfig
+from distill.errors import UserError
+from distill.judge import held_out
+from distill.recipe import build_config, to_tree
 from distill.teach import TeacherTraining
+from distill.teacher_card import means
 from distill.tracking import read_metrics
-from teachers.ddpm import denoising_loss
+from teachers.ddpm import build_unet, denoising_loss, sample_images
 from teachers.diffusers_unet import diffusers_unet
 
 Refuse = Callable[..., str]
@@ -30,7 +42,7 @@ def write_recipe(folder: Path) -> Path:
     tree = {
         "output": str(folder / "runs"),
         "device": "cpu",
-        "data": {"options": {"size": 32, "train": 12}, "augment": "flip"},
+        "data": {"options": {"size": 32, "train": 12, "val": 6}, "augment": "flip"},
         "unet": {"block_out_channels": [8, 16]},
         "steps": 5,
         "batch": 4,
@@ -138,10 +150,7 @@ def test_an_interrupted_and_resumed_teacher_equals_an_uninterrupted_one(
 
 
 def test_a_teacher_learns_from_a_folder_of_images(recipe: Path, tmp_path: Path) -> None:
-    for number in range(3):
-        image = np.full((40, 50, 3), 80 * number, dtype=np.uint8)
-        (tmp_path / "photos" / "deep").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(tmp_path / "photos" / "deep" / f"{number}.png")
+    photos(tmp_path)
     data = f"data={{benchmark: images, root: {tmp_path / 'photos'}, size: [32, 48]}}"
     few = ["steps=2", "diffusion.prediction_type=v_prediction", "save_dtype=float16", "samples=0"]
     assert main(["teacher", "train", str(recipe), data, *few]) == 0
@@ -178,6 +187,272 @@ def test_the_loss_of_a_row_is_the_mean_over_its_own_steps(
     rows = read_metrics(recipe.parent / "runs" / "stopped")
     # The loss of step 3 went with the interrupted process.
     assert [row["loss/denoising"] for row in rows] == pytest.approx([pairs[0], each[3]])
+
+
+# The card
+
+
+def card_of(run: Path) -> str:
+    return (run / "pipeline" / "README.md").read_text()
+
+
+def test_the_card_tells_how_the_training_went_and_how_good_the_teacher_is(finished: Path) -> None:
+    card = card_of(finished)
+    losses = [row["loss/denoising"] for row in read_metrics(finished)]
+    curve = ", ".join(f"{loss:.3f}" for loss in losses)
+    assert f"| loss | {curve} (means over equal parts of the training, first to last) |" in card
+    assert re.search(r"\| speed \| \d+\.\d images a second", card)
+    assert re.search(r"\| hardware \| \d+ CPU cores \(\w+\), \d+ threads \|", card)
+    assert "of the predicted noise on 6 val images" in card
+    header, values = re.search(r"(\| timesteps .*)\n.*\n(\| loss \| .*)\n", card).groups()
+    assert header.startswith("| timesteps | 0 to 99 | 100 to 199 |")
+    assert len([float(value) for value in values.split("|")[2:-1]]) == 10
+    scores = re.search(
+        r"mIoU on val: \*\*(\d+\.\d)%\*\* for this teacher, (\d+\.\d)% for the same", card
+    )
+    assert all(0 < float(score) < 100 for score in scores.groups())
+    assert scores[1] != scores[2]
+    assert (
+        "of `up_blocks.0` at timestep\n20, fitted to 12 labelled train images and scored on 6 val"
+        in card
+    )
+    assert "for this probe alone" in card
+    assert str(finished.parent) not in card
+
+
+def test_the_loss_curve_is_one_of_tenmeans() -> None:
+    assert means([*range(25)]) == [0.5, 3, 5.5, 8, 10.5, 13, 15.5, 18, 20.5, 23]
+    assert means([2.0, 4.0]) == [2, 4]
+
+
+def test_a_teacher_of_images_without_labels_is_not_probed(recipe: Path, tmp_path: Path) -> None:
+    photos(tmp_path)
+    data = f"data={{benchmark: images, root: {tmp_path / 'photos'}, size: 32}}"
+    assert main(["teacher", "train", str(recipe), data, "steps=1", "samples=0"]) == 0
+    card = card_of(recipe.parent / "runs" / "ddpm")
+    assert "Not measured: the data have no labels." in card
+    assert "on 3 train images" in card
+    assert str(tmp_path) not in card
+
+
+def test_labels_that_cannot_be_read_cost_the_probe_and_not_the_teacher(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for name in "abc":
+        Image.new("RGB", (32, 32)).save(tmp_path / "data" / "images" / f"{name}.png")
+        Image.new("L", (32, 32), 7 * (name == "c")).save(
+            tmp_path / "data" / "masks" / f"{name}.png"
+        )
+    (tmp_path / "data" / "train.txt").write_text("a\nb\n")
+    (tmp_path / "data" / "val.txt").write_text("c\n")
+    data = f"data={{benchmark: folder, root: {tmp_path / 'data'}, options: {{classes: [x, y]}}}}"
+    assert main(["teacher", "train", str(recipe), data, "steps=1", "samples=0"]) == 0
+    why = f"distill: not judged: {tmp_path / 'data' / 'masks' / 'c.png'}: mask value 7 is not"
+    assert capsys.readouterr().err.count(why) == 2
+    card = card_of(recipe.parent / "runs" / "ddpm")
+    assert card.count("Not measured: images or labels could not be read.") == 2
+
+
+def test_no_probe_is_made_where_none_is_asked_for(recipe: Path) -> None:
+    assert main(["teacher", "train", str(recipe), "steps=1", "samples=0", "probe=0"]) == 0
+    assert "Not measured: none was asked for." in card_of(recipe.parent / "runs" / "ddpm")
+
+
+def test_classification_is_probed_too(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (recipe.parent / "two.py").write_text(TWO)
+    monkeypatch.syspath_prepend(recipe.parent)
+    few = ["steps=1", "samples=0", "data={benchmark: 'two:Two', augment: none}"]
+    assert main(["teacher", "train", str(recipe), *few]) == 0
+    card = card_of(recipe.parent / "runs" / "ddpm")
+    # Dark and bright images: any network's features tell them apart.
+    assert "top-1 on val: **100.0%** for this teacher, 100.0% for the same" in card
+
+
+TWO = """
+import torch
+
+class Two:
+    name, task, num_classes, class_names, ignore_index = "two", "classification", 2, ("a", "b"), 255
+
+    def __init__(self, root):
+        pass
+
+    def dataset(self, split):
+        levels = [0, 255, 20, 230] * 4
+        return [(torch.full((3, 32, 32), x, dtype=torch.uint8), int(x > 99)) for x in levels]
+"""
+
+
+def test_a_benchmark_without_val_images_is_judged_on_those_of_train() -> None:
+    train = [(torch.zeros(3, 8, 8), 0)]
+
+    def missing(split: str) -> Any:
+        if split == "val":
+            raise FileNotFoundError("no folder val")
+        return train
+
+    def empty(split: str) -> Any:
+        return train if split == "train" else []
+
+    for dataset in (missing, empty):
+        benchmark: Any = SimpleNamespace(dataset=dataset)
+        assert held_out(benchmark) == ("train", train)
+
+
+# Samples on the way
+
+
+def test_sample_grids_on_the_way_change_nothing_but_tensorboard(
+    recipe: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recipe.parent / "runs" / "watched"
+    steps = []
+
+    def of_the_average(unet: Any, *arguments: Any, **options: Any) -> Tensor:
+        state = checkpoint.load(run / "checkpoints" / "last.pt")
+        weights = [weight.detach() for weight in unet.parameters()]
+        torch.testing.assert_close(weights, state["average"]["shadow_params"], rtol=0, atol=0)
+        steps.append(state["step"])
+        return sample_images(unet, *arguments, **options)
+
+    monkeypatch.setattr("distill.teach.sample_images", of_the_average)
+    assert main(["teacher", "train", str(recipe), "sample_every=2", "name=watched"]) == 0
+    assert steps == [2, 4, 5]
+    states = [checkpoint.load(folder / "checkpoints" / "last.pt") for folder in (run, finished)]
+    for part in ("unet", "average", "optimizer"):
+        torch.testing.assert_close(*(state[part] for state in states), rtol=0, atol=0)
+    assert (run / "samples.png").read_bytes() == (finished / "samples.png").read_bytes()
+    grids = []
+    for folder in (run, finished):
+        events = EventAccumulator(str(folder / "tensorboard" / "teacher"))
+        events.Reload()
+        grids.append({event.step: event for event in events.Images("samples")})
+    assert list(grids[0]) == [2, 4, 5]
+    assert list(grids[1]) == [5]
+    assert grids[0][5].encoded_image_string == grids[1][5].encoded_image_string
+    assert grids[0][2].encoded_image_string != grids[0][4].encoded_image_string
+    assert grids[0][2].width > 64
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(("size", "millions"), [("tiny", 4.0), ("small", 14.4), ("base", 35.7)])
+def test_a_size_stands_for_an_architecture(size: Any, millions: float) -> None:
+    unet = UNetConfig(size=size)
+    with torch.device("meta"):
+        network = build_unet(
+            image_size=64,
+            block_out_channels=unet.block_out_channels,
+            layers_per_block=unet.layers_per_block,
+            attention_levels=unet.attention_levels,
+        )
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_explicit_keys_count_more_than_the_size_and_without_one_nothing_changes() -> None:
+    tree = {"unet": {"size": "base", "layers_per_block": 1}}
+    unet = build_config(TeacherTrainConfig, tree).unet
+    assert (unet.block_out_channels, unet.layers_per_block) == ([128, 256, 256, 256], 1)
+    assert unet.attention_levels == [1]
+    old = build_config(TeacherTrainConfig, {"unet": {"block_out_channels": [8, 16]}})
+    assert (old.unet.layers_per_block, old.unet.attention_levels) == (1, [])
+    for config in (build_config(TeacherTrainConfig, tree), old):
+        assert build_config(TeacherTrainConfig, to_tree(config)) == config
+
+
+# Folders of images
+
+
+def photos(
+    folder: Path, sizes: tuple[tuple[int, int], ...] = ((50, 40), (50, 40), (50, 40))
+) -> None:
+    (folder / "photos" / "deep").mkdir(parents=True)
+    for number, size in enumerate(sizes):
+        image = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / "photos" / "deep" / f"{number}.png")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_patches_of_images_of_all_sizes_are_learnt_from(
+    recipe: Path, tmp_path: Path, workers: int
+) -> None:
+    photos(tmp_path, ((90, 40), (20, 10), (33, 65)))
+    data = f"data={{benchmark: images, root: {tmp_path / 'photos'}, size: 32, augment: patch}}"
+    few = ["steps=2", f"data.workers={workers}"]
+    assert main(["teacher", "train", str(recipe), data, *few]) == 0
+    teacher = diffusers_unet(
+        str(recipe.parent / "runs" / "ddpm" / "pipeline"), layers=["mid_block"]
+    )
+    assert teacher.family.configs["unet"]["sample_size"] == 32
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_images_are_skipped_up_to_a_limit(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int
+) -> None:
+    photos(tmp_path)
+    damaged = tmp_path / "photos" / "deep" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:1500])
+    data = f"data={{benchmark: images, root: {tmp_path / 'photos'}, size: 32, workers: {workers}}}"
+    few = ["steps=2", "samples=0", data]
+    assert main(["teacher", "train", str(recipe), *few, "name=a"]) == 2
+    *_, line = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"distill: error: {damaged}: does not decode (")
+    assert line.endswith("or raise data.options.skip")
+    few.append("data.options.skip=0.4")
+    assert main(["teacher", "train", str(recipe), *few, "name=b"]) == 0
+    skipped = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
+    assert len(skipped) == 1
+    assert skipped[0].startswith(f"distill: skipped {damaged}: does not decode (")
+
+
+# Several processes
+
+
+def test_two_processes_train_one_teacher(recipe: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ended = subprocess.run(
+        [*launch, "-m", "distill.cli", "teacher", "train", str(recipe), "sample_every=2"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("teacher written to ") == 2
+    assert ended.stderr.count("ddpm 5/5") == 1
+    run = recipe.parent / "runs" / "ddpm"
+    assert ", 2 processes |" in card_of(run)
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5]
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused() -> None:
+    accelerator: Any = SimpleNamespace(num_processes=3)
+    with pytest.raises(UserError, match="batch: 64 does not divide over 3 processes"):
+        TeacherTraining(TeacherTrainConfig(), accelerator)
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_of_before_a_key_was_there_is_resumed(
+    recipe: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, 2)
+    assert main(["teacher", "train", str(recipe)]) == 130
+    monkeypatch.undo()
+    last = recipe.parent / "runs" / "ddpm" / "checkpoints" / "last.pt"
+    state = checkpoint.load(last)
+    for key in ("sample_every", "probe"):
+        del state["config"][key]
+    del state["config"]["unet"]["size"]
+    checkpoint.save(last, state)
+    assert main(["teacher", "train", str(recipe), "--resume"]) == 0
+    states = [checkpoint.load(path) for path in (last, finished / "checkpoints" / "last.pt")]
+    torch.testing.assert_close(*(state["unet"] for state in states), rtol=0, atol=0)
 
 
 # Mistakes

@@ -1,0 +1,134 @@
+"""A folder of images as it lies on somebody's disk: of all modes, and with broken files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from distill.benchmarks.images import Images, UnlabelledImages
+from distill.errors import UserError
+
+
+def truncate(path: Path) -> None:
+    """Its header stays whole, so that only decoding shows it."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:1500])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Ten images, numbered by their grey level."""
+    for number in range(10):
+        Image.new("RGB", (8, 8), (number,) * 3).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def levels(examples: UnlabelledImages) -> list[int]:
+    return [int(examples[index][0][0, 0, 0]) for index in range(len(examples))]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_images_of_every_8_bit_mode_are_rgb(tmp_path: Path, mode: str) -> None:
+    Image.new("L", (5, 3), 255).convert(mode).save(tmp_path / "a.tif")
+    image, target = Images(str(tmp_path)).dataset("train")[0]
+    assert (image.shape, image.dtype, target) == ((3, 3, 5), torch.uint8, 255)
+    assert image.eq(255).all()
+
+
+def test_what_is_no_image_is_named_at_the_start_and_the_next_takes_its_place(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "3.png").write_bytes(b"no image")
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(root / "9.png")
+    examples = Images(str(root), skip=0.2).dataset("train")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"distill: skipped {root / '3.png'}: does not decode (")
+    assert second == f"distill: skipped {root / '9.png'}: 'I;16' is not an 8-bit image"
+    assert levels(examples) == [0, 1, 2, 4, 4, 5, 6, 7, 8, 0]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_damaged_is_named_once_when_it_is_read(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truncate(root / "3.png")
+    truncate(root / "4.png")
+    examples = Images(str(root), skip=0.2).dataset("train")
+    assert capsys.readouterr().err == ""
+    assert levels(examples) == [0, 1, 2, 5, 5, 5, 6, 7, 8, 9]
+    lines = capsys.readouterr().err.splitlines()
+    assert ["3.png: does not decode" in lines[0], "4.png: does not decode" in lines[1]] == [
+        True
+    ] * 2
+    assert levels(examples)[3] == 5
+    assert capsys.readouterr().err == ""
+
+
+def test_what_an_index_gives_depends_on_the_files_alone(root: Path) -> None:
+    truncate(root / "3.png")
+    forwards, backwards = (Images(str(root), skip=0.1).dataset("train") for _ in range(2))
+    last_first = [int(backwards[index][0][0, 0, 0]) for index in reversed(range(10))]
+    assert levels(forwards) == last_first[::-1]
+
+
+def test_too_many_that_are_no_images_stop_the_start_and_the_first_are_named(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2, 7):
+        (root / f"{number}.png").write_bytes(b"no image")
+    with pytest.raises(UserError) as caught:
+        Images(str(root), skip=0.4)
+    line = str(caught.value)
+    assert line.startswith(f"{root / '2.png'}: does not decode (")
+    assert line.endswith(
+        "; 5 of 10 images are unreadable (2.png, 3.png, 4.png, ...), where 4 may be: mend or "
+        "remove them, or raise data.options.skip"
+    )
+    assert capsys.readouterr().err == ""
+
+
+def test_damaged_files_count_against_the_same_limit(root: Path) -> None:
+    (root / "1.png").write_bytes(b"no image")
+    truncate(root / "4.png")
+    truncate(root / "6.png")
+    examples = Images(str(root), skip=0.2).dataset("train")
+    examples[4]
+    with pytest.raises(UserError, match=r"6\.png: does not decode .*3 of 10 .*\(1\.png, 4\.png, 6"):
+        examples[6]
+
+
+def test_worker_processes_count_together(root: Path) -> None:
+    truncate(root / "4.png")
+    truncate(root / "7.png")
+
+    def read(skip: float) -> list[Tensor]:
+        examples = Images(str(root), skip=skip).dataset("train")
+        return [images for images, _ in DataLoader(examples, batch_size=1, num_workers=2)]
+
+    assert [int(image[0, 0, 0, 0]) for image in read(0.2)] == [0, 1, 2, 3, 5, 5, 6, 8, 8, 9]
+    with pytest.raises(UserError, match="2 of 10 images are unreadable"):
+        read(0.1)
+
+
+@pytest.mark.parametrize("skip", [1, -0.1, float("nan")])
+def test_a_share_that_is_none_is_refused(root: Path, skip: Any) -> None:
+    with pytest.raises(UserError, match="skip: a share of the files from 0 to below 1"):
+        Images(str(root), skip=skip)
+
+
+def test_without_a_limit_the_first_damaged_file_raises_its_own_line(root: Path) -> None:
+    truncate(root / "3.png")
+    examples = UnlabelledImages(root, sorted(root.iterdir()))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"3\.png: does not decode .*; replace it or leave it"):
+            examples[3]
+    with pytest.raises(IndexError):
+        examples[10]
