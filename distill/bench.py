@@ -27,7 +27,7 @@ from distill.config import (
 )
 from distill.errors import UserError
 from distill.tracking import commit, hardware
-from distill.train import Trainer
+from distill.trainer import Trainer
 from rl_policy.protocol import TimestepPolicy
 from rl_policy.reward import TeacherTaskReward
 from teachers.diffusion import DiffusionTeacher
@@ -181,9 +181,9 @@ def _config(folder: Path, batch: int, layer: str) -> RunConfig:
         data=DataConfig(options={"size": 32, "train": 1}),
         teacher=TeacherConfig(path=str(folder), random_weights=0),
         student=StudentConfig(model="resnet18"),
-        pairs=[PairConfig(student="layer2", teacher=layer)],
+        pairs=[PairConfig(student=["layer2"], teacher=layer)],
         policy=PolicyConfig(),
-        train=TrainConfig(batch=batch, unlabelled_batch=0),
+        train=TrainConfig(batch=batch, unlabelled_batch=0, floor_every=0),
     )
 
 

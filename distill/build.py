@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from distill.benchmarks import IGNORE_INDEX, Benchmark, Examples
-from distill.config import DataConfig, RunConfig
+from distill.config import DataConfig, PairConfig, RunConfig
 from distill.data import (
     Augmented,
     InMemory,
@@ -100,11 +100,12 @@ class Unlabelled:
 def training_examples(
     examples: Examples, data: DataConfig, benchmark: Benchmark, size: tuple[int, int]
 ) -> Augmented:
-    """Resized, kept in memory (unless worker processes read), augmented."""
-    resized: Examples = Resized(examples, size, masks=True)
+    """Resized (unless to be cut), kept in memory (unless worker processes read), augmented."""
+    if data.augment != "patch":
+        examples = Resized(examples, size, masks=True)
     if data.workers == 0:
-        resized = InMemory(resized)
-    return Augmented(resized, augmentation(data.augment, benchmark.task, size))
+        examples = InMemory(examples)
+    return Augmented(examples, augmentation(data.augment, benchmark.task, size))
 
 
 class TrainingSet(NamedTuple):
@@ -126,6 +127,11 @@ def build_training_set(data: DataConfig) -> TrainingSet:
         raise UserError(
             f"data.benchmark: {data.benchmark!r} has no labels, so that no student can be scored; "
             "use it for `distill teacher train`"
+        )
+    if data.augment == "patch":
+        raise UserError(
+            "data.augment: patch is for `distill teacher train`: students are scored on whole "
+            "images, so that they must see things as large as there; use crop"
         )
     examples = benchmark.dataset("train")
     size = image_size(data, examples)
@@ -154,11 +160,10 @@ def build_teacher(config: RunConfig, random_weights: int | None = None) -> Teach
     factory = resolve("teachers", teacher.name, "teacher.name")
     layers = dict.fromkeys(pair.teacher for pair in config.pairs)
     layers.setdefault(reward_layer(config))
-    average = teacher.input if isinstance(teacher.input, dict) else None
     given = {
         "layers": list(layers),
-        "input": "noised" if average else teacher.input,
-        "draws": average["average"] if average else 1,
+        "input": teacher.input,
+        "draws": teacher.draws,
         "image_size": teacher.image_size,
         "dtype": getattr(torch, teacher.dtype),
         "random_weights": teacher.random_weights if random_weights is None else random_weights,
@@ -190,13 +195,18 @@ def build_student(config: RunConfig, benchmark: Benchmark, size: tuple[int, int]
             classes=benchmark.num_classes,
             dense=benchmark.task == "segmentation",
             image_size=size,
-            layers=[pair.student for pair in config.pairs],
+            layers=[layer for pair in config.pairs for layer in pair.student],
             head=student.head,
             head_layers=student.head_layers,
             input_size=student.input_size,
             pretrained=student.pretrained,
             kwargs=student.kwargs,
         )
+
+
+def in_order(student: Student, pair: PairConfig) -> tuple[str, ...]:
+    """The student's side of a pair, shallowest first."""
+    return tuple(layer for layer in student.layers if layer in pair.student)
 
 
 def build_distiller(
@@ -215,9 +225,10 @@ def build_distiller(
             losses.append(
                 FeatureLoss(
                     measure,
-                    student.channels[pair.student],
+                    [student.channels[layer] for layer in in_order(student, pair)],
                     teacher.channels[pair.teacher],
                     pooled=pair.pooled,
+                    projector=pair.projector,
                     standardise=pair.standardise,
                     options=pair.options,
                 )
@@ -227,7 +238,9 @@ def build_distiller(
     layer = reward_layer(config)
     return Distiller(
         student,
-        matches=[Match(pair.student, pair.teacher, pair.weight) for pair in config.pairs],
+        matches=[
+            Match(in_order(student, pair), pair.teacher, pair.weight) for pair in config.pairs
+        ],
         losses=losses,
         reward_head=TeacherTaskReward(
             teacher.channels[layer],
@@ -244,19 +257,27 @@ def build_distiller(
 def build_policy(
     config: RunConfig, teacher: Teacher, context_size: int
 ) -> tuple[TimestepPolicy, Tensor]:
-    """The policy, and the timesteps (K,) int64 that its bins stand for."""
-    policy = config.policy
+    """The policy, and the timesteps (K,) int64 that its bins stand for.
+
+    A teacher of one timestep has one bin, whatever the recipe's `bins` and `spacing` are.
+    """
+    policy, schedule = config.policy, teacher.noise_schedule
+    factory = resolve("policies", policy.name, "policy.name")
+    single = len(schedule) == 1
+    if single and policy.name != "fixed":
+        raise UserError(
+            f"policy.name: {policy.name!r} chooses timesteps, and teacher {teacher.name!r} has "
+            "none; use policy.name=fixed"
+        )
     with blame("policy"):
-        schedule = teacher.noise_schedule
         timesteps = timestep_bins(
             schedule.log_snr(torch.arange(len(schedule))),
-            count=policy.bins,
-            spacing=policy.spacing,
+            count=1 if single else policy.bins,
+            spacing="linear" if single else policy.spacing,
             lowest=policy.lowest,
             highest=policy.highest,
         )
-        factory = resolve("policies", policy.name, "policy.name")
         built: TimestepPolicy = factory(
-            context_size, policy.bins, config.train.batch, config.seed, **policy.options
+            context_size, len(timesteps), config.train.batch, config.seed, **policy.options
         )
     return built, timesteps

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=8, le=4096)]
@@ -16,6 +17,11 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Options = dict[str, Any]
+Names = Annotated[
+    list[str],
+    BeforeValidator(lambda names: [names] if isinstance(names, str) else names),
+    Field(min_length=1),
+]
 Arm = Literal["distilled", "scratch", "random_teacher"]
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -37,8 +43,9 @@ class DataConfig:
     """How many training images are used without label; all by default."""
     split_seed: int = 0
     """Seed of the order from which the labelled images are taken; None of the run's own seeds."""
-    augment: Literal["none", "flip", "crop", "strong"] = "crop"
-    """Strength of the augmentation of training images."""
+    augment: Literal["none", "flip", "crop", "strong", "patch"] = "crop"
+    """Strength of the augmentation of training images. `patch`: flipped random patches of `size` px
+    in place of whole images resized to it, to train a teacher on large images."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read data; with 0 decoded images are kept in memory."""
     options: Options = Field(default_factory=dict)
@@ -53,15 +60,20 @@ class TeacherConfig:
     """A name of `distill list teachers`, or `module:attribute`."""
     path: str = "teachers/pretrained/shapes"
     """A local diffusers folder (relative to here or to the checkout), or a hub id."""
-    input: Literal["noised", "clean"] | dict[Literal["average"], Count] = "noised"
-    """What the teacher sees: x_t, or the image itself beside t (as the official RepFusion code).
-    `{average: n}`: x_t, and the features are the mean over n draws of the noise."""
+    input: Literal["noised", "clean", "average"] = "noised"
+    """What the teacher sees: x_t; the image itself beside t (as the official RepFusion code); or
+    x_t several times, for the mean feature over `draws` of the noise."""
+    draws: Count = 4
+    """How many draws of the noise `average` takes; the teacher's cost grows with it."""
     image_size: HeightWidth | None = None
     """Images are resized to this for the teacher; by default they keep their size."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the teacher's forward pass."""
     compile: bool = False
     """Compile the teacher with `torch.compile`; slow to start, faster on a GPU."""
+    labels: bool = False
+    """Show the teacher the classes of labelled training images, where its options say what a class
+    means to it (`class_prompts`). Evaluation never does."""
     random_weights: int | None = None
     """Seed of fresh random weights instead of the trained ones: the control."""
     options: Options = Field(default_factory=dict)
@@ -94,14 +106,18 @@ class StudentConfig:
 class PairConfig:
     """One match of a student's map with a teacher's."""
 
-    student: str
-    """Layer of the student, timm's module name."""
+    student: Names
+    """Layer of the student, timm's module name; several for `projector: fpn_ppm`."""
     teacher: str
     """Layer of the teacher, diffusers' module name."""
     loss: str = "mse"
     """A name of `distill list losses`, or `module:attribute`."""
     weight: NonNegative = 1.0
     """Weight among the pairs."""
+    projector: Literal["auto", "none", "linear", "film", "fpn_ppm"] = "auto"
+    """From the student's channels to the teacher's: a 1x1 convolution (`linear`), one conditioned
+    on t (`film`), or a feature pyramid over several maps (`fpn_ppm`). `auto`: `fpn_ppm` for several
+    maps, `linear` where channels differ."""
     pooled: bool = False
     """Match global averages instead of dense maps."""
     standardise: bool = True
@@ -168,6 +184,9 @@ class TrainConfig:
     """Memory format of the student's images and weights."""
     log_every: Count = 10
     """Steps between two rows of metrics.jsonl."""
+    floor_every: Annotated[int, Field(ge=0)] = 50
+    """Steps between two measurements of the target-noise floor, each one more look of the teacher
+    at the batch; 0 for none."""
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     """Steps between two evaluations on the validation split; 0 for only after the last step."""
     checkpoint_every: Count = 100
@@ -208,16 +227,46 @@ class RunConfig:
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 
 
+UNET_SIZES: dict[str, Options] = {
+    "tiny": {
+        "block_out_channels": [32, 64, 112, 128],
+        "layers_per_block": 1,
+        "attention_levels": [2],
+    },
+    "small": {
+        "block_out_channels": [64, 128, 192, 256],
+        "layers_per_block": 1,
+        "attention_levels": [2],
+    },
+    "base": {  # Ho et al. 2020, appendix B: the network of CIFAR-10
+        "block_out_channels": [128, 256, 256, 256],
+        "layers_per_block": 2,
+        "attention_levels": [1],
+    },
+}
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class UNetConfig:
-    """Architecture of a `UNet2DModel`."""
+    """Architecture of a `UNet2DModel`: a size, or every number by itself."""
 
+    size: Literal["tiny", "small", "base"] | None = None
+    """4, 14 or 36 million weights: fills in what the recipe leaves out of the keys below."""
     block_out_channels: list[Count] = Field(default_factory=lambda: [32, 64, 128, 128])
     """Channels of each resolution, from the finest."""
     layers_per_block: Count = 1
     """Residual blocks a resolution."""
     attention_levels: list[int] = Field(default_factory=list)
     """Indices of the resolutions with self-attention."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_size(cls, given: Any) -> Any:
+        """Fill in what `size` says; a key that is given counts more."""
+        values = given.kwargs if isinstance(given, ArgsKwargs) else given
+        if not isinstance(values, dict) or values.get("size") not in list(UNET_SIZES):
+            return given
+        return UNET_SIZES[values["size"]] | values
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -269,5 +318,10 @@ class TeacherTrainConfig:
     """Steps between two checkpoints."""
     samples: Annotated[int, Field(ge=0)] = 36
     """Images in the sample grid; 0 for none."""
+    sample_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two sample grids in TensorBoard; 0 for only after the last step."""
     sample_steps: Count = 50
     """DDIM steps of a sample."""
+    probe: Annotated[int, Field(ge=0)] = 1000
+    """Labelled images of train, and of val, for the linear probe in the card, where the benchmark
+    has labels; 0 for no probe. The teacher itself never sees a label."""

@@ -22,18 +22,23 @@ class Lesson(NamedTuple):
     """(B,) int64, the same as indices of the teacher's schedule."""
     maps: Mapping[str, Tensor]
     """Teacher layer -> (B, C, h, w)."""
+    again: Mapping[str, Tensor] | None = None
+    """The same under another draw of the noise, in steps that measure the target-noise floor."""
 
 
 class Match(NamedTuple):
-    """One pair of feature maps, and its weight."""
+    """One pair of feature maps, and its weight; several student maps go into one."""
 
-    student: str
+    student: tuple[str, ...]
     teacher: str
     weight: float
 
+    def __str__(self) -> str:
+        return f"{'+'.join(self.student)}-{self.teacher}"
+
 
 class Losses(NamedTuple):
-    """Of one step; scalars but the last three."""
+    """Of one step; scalars but the last four."""
 
     total: Tensor
     task: Tensor
@@ -45,6 +50,8 @@ class Losses(NamedTuple):
     """(B, D) what the policy saw."""
     bins: Tensor
     """(B,) what it chose."""
+    floor: Tensor
+    """(pairs, B) `FeatureLoss.noise_floor` in steps that measure it, otherwise (0,)."""
 
 
 class Distiller(nn.Module):
@@ -99,13 +106,16 @@ class Distiller(nn.Module):
         task = self._task(logits, targets).mean() if task_weight else zero
         if teach is None:
             nothing = images.new_zeros(0)
-            return Losses(task, task, zero, zero, nothing, nothing, nothing)
+            return Losses(task, task, zero, zero, nothing, nothing, nothing, nothing)
         context = maps[self.student.layers[-1]].detach().float().mean(dim=(2, 3))  # (B, D)
         lesson = teach(context)
-        feature = zero
+        feature, floor = zero, []
         for match, loss in zip(self.matches, self.losses, strict=True):
-            difference = loss(maps[match.student], lesson.maps[match.teacher], lesson.timesteps)
-            feature = feature + match.weight * difference.mean()
+            assert isinstance(loss, FeatureLoss)
+            students, target = [maps[name] for name in match.student], lesson.maps[match.teacher]
+            feature = feature + match.weight * loss(students, target, lesson.timesteps).mean()
+            if lesson.again is not None:
+                floor.append(loss.noise_floor(students[0], target, lesson.again[match.teacher]))
         assert self.reward_head is not None
         reward_logits = self.reward_head(
             lesson.maps[self.reward_layer][:labelled], lesson.bins[:labelled]
@@ -120,6 +130,7 @@ class Distiller(nn.Module):
             -reward_losses.detach(),
             context,
             lesson.bins,
+            torch.stack(floor) if floor else images.new_zeros(0),
         )
 
     def _task(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ def summarise(config: RunConfig, folder: Path, benchmark: Benchmark) -> dict[str
         "split": config.evaluate.split,
         "metrics": {arm: result["scores"] for arm, result in results.items()},
         "policy": _policy_figures(config, folder, rows),
+        "noise_floor": results[first].get("noise_floor"),
         "images_per_second": results[first]["images_per_second"],
         "wall_seconds": sum(result["seconds"] for result in results.values()),
         "student": str(folder / "student"),
@@ -89,6 +90,9 @@ def report(summary: Mapping[str, Any]) -> str:
         preferred = ", ".join(f"t={t} ({p:.0%})" for p, t in best[:3])
         arms = f"{policy['effective_arms']:.1f} effective of {len(best)}"
         rows.append(("preferred timesteps", f"{preferred}; {arms} ({policy['name']})"))
+    if floor := (summary["noise_floor"] or {}).get("mean"):
+        shares = ", ".join(f"{value:.2f} ({pair})" for pair, value in floor.items())
+        rows.append(("target noise", f"{shares} of a variance of 1"))
     rows.append(("time", f"{summary['wall_seconds']:.0f} s, {summary['hardware']}"))
     rows.append(("student", summary["student"]))
     width = max(len(name) for name, _ in rows)

@@ -17,7 +17,8 @@ from distill.export import load_student, read_card, student_folder
 from distill.recipe import apply_override, build_config
 from distill.run import held_out_examples, score
 from distill.tracking import commit, stop_on_signals
-from distill.train import Trainer, checkpoint_path, train_arm
+from distill.train import checkpoint_path, train_arm
+from distill.trainer import Trainer
 
 
 def rescore(path: str, overrides: Sequence[str], *, head: str, out: str | None) -> str:

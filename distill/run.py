@@ -30,7 +30,8 @@ from distill.tracking import (
     open_run_folder,
     stop_on_signals,
 )
-from distill.train import Trainer, checkpoint_path, train_arm
+from distill.train import checkpoint_path, train_arm
+from distill.trainer import Trainer
 from students.student import Student
 
 SHOWN = 6  # images in predictions.png
@@ -224,6 +225,7 @@ def _finish_arm(
                 trainer.timesteps
             ).tolist(),
         }
+        result["noise_floor"] = {"mean": trainer.floor.means(), "bins": trainer.floor.by_bin()}
     checkpoint.write_text(
         checkpoint_path(folder, trainer.arm).with_name("result.json"), json.dumps(result)
     )

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-Stream = Literal["labelled", "unlabelled", "noise", "policy", "network", "samples"]
+Stream = Literal["labelled", "unlabelled", "noise", "policy", "network", "samples", "floor"]
 _STREAMS: tuple[Stream, ...] = get_args(Stream)
 
 

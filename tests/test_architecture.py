@@ -19,7 +19,7 @@ LEAVES = frozenset(
     f"distill.{name}"
     for name in (
         *("benchmarks", "checkpoint", "data", "distiller", "errors", "evaluate", "export"),
-        *("losses", "metrics", "plots", "registry", "seeding", "tracking"),
+        *("losses", "measures", "metrics", "plots", "probe", "registry", "seeding", "tracking"),
     )
 )
 
@@ -152,7 +152,7 @@ def test_only_training_loops_and_policies_compute_gradients():
     }
     # `bench` times a backward pass of its own.
     assert {name for name in callers if not name.startswith("rl_policy.")} == {
-        "distill.train",
+        "distill.trainer",
         "distill.teach",
         "distill.bench",
     }

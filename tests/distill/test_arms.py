@@ -14,7 +14,8 @@ from distill import checkpoint
 from distill.build import build_accelerator, build_training_set
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
-from distill.train import Phase, Trainer, batches, checkpoint_path
+from distill.train import batches, checkpoint_path
+from distill.trainer import Phase, Trainer
 from teachers import loading
 from teachers.diffusion import DiffusionTeacher
 
@@ -123,7 +124,12 @@ def test_distilling_leaves_the_head_alone_and_finetuning_the_teacher(
         return features(self, *arguments)
 
     trainer = build(
-        load("train.schedule=distill_then_finetune", "train.steps=3", "train.finetune_steps=1")
+        load(
+            "train.schedule=distill_then_finetune",
+            "train.steps=3",
+            "train.finetune_steps=1",
+            "train.floor_every=0",
+        )
     )
     monkeypatch.setattr(DiffusionTeacher, "features", counted)
     assert trainer.student.head is not None

@@ -195,5 +195,5 @@ def test_teacher_layers_are_a_table(
     ]  # fmt: skip
     assert rows["mid_block"][:2] == ["16", "2"]
     assert rows["conv_in"][:2] == ["8", "1"]
-    assert lines[-1] == "images of 32 px, timesteps 0 to 999"
+    assert lines[-1] == "images of 32x32 px, timesteps 0 to 999"
     assert main(["teacher", "layers", str(teacher_folder), "--size", "33"]) == 2

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from distill.build import build_accelerator, build_training_set
 from distill.config import RunConfig
-from distill.train import Trainer, batches
+from distill.train import batches
+from distill.trainer import Trainer
 
 Load = Callable[..., RunConfig]
 

@@ -23,12 +23,12 @@ def maps(*shape: int, seed: int = 0) -> Tensor:
 def loss_of(name: str, student: Tensor, teacher: Tensor, **settings: object) -> Tensor:
     """The loss of maps as they are: no standardisation, no projector."""
     loss = FeatureLoss(
-        name, student.shape[1], teacher.shape[1], projector=False, standardise=False, **settings
+        name, student.shape[1], teacher.shape[1], projector="none", standardise=False, **settings
     )
     return loss(student, teacher, T[: len(student)])
 
 
-@pytest.mark.parametrize("name", sorted(set(MEASURES) - {"infonce"}))
+@pytest.mark.parametrize("name", sorted(set(MEASURES) - {"infonce", "mse_at"}))
 def test_perfect_match_gives_zero(name):
     x = maps(4, 3, 2, 2)
     torch.testing.assert_close(loss_of(name, x, x.clone()), torch.zeros(4), atol=1e-6, rtol=0)
@@ -167,6 +167,18 @@ def test_pooled_compares_averages():
     assert loss_of("mse", student, teacher, pooled=True).tolist() == pytest.approx([(3 - 1) ** 2])
 
 
+def test_mse_at_is_zero_for_the_whitened_map_and_adds_up():
+    student, teacher = maps(2, 3, 4, 4), 5 * maps(2, 3, 4, 4, seed=1) + 2
+    centred = teacher - teacher.mean(dim=(1, 2, 3), keepdim=True)
+    whitened = centred / (teacher.var(dim=(1, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(
+        loss_of("mse_at", whitened, teacher), torch.zeros(2), atol=1e-6, rtol=0
+    )
+    expected = loss_of("mse", student, whitened) + 4 * loss_of("at", student, whitened)
+    weighted = loss_of("mse_at", student, teacher, options={"attention_weight": 4.0})
+    torch.testing.assert_close(weighted, expected)
+
+
 @pytest.mark.parametrize("finer", ["student", "teacher"])
 def test_finer_map_is_averaged_down_to_the_coarser_grid(finer):
     fine = torch.arange(16.0).view(1, 1, 4, 4)
@@ -187,7 +199,7 @@ def test_gradients_reach_student_and_projector_but_not_the_teacher():
     for name in MEASURES:
         student = maps(4, 3, 2, 2).requires_grad_()
         teacher = maps(4, 5, 2, 2, seed=1).requires_grad_()
-        loss = FeatureLoss(name, 3, 5, projector=True)
+        loss = FeatureLoss(name, 3, 5, projector="linear")
         loss(student, teacher, T).mean().backward()
         assert student.grad.abs().sum() > 0, name
         assert loss.projector.weight.grad.abs().sum() > 0, name
@@ -271,7 +283,7 @@ def test_constant_channel_stays_finite():
 
 
 def test_mse_of_a_constant_student_is_the_variance_of_the_standardised_target():
-    loss = FeatureLoss("mse", 3, 3, projector=False)
+    loss = FeatureLoss("mse", 3, 3, projector="none")
     result = loss(torch.zeros(8, 3, 4, 4), maps(8, 3, 4, 4) * 9 + 4, torch.zeros(8))
     assert result.mean().item() == pytest.approx(1.0, rel=1e-4)
 
@@ -291,7 +303,7 @@ def test_own_measure_is_taken_as_it_is(wrap):
     [
         ({"measure": "cosin"}, "no feature loss 'cosin'; did you mean 'cosine'?"),
         ({"measure": "at", "pooled": True}, "'at' compares positions: it has no pooled form"),
-        ({"measure": "mse", "projector": False}, "'mse' compares 3 channels with 5"),
+        ({"measure": "mse", "projector": "none"}, "'mse' compares 3 channels with 5"),
         (
             {"measure": "infonce", "options": {"temperatur": 1.0}},
             "no option 'temperatur'; did you mean 'temperature'?",
@@ -344,3 +356,21 @@ def test_logits_are_resized_to_the_mask_in_float32():
     loss = task_loss(logits, targets)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, F.cross_entropy(full, targets)[None])
+
+
+def test_a_channel_10_000_times_larger_has_its_share_of_the_loss_and_no_more():
+    """As the massive activations of diffusion transformers (Sun et al. 2024)."""
+    student, plain = maps(4, 4, 4, 4), maps(4, 4, 4, 4, seed=1)
+    massive = plain.clone()
+    massive[:, 2] = 10_000 * (plain[:, 2] + 3)
+
+    def loss_and_gradient(teacher: Tensor, standardise: bool = True) -> tuple[Tensor, Tensor]:
+        x = student.clone().requires_grad_()
+        loss = FeatureLoss("mse", 4, 4, projector="none", standardise=standardise)(x, teacher, T)
+        loss.sum().backward()
+        return loss.detach(), x.grad
+
+    for result, expected in zip(loss_and_gradient(massive), loss_and_gradient(plain), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+    _, unchecked = loss_and_gradient(massive, standardise=False)
+    assert unchecked[:, 2].norm() > 1000 * unchecked[:, [0, 1, 3]].norm()

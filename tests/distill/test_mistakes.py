@@ -187,3 +187,17 @@ def test_a_damaged_file_is_named_in_training_and_in_evaluation(
         shape = {"size": (16, 16), "value": (32, 32), "colours": (32, 32, 3)}[damage]
         Image.fromarray(np.full(shape, 7, dtype=np.uint8)).save(mask)
     assert words.format(photo) in refuse(*of_folder(recipe, folder))
+
+
+def test_a_teacher_without_timesteps_asks_for_the_fixed_policy_and_then_runs(
+    recipe: Path, refuse: Refuse
+) -> None:
+    teacher = "teacher={name: timm, path: test_vit, random_weights: 0, dtype: float32}"
+    changes = [str(recipe), teacher, "pairs.0.teacher=blocks.3", "train.arms=[distilled]"]
+    assert refuse("train", *changes) == (
+        "policy.name: 'a2c' chooses timesteps, and teacher 'test_vit-random0' has none; "
+        "use policy.name=fixed"
+    )
+    other_bin = refuse("train", *changes, "policy.name=fixed", "policy.options={bin: 1}")
+    assert other_bin.startswith("policy: bin")
+    assert main(["train", *changes, "policy.name=fixed", "policy.spacing=log_snr"]) == 0

@@ -86,6 +86,8 @@ def test_a_misspelled_key_names_the_nearest(kind: Any, key: str, hint: object) -
 @pytest.mark.parametrize(("kind", "key", "hint"), EVERY_KEY)
 def test_a_value_of_the_wrong_type_names_key_and_value(kind: Any, key: str, hint: object) -> None:
     wrong: object = "wrong" if hint not in (str, str | None) else ["wrong"]
+    if key == "pairs.0.student":  # one name stands for a list of it
+        wrong = 3
     with pytest.raises(UserError) as caught:
         build_config(kind, with_value(kind, key, wrong), where="r.yaml")
     assert str(caught.value).startswith(f"r.yaml: {key}: ")
@@ -136,8 +138,8 @@ def test_a_block_may_be_shared_by_anchor_and_merge(tmp_path: Path) -> None:
     shared = "pairs:\n- &a {student: layer3, teacher: mid_block}\n- {<<: *a, student: layer4}\n"
     pairs = load_config(RunConfig, write(tmp_path, shared)).pairs
     assert [(pair.student, pair.teacher) for pair in pairs] == [
-        ("layer3", "mid_block"),
-        ("layer4", "mid_block"),
+        (["layer3"], "mid_block"),
+        (["layer4"], "mid_block"),
     ]
 
 
@@ -183,7 +185,7 @@ def test_overrides_reach_sections_lists_and_free_options(recipe: Path) -> None:
     )
     assert (config.data.size, config.teacher.image_size) == ((64, 64), (32, 48))
     assert (config.train.arms, config.train.unlabelled_batch) == (["scratch"], 0)
-    assert (config.pairs[0].weight, config.pairs[0].student) == (2.0, "layer4")
+    assert (config.pairs[0].weight, config.pairs[0].student) == (2.0, ["layer4"])
     assert (config.data.options, config.data.labelled) == ({"train": 9}, None)
     assert config.name == "other=name"
 

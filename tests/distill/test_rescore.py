@@ -12,7 +12,8 @@ from torch import Tensor
 
 from distill.cli import main
 from distill.export import load_student
-from distill.train import Trainer, train_arm
+from distill.train import train_arm
+from distill.trainer import Trainer
 
 
 def evaluate(out: Path, *arguments: object) -> dict[str, Any]:

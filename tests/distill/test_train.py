@@ -15,7 +15,8 @@ from distill.build import build_accelerator, build_training_set
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
 from distill.tracking import StopSignal, read_metrics
-from distill.train import Trainer, batches, checkpoint_path, train_arm
+from distill.train import batches, checkpoint_path, train_arm
+from distill.trainer import Trainer
 
 Load = Callable[..., RunConfig]
 

@@ -1,0 +1,102 @@
+"""A teacher may be told the classes of labelled training images, and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+from distill.build import build_accelerator, build_training_set
+from distill.config import RunConfig
+from distill.run import held_out_examples, score
+from distill.train import batches
+from distill.trainer import Trainer
+
+Load = Callable[..., RunConfig]
+Refuse = Callable[..., str]
+
+BENCHMARK = """
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2.functional import pil_to_tensor
+from distill.benchmarks import distinct_colours
+
+class Tones:
+    name, task, ignore_index = "tones", "classification", 255
+    class_names, num_classes, palette = ("dark", "light"), 2, distinct_colours(2)
+
+    def __init__(self, root):
+        self.root = root
+
+    def dataset(self, split):
+        return ImageFolder(f"{self.root}/{split}", pil_to_tensor)
+"""
+
+
+@pytest.fixture
+def tones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides that make the tiny recipe one of classification."""
+    (tmp_path / "tones.py").write_text(BENCHMARK)
+    monkeypatch.syspath_prepend(tmp_path)
+    for split in ("train", "test"):
+        for name, tone in (("dark", 0.2), ("light", 0.8)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(3):
+                image = torch.full((3, 32, 32), tone + 0.05 * number)
+                save_image(image, tmp_path / split / name / f"{number}.png")
+    return [
+        "data.benchmark=tones:Tones",
+        f"data.root={tmp_path}",
+        "data.options={}",
+        "data.labelled=4",
+        "data.unlabelled=2",
+        "train.unlabelled_batch=2",
+    ]
+
+
+def test_labels_are_shown_in_training_and_never_in_evaluation(load: Load, tones: list[str]) -> None:
+    config = load(*tones, "teacher.labels=true")
+    data = build_training_set(config.data)
+    trainer = Trainer(config, "distilled", data, build_accelerator("cpu"))
+    teacher: Any = trainer.teacher
+    shown: list[list[int] | None] = []
+    features = teacher.features
+
+    def watched(images: Any, timesteps: Any, generator: Any = None, labels: Any = None) -> Any:
+        shown.append(None if labels is None else labels.tolist())
+        return features(images, timesteps, generator, labels)
+
+    teacher.features = watched
+    images, targets, unlabelled = next(batches(trainer))
+    trainer.train_step(images, targets, unlabelled)
+    # two looks, as the first step measures the noise floor: the same labels in both
+    assert shown == [[*targets.tolist(), -1, -1]] * 2
+    shown.clear()
+    held_out = held_out_examples(config, data.benchmark, data.size)
+    score(trainer.average.module, held_out, data.benchmark, config, trainer.accelerator)
+    assert shown == []
+
+
+def test_without_being_asked_for_labels_stay_hidden(load: Load, tones: list[str]) -> None:
+    config = load(*tones)
+    trainer = Trainer(
+        config, "distilled", build_training_set(config.data), build_accelerator("cpu")
+    )
+    teacher: Any = trainer.teacher
+    features, seen = teacher.features, []
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(len(arguments))
+        return features(*arguments)
+
+    teacher.features = watched
+    trainer.train_step(*next(batches(trainer)))
+    assert set(seen) == {3}  # images, timesteps, generator
+
+
+def test_masks_are_no_class_to_tell(recipe: Path, refuse: Refuse) -> None:
+    line = refuse("train", recipe, "teacher.labels=true")
+    assert line.startswith("teacher.labels: a mask is no class that a teacher could be told")
