@@ -31,7 +31,7 @@ class Tap:
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str], last: str) -> None:
-        self._network, self._layers = network, tuple(layers)
+        self._layers = tuple(layers)
         self._outputs: dict[str, Any] = {}
         self._running = False
         for name in layers:
