@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -212,3 +213,11 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """GiB of this process's resident memory, and on a GPU the most that torch held so far."""
+    figures = {"memory/resident_gib": psutil.Process().memory_info().rss / 2**30}
+    if device.type == "cuda":
+        figures["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return figures

@@ -13,7 +13,7 @@ from distill import checkpoint, seeding
 from distill.data import Augmented, StepSampler, loader
 from distill.distiller import Losses
 from distill.errors import Interrupted
-from distill.tracking import Progress, RunLog, StopSignal
+from distill.tracking import Progress, RunLog, StopSignal, memory
 from distill.trainer import Trainer
 from rl_policy.summary import policy_summary
 
@@ -123,6 +123,7 @@ def _figures(losses: Losses) -> dict[str, float]:
 def _write(log: RunLog, trainer: Trainer, losses: Losses, figures: dict[str, float]) -> None:
     """One row of the log; with a policy its distribution over the timesteps too."""
     figures["lr"] = trainer.optimizer.param_groups[0]["lr"]
+    figures |= memory(trainer.accelerator.device)
     if not len(losses.rewards) or trainer.policy is None:
         log.scalars(trainer.step, figures)
         return
