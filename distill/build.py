@@ -100,11 +100,11 @@ class Unlabelled:
 def training_examples(
     examples: Examples, data: DataConfig, benchmark: Benchmark, size: tuple[int, int]
 ) -> Augmented:
-    """Resized (unless to be cut), kept in memory (unless worker processes read), augmented."""
+    """Resized (unless to be cut), kept in memory as far as there is room, augmented."""
     if data.augment != "patch":
         examples = Resized(examples, size, masks=True)
-    if data.workers == 0:
-        examples = InMemory(examples)
+    if data.memory_gb:
+        examples = InMemory(examples, data.memory_gb * 1e9 / max(1, data.workers))
     return Augmented(examples, augmentation(data.augment, benchmark.task, size))
 
 

@@ -47,7 +47,10 @@ class DataConfig:
     """Strength of the augmentation of training images. `patch`: flipped random patches of `size` px
     in place of whole images resized to it, to train a teacher on large images."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that read data; with 0 decoded images are kept in memory."""
+    """Processes that read data; with 0 the training process does."""
+    memory_gb: NonNegative = 4.0
+    """Decoded images are kept in memory up to this many GB, over all workers of a stream; what has
+    no room is read again every time."""
     options: Options = Field(default_factory=dict)
     """Further arguments of the benchmark."""
 
@@ -310,6 +313,8 @@ class TeacherTrainConfig:
     """Largest decay of the moving average that becomes the teacher."""
     precision: Literal["bf16", "no"] = "bf16"
     """Autocast."""
+    compile: bool = False
+    """Compile the network with `torch.compile`; a minute to start, faster on a GPU."""
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights in the pipeline folder."""
     log_every: Count = 20

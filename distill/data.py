@@ -55,19 +55,30 @@ class Resized:
 
 
 class InMemory:
-    """`examples`, each read once and then kept; every worker process keeps its own."""
+    """`examples`, each read once and then kept, while there is room; each worker process keeps its
+    own.
 
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
+    Args:
+        examples: Images and their targets.
+        room: Bytes to keep at most.
+    """
+
+    def __init__(self, examples: Examples, room: float) -> None:
+        self.examples, self._room = examples, room
         self._kept: dict[int, Item] = {}
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Item:
-        if index not in self._kept:
-            self._kept[index] = self.examples[index]
-        return self._kept[index]
+        if index in self._kept:
+            return self._kept[index]
+        item = self.examples[index]
+        size = sum(x.nbytes for x in item if isinstance(x, Tensor))
+        if size <= self._room:
+            self._kept[index] = item
+            self._room -= size
+        return item
 
 
 def as_float(image: Tensor) -> Tensor:

@@ -17,6 +17,15 @@ def derive_seed(seed: int, stream: Stream, step: int = 0, rank: int = 0) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def generator(seed: int, stream: Stream, step: int = 0, rank: int = 0) -> torch.Generator:
-    """A CPU generator for one use of randomness at one step of one process."""
-    return torch.Generator().manual_seed(derive_seed(seed, stream, step, rank))
+def generator(
+    seed: int,
+    stream: Stream,
+    step: int = 0,
+    rank: int = 0,
+    device: torch.device | str = "cpu",
+) -> torch.Generator:
+    """A generator for one use of randomness at one step of one process.
+
+    On a GPU it draws other numbers than on the CPU, and faster.
+    """
+    return torch.Generator(device).manual_seed(derive_seed(seed, stream, step, rank))

@@ -186,6 +186,7 @@ def save_pipeline(
         )
     with quiet():
         unet = copy.deepcopy(unet).to("cpu", dtype)
+        unet = unet.to(memory_format=torch.contiguous_format)  # all that safetensors writes
     for name, weight in unet.named_parameters():
         if not bool(weight.isfinite().all()):
             raise ValueError(f"{name} holds values that are not finite in {dtype}; not saved")

@@ -43,7 +43,7 @@ class Blocks:
 def batches(
     workers: int, start_step: int = 0, stop_step: int = 5, strength: str = "strong"
 ) -> list[tuple[Tensor, Tensor]]:
-    examples = InMemory(Resized(Blocks(10), (12, 16), masks=True))
+    examples = InMemory(Resized(Blocks(10), (12, 16), masks=True), room=1e9)
     sampler = StepSampler(range(10), 4, seed=3, start_step=start_step, stop_step=stop_step)
     augmented = Augmented(examples, augmentation(strength, "segmentation", (12, 16)))
     return [(images, masks) for images, masks in loader(augmented, sampler, workers)]
@@ -193,15 +193,26 @@ def test_resized_mask_takes_the_pixel_at_the_centre_of_each_new_one() -> None:
 
 def test_in_memory_reads_each_example_once() -> None:
     blocks = Blocks(3)
-    kept = InMemory(blocks)
+    kept = InMemory(blocks, room=1e9)
     assert torch.equal(kept[1][0], kept[1][0])
     assert kept[2][0] is kept[2][0]
     assert blocks.reads == 2
     assert len(kept) == 3
 
 
+def test_in_memory_reads_again_what_has_no_room() -> None:
+    blocks = Blocks(3)
+    size = sum(x.nbytes for x in blocks[0] if isinstance(x, torch.Tensor))
+    blocks.reads = 0
+    kept = InMemory(blocks, room=2 * size)
+    for _ in range(2):
+        for index in range(3):
+            assert torch.equal(kept[index][0], Blocks(3)[index][0])
+    assert blocks.reads == 4
+
+
 def test_augmentation_does_not_change_what_is_kept_in_memory() -> None:
-    kept = InMemory(Blocks(1))
+    kept = InMemory(Blocks(1), room=1e9)
     before = kept[0][0].clone()
     Augmented(kept, augmentation("strong", "segmentation", (24, 32)))[Draw(0, 0)]
     assert torch.equal(kept[0][0], before)

@@ -122,6 +122,14 @@ def test_saved_pipeline_loads_in_diffusers_and_as_a_teacher(tmp_path, images):
     assert teacher.features(images, torch.arange(4), seeded())["mid_block"].shape == (4, 16, 8, 8)
 
 
+def test_the_memory_format_of_training_is_not_saved(tmp_path):
+    unet = tiny_unet().to(memory_format=torch.channels_last)
+    ddpm.save_pipeline(unet, DDPMScheduler(), tmp_path / "teacher")
+    for weight in DDPMPipeline.from_pretrained(tmp_path / "teacher").unet.parameters():
+        assert weight.is_contiguous()
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_half_precision_file_is_half_the_size_and_leaves_the_model_alone(tmp_path):
     unet, scheduler = tiny_unet(), DDPMScheduler()
     ddpm.save_pipeline(unet, scheduler, tmp_path / "full")
