@@ -102,6 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
     teach = inner.add_parser("train", help="train a diffusion model on unlabelled images")
     _add_recipe(teach)
     teach.set_defaults(verb=_teacher_train)
+    extract = inner.add_parser(
+        "extract", help="fill the feature cache (teacher.cache) of a recipe before it is trained"
+    )
+    extract.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
+    _add_overrides(extract)
+    extract.set_defaults(verb=_teacher_extract)
     layers = inner.add_parser("layers", help="a teacher's layers: channels, reduction, cost")
     layers.add_argument("path", metavar="TEACHER", help="what a recipe gives as teacher.path")
     layers.add_argument(
@@ -200,6 +206,15 @@ def _teacher_train(options: argparse.Namespace) -> int:
     print(
         f"teacher written to {folder / 'pipeline'}; use it with teacher.path={folder / 'pipeline'}"
     )
+    return 0
+
+
+def _teacher_extract(options: argparse.Namespace) -> int:
+    from distill.config import RunConfig
+    from distill.extract import extract
+    from distill.recipe import load_config
+
+    print(extract(load_config(RunConfig, options.recipe, options.overrides)))
     return 0
 
 

@@ -79,6 +79,12 @@ class TeacherConfig:
     means to it (`class_prompts`). Evaluation never does."""
     random_weights: int | None = None
     """Seed of fresh random weights instead of the trained ones: the control."""
+    cache: str | None = None
+    """Folder that keeps the features of every image, flip and timestep, each computed once; needs
+    `data.augment` flip or none. The noise of each is then fixed, and no target-noise floor is
+    measured."""
+    cache_gb: Positive = 20.0
+    """Largest size of an arm's cache in GB of disk, all of it reserved when it is made."""
     options: Options = Field(default_factory=dict)
     """Further arguments of the teacher."""
 
@@ -93,6 +99,8 @@ class StudentConfig:
     """timm's own model arguments, for instance `{patch_size: 4}` for a ViT on small images."""
     input_size: HeightWidth | None = None
     """Images are resized to this inside the student: a small-image stem plain timm can redo."""
+    compile: bool = False
+    """Compile the student with `torch.compile`; slow to start, faster on a GPU."""
     pretrained: bool = False
     """Start from timm's pretrained weights; off, as the point is to do without labels of others."""
     init_from: str | None = None
@@ -165,6 +173,9 @@ class TrainConfig:
     """Labelled images a step, over all processes."""
     unlabelled_batch: Annotated[int, Field(ge=0)] = 32
     """Unlabelled images a step, over all processes; they contribute the feature loss only."""
+    accumulate: Count = 1
+    """Parts that a step's images are cut into; their gradients are added up, so that a large batch
+    fits into little memory. Batch norms see a part at a time."""
     feature_weight: NonNegative = 1.0
     """Weight of the feature loss beside the task loss."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -7,10 +7,11 @@ drawn before. That makes an interrupted and resumed run equal to one that was no
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -163,12 +164,36 @@ class Augmented(Dataset[Item]):
         return len(self.examples)
 
     def __getitem__(self, draw: Draw) -> Item:
-        image, target = self.examples[draw.example]
+        return self.view(*self.examples[draw.example], draw.seed)
+
+    def view(self, image: Tensor, target: Tensor | int, seed: int) -> Item:
+        """An example as the seed changes it."""
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would reseed CUDA's generators as well.
-            torch.default_generator.manual_seed(draw.seed)
+            torch.default_generator.manual_seed(seed)
             image, target = self.augment(image, target)
         return as_float(image), target.long() if isinstance(target, Tensor) else target
+
+
+class Tagged(Dataset[tuple[Tensor, Tensor | int, Tensor]]):
+    """Views that are flipped at most, each with a tag that says what it shows, for a cache.
+
+    A tag is (3,) int64: the example, whether it is flipped, and a checksum of the example's image,
+    which is never 0.
+    """
+
+    def __init__(self, views: Augmented) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor | int, Tensor]:
+        original, target = self.views.examples[draw.example]
+        image, target = self.views.view(original, target, draw.seed)
+        flipped = not torch.equal(image, as_float(original))
+        checksum = zlib.crc32(original.contiguous().numpy().data) or 1
+        return image, target, torch.tensor([draw.example, int(flipped), checksum])
 
 
 class StepSampler(Sampler[list[Draw]]):
@@ -236,9 +261,10 @@ class StepSampler(Sampler[list[Draw]]):
 
 
 def loader(
-    examples: Augmented, sampler: StepSampler, workers: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in the sampler's order: images (B, 3, H, W) float32, targets (B, H, W) or (B,) int64.
+    examples: Augmented | Tagged, sampler: Iterable[list[Draw]], workers: int = 0
+) -> Iterator[Any]:
+    """Batches in the sampler's order: images (B, 3, H, W) float32, targets (B, H, W) or (B,) int64;
+    where the examples are `Tagged` their tags (B, 3) int64 too.
 
     The images of a batch must have one size: augment to it, or wrap `examples` in `Resized`.
 
@@ -246,7 +272,7 @@ def loader(
         UserError: of an example, also where a worker process read it, without that traceback.
     """
     batches = DataLoader(
-        cast("Dataset[tuple[Tensor, Tensor]]", examples),
+        examples,
         batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -54,6 +54,32 @@ class Losses(NamedTuple):
     """(pairs, B) `FeatureLoss.noise_floor` in steps that measure it, otherwise (0,)."""
 
 
+def merge(parts: Sequence[Losses]) -> Losses:
+    """The losses of a step whose images came in equal parts: means, and the rows of all images,
+    the rewarded ones first."""
+    if len(parts) == 1:
+        return parts[0]
+    rewarded = [len(part.rewards) for part in parts]
+
+    def rows(values: Sequence[Tensor]) -> Tensor:
+        pairs = list(zip(values, rewarded, strict=True))
+        return torch.cat([x[:n] for x, n in pairs] + [x[n:] for x, n in pairs])
+
+    total, task, feature, reward_head = (
+        torch.stack(values).mean(dim=0) for values in zip(*(p[:4] for p in parts), strict=True)
+    )
+    return Losses(
+        total,
+        task,
+        feature,
+        reward_head,
+        rows([part.rewards for part in parts]),
+        rows([part.context for part in parts]),
+        rows([part.bins for part in parts]),
+        rows([part.floor.movedim(-1, 0) for part in parts]).movedim(0, -1),
+    )
+
+
 class Distiller(nn.Module):
     """Task loss and feature loss together (RepFusion, Yang and Wang, ICCV 2023, Algorithm 1).
 

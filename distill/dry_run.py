@@ -38,6 +38,8 @@ def dry_run(config: RunConfig) -> str:
         trainer = Trainer(config, arm, data, accelerator)
         if trainer.teacher is not None:
             lines += _pairs(trainer)
+        if trainer.plan is not None:
+            lines.append(f"# {arm}: cache of {trainer.plan} in {config.teacher.cache}; not counted")
         stream = batches(trainer)
         seconds = []
         for _ in range(2):  # the first step pays for warming up; both are thrown away

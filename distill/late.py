@@ -10,8 +10,31 @@ from torch import Tensor
 from distill.errors import UserError
 
 
+class Copied:
+    """A tensor on its way to the CPU; reading it waits for no more than its own copy."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host, self._done = tensor.detach(), None
+        if tensor.is_cuda:
+            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._host.copy_(tensor.detach(), non_blocking=True)
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether reading would not wait; on the CPU always."""
+        return self._done is None or bool(self._done.query())  # type: ignore[no-untyped-call]
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host
+
+
 class Late:
-    """Scalars on their way from the device; reading them waits for no more than their own copy.
+    """The scalars of a step, by name, on their way to the CPU.
 
     Args:
         step: the step that they belong to, for the message.
@@ -20,34 +43,29 @@ class Late:
 
     def __init__(self, step: int, **values: Tensor) -> None:
         self.step, self._names = step, tuple(values)
-        stacked = torch.stack([value.detach().float() for value in values.values()])
-        self._copied: torch.cuda.Event | None = None
-        if stacked.is_cuda:
-            self._host = torch.empty(stacked.shape, pin_memory=True)
-            self._host.copy_(stacked, non_blocking=True)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
-        else:
-            self._host = stacked
+        self._copied = Copied(torch.stack([value.detach().float() for value in values.values()]))
 
     @property
     def arrived(self) -> bool:
         """Whether reading would not wait; on the CPU always."""
-        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
+        return self._copied.arrived
 
     def read(self) -> dict[str, float]:
         """The figures by name."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return dict(zip(self._names, self._host.tolist(), strict=True))
+        return dict(zip(self._names, self._copied.read().tolist(), strict=True))
 
     def read_finite(self, remedy: str, where: str = "") -> dict[str, float]:
-        """The same; a UserError that names the first which is not finite, and its step."""
+        """The same; a UserError if one of them is not finite."""
         figures = self.read()
         for name, value in figures.items():
             if not math.isfinite(value):
-                raise UserError(
-                    f"{where}the {name.replace('_', ' ')} is not finite at step {self.step}; "
-                    f"the last checkpoint is intact; try {remedy}"
-                )
+                raise not_finite(self.step, name.replace("_", " "), remedy, where)
         return figures
+
+
+def not_finite(step: int, what: str, remedy: str, where: str = "") -> UserError:
+    """What to say of a step at which something is not finite, once that cannot be saved."""
+    return UserError(
+        f"{where}the {what} is not finite at step {step}; the last checkpoint is intact; "
+        f"try {remedy}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from distill import checkpoint, plots
 from distill.benchmarks import Benchmark, Examples
-from distill.build import build_accelerator, build_training_set
-from distill.config import RunConfig
+from distill.build import TrainingSet, build_accelerator, build_training_set
+from distill.config import Arm, RunConfig
 from distill.data import Resized, as_float
 from distill.errors import Interrupted, UserError
 from distill.evaluate import evaluate, predicted_classes
@@ -58,7 +59,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     if config.train.evaluate_every:
         validation = held_out_examples(config, data.benchmark, data.size, "val")
     first = config.train.arms[0]  # built before there is a folder: its mistakes leave none behind
-    trainers = {first: Trainer(config, first, data, accelerator)}
+    trainers = {first: _trainer(config, first, data, accelerator)}
     if accelerator.is_main_process:
         open_run_folder(folder, resume)
         checkpoint.write_text(folder / "config.yaml", to_yaml(config))
@@ -72,7 +73,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             result = folder / "checkpoints" / arm / "result.json"
             if resume and result.exists():
                 continue
-            trainer = trainers.pop(arm, None) or Trainer(config, arm, data, accelerator)
+            trainer = trainers.pop(arm, None) or _trainer(config, arm, data, accelerator)
             path = checkpoint_path(folder, arm)
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume and path.exists():
@@ -81,11 +82,23 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
                 train_arm(trainer, folder, stop, observe)
             except Interrupted as error:
                 raise Interrupted(f"{error}; go on with --resume") from None
+            finally:
+                if trainer.cache is not None:
+                    trainer.cache.flush()
             scores = score(trainer.average.module, held_out, data.benchmark, config, accelerator)
             if accelerator.is_main_process:
                 _finish_arm(trainer, folder, held_out, scores)
     accelerator.wait_for_everyone()
     return summarise(config, folder, data.benchmark) if accelerator.is_main_process else {}
+
+
+def _trainer(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accelerator) -> Trainer:
+    """A new arm, its feature cache open."""
+    trainer = Trainer(config, arm, data, accelerator)
+    trainer.open_cache()
+    if trainer.cache is not None and accelerator.is_main_process:
+        print(f"{arm}: {trainer.cache}", file=sys.stderr)
+    return trainer
 
 
 def check_schedule(config: RunConfig, processes: int) -> None:
@@ -94,6 +107,11 @@ def check_schedule(config: RunConfig, processes: int) -> None:
     for key, batch in (("batch", train.batch), ("unlabelled_batch", train.unlabelled_batch)):
         if batch % processes:
             raise UserError(f"train.{key}: {batch} does not divide over {processes} processes")
+        if batch // processes % train.accumulate:
+            raise UserError(
+                f"train.{key}: {batch // processes} images of a process do not divide into "
+                f"train.accumulate={train.accumulate} parts"
+            )
     if train.finetune_steps > train.steps:
         raise UserError(
             f"train.finetune_steps: {train.finetune_steps} of train.steps {train.steps}"
@@ -105,10 +123,11 @@ def check_schedule(config: RunConfig, processes: int) -> None:
         )
     # Whether there are steps that see labelled images alone.
     alone = "scratch" in train.arms or train.finetune_steps > 0 or config.data.unlabelled == 0
-    if train.batch + (0 if alone else train.unlabelled_batch) < 2 * processes:
+    parts = processes * train.accumulate
+    if train.batch + (0 if alone else train.unlabelled_batch) < 2 * parts:
         raise UserError(
             f"train.batch: {train.batch} is too small: batch norm needs two images in every step "
-            "and process"
+            "and process" + (" and part" if train.accumulate > 1 else "")
         )
 
 

@@ -7,7 +7,9 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-Stream = Literal["labelled", "unlabelled", "noise", "policy", "network", "samples", "floor"]
+Stream = Literal[
+    "labelled", "unlabelled", "noise", "policy", "network", "samples", "floor", "cache"
+]
 _STREAMS: tuple[Stream, ...] = get_args(Stream)
 
 

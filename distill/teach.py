@@ -66,14 +66,15 @@ class TeacherTraining:
             beta_schedule=config.diffusion.beta_schedule,
             prediction_type=config.diffusion.prediction_type,
         )
-        cuda = accelerator.device.type == "cuda"
-        if cuda:  # where 16-bit convolutions are faster so; on a CPU this gains nothing in training
+        if (
+            accelerator.device.type == "cuda"
+        ):  # where 16-bit convolutions are faster so; on a CPU this gains nothing in training
             self.unet.to(memory_format=torch.channels_last)
         self.model = accelerator.prepare_model(self.unet)
         if config.compile:
             self.model = torch.compile(self.model, dynamic=False)
         self.optimizer = torch.optim.AdamW(
-            self.unet.parameters(), lr=config.lr, weight_decay=0.01, fused=cuda
+            self.unet.parameters(), lr=config.lr, weight_decay=0.01, fused=True
         )
         self.average = EMAModel(
             self.unet.parameters(), decay=config.ema, use_ema_warmup=True, foreach=True

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
 
 from distill import checkpoint, seeding
-from distill.data import Augmented, StepSampler, loader
+from distill.batch import Batch
+from distill.data import Augmented, StepSampler, Tagged, loader
 from distill.distiller import Losses
 from distill.errors import Interrupted
 from distill.tracking import Progress, RunLog, StopSignal, memory
@@ -51,11 +52,11 @@ def train_arm(
             images *= trainer.accelerator.num_processes
             trainer.images += images
             trainer.seconds += time.monotonic() - began
-            figures = _figures(losses)
-            progress.update(images, {n.split("/")[-1]: v for n, v in figures.items()}, waited)
+            progress.update(images, _shown(trainer.figures), waited)
             last = trainer.step == train.steps
             if log and (trainer.step % train.log_every == 0 or trainer.step in shown):
-                _write(log, trainer, losses, figures | {"images_per_second": progress.rate})
+                trainer.settle()
+                _write(log, trainer, losses, progress.rate)
             if last or (train.evaluate_every and trainer.step % train.evaluate_every == 0):
                 observe(trainer, log)
             if main and (last or stop or trainer.step % train.checkpoint_every == 0):
@@ -74,8 +75,11 @@ def checkpoint_path(folder: Path, arm: str) -> Path:
     return folder / "checkpoints" / arm / "last.pt"
 
 
-def batches(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Labelled images, targets, unlabelled images, on the device, from the arm's next step."""
+def batches(trainer: Trainer) -> Iterator[Batch]:
+    """Labelled images, targets, unlabelled images, on the device, from the arm's next step.
+
+    And, where there is a feature cache, the tags of all these images (`data.Tagged`), on the CPU.
+    """
     train, data, device = trainer.config.train, trainer.data, trainer.accelerator.device
     labelled = _stream(trainer, data.labelled, data.labelled_indices, train.batch, "labelled")
     wants_unlabelled = trainer.teacher is not None and train.unlabelled_batch > 0
@@ -84,11 +88,14 @@ def batches(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         unlabelled = _stream(
             trainer, data.unlabelled, data.unlabelled_indices, train.unlabelled_batch, "unlabelled"
         )
-    for step, (images, targets) in enumerate(labelled, trainer.step):
+    for step, (images, targets, *tags) in enumerate(labelled, trainer.step):
         more = None
         if unlabelled is not None and trainer.phase(step).teach:
-            more = next(unlabelled)[0].to(device, non_blocking=True)
-        yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True), more
+            more, _, *more_tags = next(unlabelled)
+            more, tags = more.to(device, non_blocking=True), [*tags, *more_tags]
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
+        yield Batch(images, targets, more, torch.cat(tags) if tags else None)
 
 
 def _stream(
@@ -108,27 +115,35 @@ def _stream(
         start_step=trainer.step,
         stop_step=trainer.config.train.steps,
     )
-    return loader(examples, sampler, trainer.config.data.workers)
+    views = Tagged(examples) if trainer.cache is not None else examples
+    return loader(views, sampler, trainer.config.data.workers)
 
 
-def _figures(losses: Losses) -> dict[str, float]:
-    """The losses of a step, and the mean reward, as numbers."""
-    figures = {"loss/task": losses.task.item()}
-    if len(losses.rewards):
-        figures["loss/feature"] = losses.feature.item()
-        figures["policy/reward"] = losses.rewards.mean().item()
-    return figures
+# Those of a trainer's figures that are logged, and under which names.
+LOGGED = {
+    "loss/task": "task_loss",
+    "loss/feature": "feature_loss",
+    "policy/reward": "reward",
+    "loss/reward_head": "reward_head_loss",
+}
 
 
-def _write(log: RunLog, trainer: Trainer, losses: Losses, figures: dict[str, float]) -> None:
+def _shown(figures: Mapping[str, float]) -> dict[str, float]:
+    """What the progress display says of a step."""
+    names = {"task": "task_loss", "feature": "feature_loss", "reward": "reward"}
+    return {name: figures[key] for name, key in names.items() if key in figures}
+
+
+def _write(log: RunLog, trainer: Trainer, losses: Losses, rate: float) -> None:
     """One row of the log; with a policy its distribution over the timesteps too."""
+    figures = {name: trainer.figures[key] for name, key in LOGGED.items() if key in trainer.figures}
+    figures["images_per_second"] = rate
     figures["lr"] = trainer.optimizer.param_groups[0]["lr"]
     figures |= memory(trainer.accelerator.device)
     if not len(losses.rewards) or trainer.policy is None:
         log.scalars(trainer.step, figures)
         return
     summary = policy_summary(trainer.policy.probabilities(losses.context.float().cpu()))
-    figures["loss/reward_head"] = losses.reward_head.item()
     figures["policy/entropy"] = summary.entropy
     figures["policy/effective_arms"] = summary.effective_arms
     figures |= {f"floor/{pair}": mean for pair, mean in trainer.floor.means().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +14,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill import seeding
+from distill.batch import Batch
 from distill.build import TrainingSet, autocast, build_distiller, build_policy, build_teacher
+from distill.cache import FeatureCache, Plan
+from distill.cache_plan import open_cache, plan_cache
+from distill.clock import Timed, untimed
 from distill.config import Arm, RunConfig
-from distill.distiller import Lesson, Losses
+from distill.distiller import Lesson, Losses, merge
 from distill.errors import UserError, blame
 from distill.export import load_backbone
 from distill.floor import NoiseFloor
+from distill.late import Copied, Late, not_finite
 from distill.optim import build_optimizer, lr_factor
 from distill.recipe import to_tree
 from students.student import Student
+
+REMEDY = "a smaller train.lr, or train.precision=no"
 
 
 class Phase(NamedTuple):
@@ -48,6 +56,8 @@ class Trainer:
         self.config, self.arm, self.data, self.accelerator = config, arm, data, accelerator
         device = accelerator.device
         self.teacher = None
+        self.plan: Plan | None = None
+        self.cache: FeatureCache | None = None
         if config.teacher.labels and data.benchmark.task != "classification":
             raise UserError(
                 "teacher.labels: a mask is no class that a teacher could be told; leave it false "
@@ -58,7 +68,7 @@ class Trainer:
             self.teacher = build_teacher(config, random_weights).to(device)
             with blame("data.size, or teacher.image_size"):  # a size that does not fit shows here
                 image = torch.zeros(1, 3, *data.size, device=device)
-                self.teacher.features(image, torch.zeros(1, dtype=torch.int64))
+                maps = self.teacher.features(image, torch.zeros(1, dtype=torch.int64))
         # Every arm starts from the same student.
         torch.manual_seed(seeding.derive_seed(config.seed, "network"))
         self.distiller = build_distiller(config, data.benchmark, data.size, self.teacher)
@@ -68,12 +78,19 @@ class Trainer:
         self.model = accelerator.prepare_model(self.distiller)
         self.optimizer = build_optimizer(self.distiller, config.train)
         self.average = ModelEmaV3(self.student, decay=config.train.ema, use_warmup=True)
+        if config.student.compile:
+            self.student.compile(dynamic=False)
         self.policy, self.timesteps = None, torch.zeros(0, dtype=torch.int64)
         if self.teacher is not None:
             context_size = self.student.channels[self.student.layers[-1]]
             self.policy, self.timesteps = build_policy(config, self.teacher, context_size)
+            self.plan = plan_cache(config, data, self.distiller, maps, len(self.timesteps))
         self.floor = NoiseFloor([str(m) for m in self.distiller.matches], len(self.timesteps))
         self.step, self.images, self.seconds = 0, 0, 0.0
+        self.clock: Timed = untimed
+        self.figures: dict[str, float] = {}
+        self._late: Late | None = None
+        self._rewarded: list[Copied] = []
 
     def _prepare_student(self) -> None:
         """Training mode, the weights that the recipe starts from, and what of them is frozen."""
@@ -83,6 +100,27 @@ class Trainer:
             load_backbone(self.student, student.init_from)
         if student.freeze:
             freeze_backbone(self.student)
+
+    def open_cache(self) -> None:
+        """Find or make the folder of the feature cache that the recipe asks for, if it does.
+
+        Raises:
+            UserError: It holds other features, or there is no room for it.
+        """
+        if self.plan is None:
+            return
+        assert self.teacher is not None
+        train, cpu = self.config.train, self.accelerator.device.type == "cpu"
+        batch = (train.batch + train.unlabelled_batch) // self.accelerator.num_processes
+        self.cache = open_cache(
+            self.config,
+            self.arm,
+            self.data,
+            self.teacher,
+            self.timesteps,
+            self.plan,
+            chunk=min(8 if cpu else 64, batch),
+        )
 
     @property
     def student(self) -> Student:
@@ -97,49 +135,74 @@ class Trainer:
             return Phase(teach=False, task_weight=1.0)
         return Phase(teach=True, task_weight=float(train.schedule == "joint"))
 
-    def train_step(self, labelled: Tensor, targets: Tensor, unlabelled: Tensor | None) -> Losses:
+    def train_step(
+        self,
+        labelled: Tensor,
+        targets: Tensor,
+        unlabelled: Tensor | None = None,
+        tags: Tensor | None = None,
+    ) -> Losses:
         """One step of Algorithm 1: choose t, look at the teacher, learn, reward the policy.
 
-        Args:
-            labelled: (L, 3, H, W) in [0, 1].
-            targets: Their classes (L,) or masks (L, H, W), int64.
-            unlabelled: (U, 3, H, W), or None.
+        That its figures were finite shows a step later on a GPU, but always before a checkpoint.
+        The arguments are those of `Batch`, on the device.
         """
         train, phase = self.config.train, self.phase(self.step)
         # For what draws from torch's default generator, such as dropout.
         torch.manual_seed(seeding.derive_seed(self.config.seed, "network", 1 + self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * self._lr_factor()
-        images = labelled
-        if phase.teach and unlabelled is not None:
-            images = torch.cat([labelled, unlabelled])
+        batch = Batch(labelled, targets, *([unlabelled, tags] if phase.teach else []))
+        parts = [
+            self._backward(place, part, phase)
+            for place, part in enumerate(batch.cut(train.accumulate))
+        ]
+        losses = merge(parts)
+        with self.clock("optimizer"):
+            norm = self.accelerator.clip_grad_norm_(
+                self.distiller.parameters(), math.inf if train.clip is None else train.clip
+            )
+            self.settle()
+            figures = {"task_loss": losses.task}
+            if phase.teach:
+                figures["feature_loss"] = losses.feature
+                figures["reward_head_loss"] = losses.reward_head
+                figures["reward"] = losses.rewards.mean()
+            self._late = Late(self.step, **figures, gradient=norm)
+            if self._late.arrived:
+                self.settle()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            self.average.update(self.student, step=self.step)
+        if self._rewarded:
+            with self.clock("policy"):
+                self._reward_policy()
+        if len(losses.floor):
+            measured = self.accelerator.gather((losses.floor.T.contiguous(), losses.bins))
+            self.floor.add(*(x.cpu() for x in measured))
+        return losses
+
+    def _backward(self, place: int, batch: Batch, phase: Phase) -> Losses:
+        """Gradients of one of the parts that the step's images are cut into."""
+        train = self.config.train
+        images = batch.images
         if train.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
 
         def teach(context: Tensor) -> Lesson:
-            return self._lesson(images, targets, context)
+            return self._lesson(place, images, batch, context)
 
-        with autocast(self.accelerator.device, train.precision):
-            losses: Losses = self.model(
-                images, targets, teach if phase.teach else None, phase.task_weight
-            )
-        self._check_finite(
-            task_loss=losses.task, feature_loss=losses.feature, reward_head_loss=losses.reward_head
-        )
-        self.accelerator.backward(losses.total)
-        norm = self.accelerator.clip_grad_norm_(
-            self.distiller.parameters(), math.inf if train.clip is None else train.clip
-        )
-        self._check_finite(gradient=norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        self.average.update(self.student, step=self.step)
-        if phase.teach:
-            self._reward_policy(losses)
-        if len(losses.floor):
-            measured = self.accelerator.gather((losses.floor.T.contiguous(), losses.bins))
-            self.floor.add(*(x.cpu() for x in measured))
+        last = place == train.accumulate - 1
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.clock("student"), autocast(self.accelerator.device, train.precision):
+                losses: Losses = self.model(
+                    images, batch.targets, teach if phase.teach else None, phase.task_weight
+                )
+            if phase.teach:  # copied while the device computes gradients
+                self._rewarded.append(self._transitions(losses))
+            with self.clock("backward"):
+                self.accelerator.backward(losses.total / train.accumulate)
         return losses
 
     def _lr_factor(self) -> float:
@@ -151,28 +214,35 @@ class Trainer:
             first, last = (0, border) if self.step < border else (border, train.steps)
         return lr_factor(train.lr_schedule, self.step - first, last - first, train.warmup)
 
-    def _lesson(self, images: Tensor, targets: Tensor, context: Tensor) -> Lesson:
+    def _lesson(self, place: int, images: Tensor, batch: Batch, context: Tensor) -> Lesson:
         """Let the policy choose a timestep an image, and the teacher show its features there."""
         assert self.teacher is not None
         assert self.policy is not None
-        seed, rank = self.config.seed, self.accelerator.process_index
-        self._check_finite(student_feature_map=context)
-        with torch.autocast("cpu", enabled=False):  # the policy computes in float32
+        seed, device = self.config.seed, images.device
+        rank = self.accelerator.process_index * self.config.train.accumulate + place
+        with self.clock("policy"), torch.autocast("cpu", enabled=False):  # it computes in float32
+            seen = context.float().cpu()
+            if not bool(seen.isfinite().all()):
+                raise not_finite(self.step, "student feature map", REMEDY, f"{self.arm}: ")
             bins = self.policy.act(
-                context.float().cpu(),
-                seeding.generator(seed, "policy", self.step, rank),
-                self.progress,
+                seen, seeding.generator(seed, "policy", self.step, rank), self.progress
             )
         timesteps = self.timesteps[bins]
-        labels: tuple[Tensor, ...] = ()
-        if self.config.teacher.labels:
-            labels = (F.pad(targets, (0, len(images) - len(targets)), value=-1),)
-        noise = seeding.generator(seed, "noise", self.step, rank)
-        maps, again = self.teacher.features(images, timesteps, noise, *labels), None
-        if self._measures_floor():
-            noise = seeding.generator(seed, "floor", self.step, rank)
-            again = self.teacher.features(images, timesteps, noise, *labels)
-        return Lesson(bins.to(images.device), timesteps.to(images.device), maps, again)
+        with self.clock("teacher"):
+            if self.cache is not None:
+                assert batch.tags is not None
+                maps, again = self.cache.features(images, batch.tags, bins), None
+            else:
+                labels: tuple[Tensor, ...] = ()
+                if self.config.teacher.labels:
+                    missing = len(images) - len(batch.targets)
+                    labels = (F.pad(batch.targets, (0, missing), value=-1),)
+                noise = seeding.generator(seed, "noise", self.step, rank, device)
+                maps, again = self.teacher.features(images, timesteps, noise, *labels), None
+                if self._measures_floor():
+                    noise = seeding.generator(seed, "floor", self.step, rank, device)
+                    again = self.teacher.features(images, timesteps, noise, *labels)
+        return Lesson(bins.to(device), timesteps.to(device), maps, again)
 
     def _measures_floor(self) -> bool:
         """Whether this step measures the target-noise floor; without noise there is none."""
@@ -185,31 +255,35 @@ class Trainer:
             and self.teacher.noise_schedule.has_noise
         )
 
-    def _reward_policy(self, losses: Losses) -> None:
+    def _transitions(self, losses: Losses) -> Copied:
+        """Context, choice and reward of the rewarded images of all processes, (N, D + 2)."""
+        rewarded = len(losses.rewards)
+        columns = losses.context[:rewarded], losses.bins[:rewarded, None], losses.rewards[:, None]
+        return Copied(self.accelerator.gather(torch.cat([x.float() for x in columns], dim=1)))
+
+    def _reward_policy(self) -> None:
         """Every process learns the same from the rewards of all: their policies stay identical."""
         assert self.policy is not None
-        rewarded = len(losses.rewards)
-        context, bins, rewards = self.accelerator.gather(
-            (losses.context[:rewarded], losses.bins[:rewarded], losses.rewards)
-        )
-        self.policy.learn(context.float().cpu(), bins.cpu(), rewards.float().cpu(), self.progress)
+        rows = torch.cat([copied.read() for copied in self._rewarded])
+        self._rewarded.clear()
+        if not bool(rows.isfinite().all()):
+            raise not_finite(self.step - 1, "reward", REMEDY, f"{self.arm}: ")
+        self.policy.learn(rows[:, :-2], rows[:, -2].long(), rows[:, -1], self.progress)
 
     @property
     def progress(self) -> float:
         """Share of the arm's steps that are done."""
         return self.step / self.config.train.steps
 
-    def _check_finite(self, **values: Tensor) -> None:
-        """Stop before what is not finite reaches the policy, the weights and the checkpoint."""
-        for name, value in values.items():
-            if not bool(torch.isfinite(value).all()):
-                raise UserError(
-                    f"{self.arm}: the {name.replace('_', ' ')} is not finite at step {self.step}; "
-                    "the last checkpoint is intact; try a smaller train.lr, or train.precision=no"
-                )
+    def settle(self) -> None:
+        """Read the newest step's `figures`. Raises UserError if one of them is not finite."""
+        if self._late is not None:
+            late, self._late = self._late, None
+            self.figures = late.read_finite(REMEDY, where=f"{self.arm}: ")
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs; randomness is a function of seed and step."""
+        self.settle()
         return {
             "config": to_tree(self.config),
             "arm": self.arm,

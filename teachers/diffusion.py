@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from teachers import anatomy, loading
 from teachers.anatomy import LayerInfo
-from teachers.noise import NoiseSchedule
+from teachers.noise import NoiseSchedule, Randomness, draw_noise
 from teachers.tap import Tap
 
 Input = Literal["noised", "clean", "average"]
@@ -201,7 +201,7 @@ class DiffusionTeacher:
         self,
         images: Tensor,
         timesteps: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The asked layers' maps, and no computation after the last of them.
@@ -209,8 +209,8 @@ class DiffusionTeacher:
         Args:
             images: (B, 3, H, W) RGB float in [0, 1], on the teacher's device.
             timesteps: (B,) int64 in 0..T-1, any mix; on the CPU they cost no synchronisation.
-            generator: source of the noise, drawn in float32 on the generator's own device; None
-                takes torch's default generator. Not used for `clean` input.
+            generator: source of the noise, drawn in float32 on the generator's own device, or one
+                for each image; None takes torch's default generator. Not used for `clean` input.
             labels: (B,) int64 classes, for a family that was given a condition a class; a negative
                 one, and None for all, is an image without label.
 
@@ -249,12 +249,10 @@ class DiffusionTeacher:
             )
         return labels.to(device)
 
-    def _noised(self, x: Tensor, timesteps: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _noised(self, x: Tensor, timesteps: Tensor, generator: Randomness) -> Tensor:
         """What the network sees, in its dtype. x: (B, c, h, w) float32."""
         if self.input != "clean" and self.noise_schedule.has_noise:
-            device = x.device if generator is None else generator.device
-            noise = torch.randn(x.shape, generator=generator, device=device)
-            x = self.noise_schedule.add_noise(x, noise.to(x.device), timesteps)
+            x = self.noise_schedule.add_noise(x, draw_noise(x, generator), timesteps)
         return x.to(self.dtype, memory_format=self.memory_format)
 
     def _run(self, x: Tensor, times: Tensor, labels: Tensor | None) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from teachers.diffusion import Flops, View
+from teachers.noise import Randomness
 
 # The names of distill's registry, which this library cannot ask; a test holds them together.
 FACTORIES = MappingProxyType(
@@ -129,7 +130,7 @@ class Ensemble:
         self,
         images: Tensor,
         timesteps: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The asked layers' maps, float32 (B, C, h, w) each.
@@ -143,7 +144,7 @@ class Ensemble:
         Args:
             images: (B, 3, H, W) RGB float in [0, 1], on the teacher's device.
             timesteps: (B,) int64 in 0..T-1 of the first member.
-            generator: source of the noise, used in the members' order.
+            generator: source of the noise, or one for each image, used in the members' order.
             labels: (B,) int64 classes, handed to every member.
 
         Raises:

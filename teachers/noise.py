@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+Randomness = torch.Generator | Sequence[torch.Generator] | None
+"""Where noise comes from: one generator for a batch, one for each image, or torch's default one."""
+
+
+def draw_noise(x: Tensor, source: Randomness) -> Tensor:
+    """Standard normal noise for x (B, ...), float32, drawn on the generators' own device.
+
+    Raises:
+        ValueError: generators for another number of images.
+    """
+    if isinstance(source, Sequence):
+        if len(source) != len(x):
+            raise ValueError(f"{len(source)} generators do not match {len(x)} images")
+        each = [torch.randn(x.shape[1:], generator=one, device=one.device) for one in source]
+        return torch.stack(each).to(x.device)
+    device = x.device if source is None else source.device
+    return torch.randn(x.shape, generator=source, device=device).to(x.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from teachers.noise import NoiseSchedule
+from teachers.noise import NoiseSchedule, Randomness
 
 
 class Teacher(Protocol):
@@ -52,7 +52,7 @@ class Teacher(Protocol):
         self,
         images: Tensor,
         timesteps: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The asked layers' maps, float32 (B, C, h, w) each, without gradient.
@@ -60,7 +60,7 @@ class Teacher(Protocol):
         Args:
             images: (B, 3, H, W) RGB float in [0, 1], on the teacher's device.
             timesteps: (B,) int64 in 0..T-1, any mix; on the CPU they cost no synchronisation.
-            generator: source of the noise; None takes torch's default generator.
+            generator: source of the noise, or one for each image; None takes torch's default one.
             labels: (B,) int64 classes, for a teacher with a condition a class; negative where an
                 image has none, and None for all. Given in training alone.
 

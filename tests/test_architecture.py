@@ -14,11 +14,13 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 ROOMS = ("teachers", "students", "rl_policy")
 PACKAGES = (*ROOMS, "distill")
-VERBS = frozenset({f"distill.{name}" for name in ("run", "rescore", "teach", "dry_run", "bench")})
+VERBS = frozenset(
+    {f"distill.{name}" for name in ("run", "rescore", "teach", "extract", "dry_run", "bench")}
+)
 LEAVES = frozenset(
     f"distill.{name}"
     for name in (
-        *("benchmarks", "checkpoint", "data", "distiller", "errors", "evaluate", "export"),
+        *("benchmarks", "cache", "checkpoint", "data", "distiller", "errors", "evaluate", "export"),
         *("losses", "measures", "metrics", "plots", "probe", "registry", "seeding", "tracking"),
     )
 )

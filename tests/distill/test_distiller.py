@@ -77,7 +77,7 @@ def test_unlabelled_images_contribute_the_feature_loss_only(load: Load) -> None:
         "pairs.0.standardise=false",
         "policy.name=fixed",
     )
-    labelled, targets, unlabelled = next(batches(build(config)))
+    labelled, targets, unlabelled, _ = next(batches(build(config)))
     assert unlabelled is not None
     noise = torch.rand(unlabelled.shape, generator=torch.Generator().manual_seed(0))
     first, second, alone = (

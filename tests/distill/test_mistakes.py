@@ -34,6 +34,10 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
         ("data.options={size: 20}", "data.options.size: shapes are drawn at 32 to 128 px, not 20"),
         ("data.labelled=17", "data.labelled: 1 to 16 of the training images, not 17"),
         ("data.unlabelled=17", "data.unlabelled: 17 of 16 training images"),
+        (
+            "train.accumulate=3",
+            "train.batch: 4 images of a process do not divide into train.accumulate=3 parts",
+        ),
         ("data.benchmark=camvid", "unknown key 'data.options.size'; there are none"),
         ("data.benchmark=nothing:Here", "data.benchmark: 'nothing:Here' cannot be imported"),
         ("data.benchmark=distill.losses:Here", "module 'distill.losses' has no 'Here'"),

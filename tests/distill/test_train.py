@@ -216,9 +216,47 @@ def test_weights_that_explode_are_one_clear_line(load: Load, tmp_path: Path, pol
 def test_images_are_counted_as_they_are_seen(load: Load, tmp_path: Path) -> None:
     """Four labelled and four unlabelled a step, but the last two steps finetune on labels alone."""
     trainer = build(load("train.finetune_steps=2"))
-    assert [more is not None for _, _, more in batches(trainer)] == [True] * 3 + [False] * 2
+    assert [more is not None for _, _, more, _ in batches(trainer)] == [True] * 3 + [False] * 2
     train(trainer, tmp_path)
     assert trainer.images == 5 * 4 + 3 * 4
     none = build(load("data.unlabelled=0", "name=none"))
     train(none, tmp_path / "none")
     assert none.images == 5 * 4
+
+
+def test_gradients_that_are_accumulated_are_those_of_the_whole_batch(load: Load) -> None:
+    """Without what sees a part at a time: batch norms, and the reward head's standardisation."""
+    changes = [
+        "pairs=[{student: layer3, teacher: mid_block, standardise: false}]",
+        *("policy.name=fixed", "policy.bins=1", "policy.lowest=100", "policy.highest=100"),
+        *("teacher.input=clean", "train.precision=no", "teacher.dtype=float32"),
+        *("train.optimizer=sgd", "train.clip=null", "train.schedule=joint", "student.kwargs={}"),
+    ]
+    whole, cut = build(load(*changes)), build(load(*changes, "train.accumulate=2"))
+    for module in (*whole.distiller.modules(), *cut.distiller.modules()):
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    first, second = steps(whole)[0], steps(cut)[0]
+    assert first.task > 0 < first.feature
+    torch.testing.assert_close(first.task, second.task)
+    torch.testing.assert_close(first.feature, second.feature)
+    torch.testing.assert_close(
+        dict(whole.student.named_parameters()), dict(cut.student.named_parameters())
+    )
+
+
+@pytest.mark.parametrize("policy", ["a2c", "reinforce"])
+def test_accumulation_rewards_the_policy_once_a_step_with_all_images(
+    load: Load, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(load("train.accumulate=2", f"policy.name={policy}"))
+    assert trainer.policy is not None
+    learn, rewarded = trainer.policy.learn, []
+
+    def count(context: Tensor, bins: Tensor, rewards: Tensor, progress: float) -> Any:
+        rewarded.append((len(context), len(bins), len(rewards)))
+        return learn(context, bins, rewards, progress)
+
+    monkeypatch.setattr(trainer.policy, "learn", count)
+    steps(trainer, 2)
+    assert rewarded == [(trainer.config.train.batch,) * 3] * 2

@@ -11,7 +11,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from teachers.noise import NoiseSchedule
+from teachers.noise import NoiseSchedule, draw_noise
 
 
 def schedule(*alphas_cumprod: float) -> NoiseSchedule:
@@ -33,6 +33,20 @@ def test_ends_of_the_schedule_have_no_nan():
     noise_schedule, timesteps = schedule(1.0, 0.0), torch.tensor([0, 1])
     assert noise_schedule.log_snr(timesteps).tolist() == [math.inf, -math.inf]
     assert noise_schedule.noise_fraction(timesteps).tolist() == [0.0, 1.0]
+
+
+def test_images_with_generators_of_their_own_keep_their_noise_in_any_company():
+    def noise(*seeds: int) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return draw_noise(torch.zeros(len(seeds), 3, 4, 4), generators)
+
+    together = noise(1, 2, 3)
+    assert torch.equal(together[[2, 0]], noise(3, 1))
+    assert not torch.equal(together[0], together[1])
+    one = draw_noise(torch.zeros(1, 3, 4, 4), torch.Generator().manual_seed(2))
+    assert torch.equal(one[0], together[1])
+    with pytest.raises(ValueError, match="2 generators do not match 3 images"):
+        draw_noise(torch.zeros(3, 1), [torch.Generator(), torch.Generator()])
 
 
 def test_noise_is_added_image_by_image():

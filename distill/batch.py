@@ -1,0 +1,40 @@
+"""What a training step sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """The images of a step."""
+
+    labelled: Tensor
+    """(L, 3, H, W) in [0, 1]."""
+    targets: Tensor
+    """Their classes (L,) or masks (L, H, W), int64."""
+    unlabelled: Tensor | None = None
+    """(U, 3, H, W)."""
+    tags: Tensor | None = None
+    """(L + U, 3) of all these images (`data.Tagged`), on the CPU; needed where there is a cache."""
+
+    @property
+    def images(self) -> Tensor:
+        """All of them, (L + U, 3, H, W), the labelled ones first."""
+        if self.unlabelled is None:
+            return self.labelled
+        return torch.cat([self.labelled, self.unlabelled])
+
+    def cut(self, parts: int) -> Iterator[Batch]:
+        """Equal parts, each with its share of the labelled and of the unlabelled images."""
+        nothing: list[Any] = [None] * parts
+        unlabelled = nothing if self.unlabelled is None else self.unlabelled.chunk(parts)
+        tags = nothing
+        if self.tags is not None:
+            first, rest = self.tags.tensor_split([len(self.labelled)])
+            pairs = zip(first.tensor_split(parts), rest.tensor_split(parts), strict=True)
+            tags = [torch.cat(pair) for pair in pairs]
+        return map(Batch, self.labelled.chunk(parts), self.targets.chunk(parts), unlabelled, tags)
