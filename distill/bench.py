@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from distill import checkpoint
+from distill import checkpoint, plots
+from distill.batch import Batch
 from distill.build import build_accelerator, build_training_set
+from distill.clock import Clock, untimed
 from distill.config import (
     DataConfig,
     PairConfig,
@@ -26,102 +30,42 @@ from distill.config import (
     TrainConfig,
 )
 from distill.errors import UserError
+from distill.naive import WholeTeacher, write_cifar10_ddpm
 from distill.tracking import commit, hardware
+from distill.train import batches
 from distill.trainer import Trainer
-from rl_policy.protocol import TimestepPolicy
 from rl_policy.reward import TeacherTaskReward
 from teachers.diffusion import DiffusionTeacher
 
-# The published configuration of google/ddpm-cifar10-32 (Ho et al. 2020, 35.7M parameters).
-CIFAR10_DDPM = {
-    "_class_name": "UNet2DModel",
-    "sample_size": 32,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": [128, 256, 256, 256],
-    "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "norm_eps": 1e-6,
-}
-SCHEDULE = {
-    "_class_name": "DDPMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "prediction_type": "epsilon",
-}
+
+class Case(NamedTuple):
+    """One way to take the step, and what it takes it with."""
+
+    trainer: Trainer
+    batch: Batch
+    memory: float
+    """GiB: of a GPU what this way held at most; otherwise the most that the program held so far."""
+
+    def step(self) -> None:
+        """Take the step."""
+        self.trainer.train_step(*self.batch)
 
 
-class WholeTeacher:
-    """The naive way to a feature map: a hook, and the complete forward pass for its sake."""
+def bench(
+    *, batch: int, rounds: int, layer: str, teacher: str | None, compile: bool, out: str | None
+) -> str:
+    """Time our step against the naive one at 32 px, with a UNet and a resnet18.
 
-    def __init__(self, teacher: DiffusionTeacher) -> None:
-        self.teacher = teacher
-
-    @torch.no_grad()
-    def features(
-        self, images: Tensor, timesteps: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """As `DiffusionTeacher.features` gives them."""
-        maps: dict[str, Tensor] = {}
-        layer = self.teacher.layers[0]
-        noise = torch.randn(images.shape, generator=generator, device=generator.device)
-        x = self.teacher.noise_schedule.add_noise(
-            2 * images - 1, noise.to(images.device), timesteps
-        )
-        handle = self.teacher.network.get_submodule(layer).register_forward_hook(
-            lambda module, inputs, output: maps.update({layer: output})
-        )
-        self.teacher.network(x, timesteps.to(x.device))
-        handle.remove()
-        return maps
-
-
-class TimedPolicy:
-    """A policy whose time in `act` and `learn` is added up."""
-
-    def __init__(self, policy: TimestepPolicy) -> None:
-        self.policy, self.seconds = policy, 0.0
-
-    def act(self, *arguments: Any) -> Tensor:
-        """See `TimestepPolicy.act`."""
-        began = time.perf_counter()
-        bins = self.policy.act(*arguments)
-        self.seconds += time.perf_counter() - began
-        return bins
-
-    def learn(self, *arguments: Any) -> dict[str, float]:
-        """See `TimestepPolicy.learn`."""
-        began = time.perf_counter()
-        metrics = self.policy.learn(*arguments)
-        self.seconds += time.perf_counter() - began
-        return metrics
-
-
-class Round(NamedTuple):
-    """Seconds of one step each, and of what `rl_policy` took of ours."""
-
-    ours: float
-    naive: float
-    policy: float
-
-
-def bench(*, batch: int, rounds: int, layer: str, out: str | None) -> str:
-    """Time our step against the naive one at 32 px, with the CIFAR-10 DDPM and a resnet18.
-
-    Ours: bfloat16, channels_last, the UNet left after the layer. Naive: float32, the complete UNet.
-    Student, losses, policy and images are the same; the teacher's weights are random.
+    Ours: bfloat16, channels_last, the UNet left after the layer; once with a filled feature cache
+    too. Naive: float32, the complete UNet. Student, losses, policy and images are the same.
 
     Args:
         batch: Images a step.
-        rounds: How often the two take their turn, after one round to warm up.
+        rounds: How often all take their turn, after one round to warm up.
         layer: The teacher's layer.
-        out: A JSON file for the figures.
+        teacher: A path as in a recipe; None: the network of CIFAR-10's DDPM, its weights random.
+        compile: Our teacher and student compiled.
+        out: A JSON file for the figures, with a bar chart beside it.
 
     Returns:
         The table to print.
@@ -129,100 +73,233 @@ def bench(*, batch: int, rounds: int, layer: str, out: str | None) -> str:
     if batch < 2 or rounds < 1:
         raise UserError(f"bench: two images and one round at least, not {batch} and {rounds}")
     with tempfile.TemporaryDirectory() as scratch:
-        config = _config(Path(scratch), batch, layer)
-        ours, naive = _trainer(config), _trainer(_naive(config))
-    assert isinstance(naive.teacher, DiffusionTeacher)
-    used, whole = naive.teacher.flops(32)
-    naive.teacher = WholeTeacher(naive.teacher)  # type: ignore[assignment]
-    assert ours.policy is not None
-    policy = TimedPolicy(ours.policy)
-    ours.policy = policy  # type: ignore[assignment]
-    device = ours.accelerator.device
-    images = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
-    masks = torch.zeros(batch, 32, 32, dtype=torch.int64, device=device)
-    timed = [_round(ours, naive, policy, images, masks) for _ in range(rounds + 1)][1:]
-    ratios = [r.naive / r.ours for r in timed]
-    ratio = statistics.median(ratios)
-    share = statistics.median(r.policy / r.ours for r in timed)
-    figures = {
-        "batch": batch,
-        "layer": layer,
-        "images_per_second": batch / statistics.median(r.ours for r in timed),
-        "naive_images_per_second": batch / statistics.median(r.naive for r in timed),
-        "ratio": ratio,
-        "ratios": ratios,
-        "policy_share": share,
+        config = _config(Path(scratch), batch, layer, teacher, compile)
+        cases = {
+            "ours": _case(config),
+            "cached": _case(_cached(config, Path(scratch))),
+            "naive": _case(_naive(config), whole=True),
+        }
+        figures = _figures(cases, rounds)
+    given = {"batch": batch, "teacher": teacher, "layer": layer, "compile": compile}
+    figures = given | figures
+    if out is not None:
+        checkpoint.write_text(out, json.dumps(figures, indent=2) + "\n")
+        parts = {name: figures["parts" if name == "ours" else f"parts_{name}"] for name in cases}
+        milliseconds = {n: {p: 1e3 * x for p, x in of.items()} for n, of in parts.items()}
+        plots.bars(Path(out).with_suffix(".png"), milliseconds, f"milliseconds, {batch} images")
+    return _table(figures, rounds)
+
+
+def _figures(cases: Mapping[str, Case], rounds: int) -> dict[str, Any]:
+    """What the cases take, in turn, and how near the machine's limit our step is."""
+    ours, naive = cases["ours"].trainer, cases["naive"].trainer
+    device, batch = ours.accelerator.device, len(cases["ours"].batch.labelled)
+    repeat = 10 if device.type == "cuda" else 1
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 1):
+        if sys.stderr.isatty():
+            print(f"round {number} of {rounds}", end="\r", file=sys.stderr, flush=True)
+        for name, case in cases.items():
+            seconds[name].append(_seconds(case.step, device, repeat))
+    taken = {name: values[1:] for name, values in seconds.items()}
+    middle = {name: statistics.median(values) for name, values in taken.items()}
+    parts = {name: _parts(case, repeat=max(3, repeat)) for name, case in cases.items()}
+    assert isinstance(ours.teacher, DiffusionTeacher)
+    used, whole = ours.teacher.flops(32)
+    student = _student_flops(cases["ours"]) / batch
+    peak = _product_rate(device)
+    mine = parts["ours"]
+    policy = mine["policy"] + _reward_seconds(ours, cases["ours"].batch)
+    return {
+        "images_per_second": batch / middle["ours"],
+        "images_per_second_cached": batch / middle["cached"],
+        "naive_images_per_second": batch / middle["naive"],
+        "ratio": middle["naive"] / middle["ours"],
+        "ratios": _quotients(taken["naive"], taken["ours"]),
+        "ratio_cached": middle["naive"] / middle["cached"],
+        "ratios_cached": _quotients(taken["naive"], taken["cached"]),
+        "policy_share": policy / sum(mine.values()),
+        "feature_error": _feature_error(ours, naive, cases["ours"].batch),
+        "share_of_peak": batch * (used + student) / middle["ours"] / peak,
+        "share_of_peak_teacher": batch * used / mine["teacher"] / peak,
+        "share_of_peak_student": batch * student / (mine["student"] + mine["backward"]) / peak,
+        "peak_tflops": peak / 1e12,
         "teacher_gflop": used / 1e9,
         "naive_teacher_gflop": whole / 1e9,
+        "student_gflop": student / 1e9,
+        "parts": mine,
+        "parts_cached": parts["cached"],
+        "parts_naive": parts["naive"],
+        "memory_gib": {name: case.memory for name, case in cases.items()},
         "hardware": hardware(device),
         "commit": commit(),
     }
-    if out is not None:
-        checkpoint.write_text(out, json.dumps(figures, indent=2) + "\n")
-    spread = f"median of {rounds} rounds, {min(ratios):.1f} to {max(ratios):.1f}"
-    return (
-        f"one step, {batch} images of 32 px, {layer} of the CIFAR-10 DDPM, resnet18, "
-        f"{figures['hardware']}\n"
-        f"  naive  {figures['naive_images_per_second']:7.1f} images/s  (float32, complete UNet, "
-        f"{whole / 1e9:.1f} GFLOP an image)\n"
-        f"  ours   {figures['images_per_second']:7.1f} images/s  (bfloat16, UNet left after the "
-        f"layer, {used / 1e9:.1f} GFLOP an image)\n"
-        f"  ratio  {ratio:7.1f}  ({spread})\n"
-        f"  policy {share:7.1%}  of our step (choosing, learning, reward head)"
+
+
+def _table(figures: Mapping[str, Any], rounds: int) -> str:
+    def line(name: str, rate: float, note: str, ratios: list[float] | None = None) -> str:
+        row = f"  {name:7} {rate:8.1f} images/s"
+        if ratios:
+            spread = f"{min(ratios):.1f} to {max(ratios):.1f}"
+            row += f"  {statistics.median(ratios):5.1f} x naive ({spread})"
+        return f"{row:60}  {note}"
+
+    of_naive, of_ours = figures["naive_teacher_gflop"], figures["teacher_gflop"]
+    parts = ", ".join(f"{name} {1e3 * x:.3g}" for name, x in figures["parts"].items())
+    memory = ", ".join(f"{name} {x:.2f}" for name, x in figures["memory_gib"].items())
+    return "\n".join(
+        [
+            f"one step: {figures['batch']} images of 32 px, {figures['layer']} of "
+            f"{figures['teacher'] or 'the CIFAR-10 DDPM'}, resnet18, median of {rounds} rounds, "
+            f"{figures['hardware']}",
+            line("naive", figures["naive_images_per_second"], f"float32, {of_naive:.1f} GFLOP"),
+            line(
+                "ours",
+                figures["images_per_second"],
+                f"bfloat16, {of_ours:.1f} GFLOP",
+                figures["ratios"],
+            ),
+            line(
+                "cached",
+                figures["images_per_second_cached"],
+                "features from the disk",
+                figures["ratios_cached"],
+            ),
+            f"  parts   {parts} ms",
+            f"  policy  {figures['policy_share']:.1%} of our step: choosing, learning, reward head",
+            f"  peak    {figures['share_of_peak']:.0%} of the {figures['peak_tflops']:.3g} TFLOP/s "
+            f"of bfloat16 products; teacher {figures['share_of_peak_teacher']:.0%}, student "
+            f"{figures['share_of_peak_student']:.0%}",
+            f"  memory  {memory} GiB",
+            f"  error   {figures['feature_error']:.2%} of the float32 features (relative L2)",
+        ]
     )
 
 
-def _config(folder: Path, batch: int, layer: str) -> RunConfig:
-    for name, content in (("unet/config", CIFAR10_DDPM), ("scheduler/scheduler_config", SCHEDULE)):
-        path = folder / f"{name}.json"
-        path.parent.mkdir()
-        path.write_text(json.dumps(content))
+def _config(folder: Path, batch: int, layer: str, teacher: str | None, compile: bool) -> RunConfig:
+    write_cifar10_ddpm(folder)
     return RunConfig(
-        data=DataConfig(options={"size": 32, "train": 1}),
-        teacher=TeacherConfig(path=str(folder), random_weights=0),
-        student=StudentConfig(model="resnet18"),
+        data=DataConfig(options={"size": 32, "train": batch}, augment="none"),
+        teacher=TeacherConfig(
+            path=teacher or str(folder),
+            random_weights=None if teacher else 0,
+            compile=compile,
+        ),
+        student=StudentConfig(model="resnet18", compile=compile),
         pairs=[PairConfig(student=["layer2"], teacher=layer)],
-        policy=PolicyConfig(),
+        policy=PolicyConfig(bins=10),
         train=TrainConfig(batch=batch, unlabelled_batch=0, floor_every=0),
     )
 
 
+def _cached(config: RunConfig, folder: Path) -> RunConfig:
+    teacher = dataclasses.replace(config.teacher, cache=str(folder / "cache"))
+    return dataclasses.replace(config, teacher=teacher)
+
+
 def _naive(config: RunConfig) -> RunConfig:
     train = dataclasses.replace(config.train, precision="no", channels_last=False)
-    teacher = dataclasses.replace(config.teacher, dtype="float32")
-    return dataclasses.replace(config, train=train, teacher=teacher)
+    teacher = dataclasses.replace(config.teacher, dtype="float32", compile=False)
+    student = dataclasses.replace(config.student, compile=False)
+    return dataclasses.replace(config, train=train, teacher=teacher, student=student)
 
 
-def _trainer(config: RunConfig) -> Trainer:
+def _case(config: RunConfig, whole: bool = False) -> Case:
+    """A trainer that took a step, its cache filled for every timestep of its images."""
     accelerator = build_accelerator(config.device)
-    return Trainer(config, "distilled", build_training_set(config.data), accelerator)
+    device = accelerator.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    trainer = Trainer(config, "distilled", build_training_set(config.data), accelerator)
+    if whole:
+        assert isinstance(trainer.teacher, DiffusionTeacher)
+        trainer.teacher = WholeTeacher(trainer.teacher)  # type: ignore[assignment]
+    trainer.open_cache()
+    batch = next(batches(trainer))
+    if trainer.cache is not None:
+        assert batch.tags is not None
+        for number in range(len(trainer.timesteps)):
+            bins = torch.full((len(batch.tags),), number)
+            trainer.cache.fill(batch.labelled, batch.tags, bins)
+    trainer.train_step(*batch)
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2**30
+    else:  # Linux counts in KiB, macOS in bytes
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return Case(trainer, batch, memory)
 
 
-def _round(
-    ours: Trainer, naive: Trainer, policy: TimedPolicy, images: Tensor, masks: Tensor
-) -> Round:
-    before = policy.seconds
-    seconds = _seconds(lambda: ours.train_step(images, masks, None), images.device)
-    chosen = policy.seconds - before
-    head = ours.distiller.reward_head
-    assert head is not None
-    reward = _reward_seconds(head, len(images), images.device)
-    slow = _seconds(lambda: naive.train_step(images, masks, None), images.device)
-    return Round(seconds, slow, chosen + reward)
+def _parts(case: Case, repeat: int) -> dict[str, float]:
+    """Seconds of the parts of a step, and of its data."""
+    trainer = case.trainer
+    clock = trainer.clock = Clock(trainer.accelerator.device)
+    stream = batches(trainer)
+    for _ in range(repeat):
+        with clock("data"):
+            batch = next(stream)
+        trainer.train_step(*batch)
+    trainer.clock = untimed
+    return {part: seconds / repeat for part, seconds in clock.seconds.items()}
 
 
-def _reward_seconds(head: TeacherTaskReward, batch: int, device: torch.device) -> float:
-    """Forward and backward of the reward head alone, on a map of the mid block's size."""
-    feature = torch.rand(batch, len(head.standardise.mean), 4, 4, device=device)
-    bins = torch.zeros(batch, dtype=torch.int64, device=device)
-    seconds = _seconds(lambda: head(feature, bins).sum().backward(), device)
+def _student_flops(case: Case) -> int:
+    """Of the student's forward and backward pass for the case's images."""
+    student, train = case.trainer.student, case.trainer.config.train
+    with FlopCounterMode(display=False) as counter:
+        logits, maps = student(case.batch.labelled, labelled=len(case.batch.labelled))
+        total = logits.sum() + sum(x.float().sum() for x in maps.values())
+        total.backward()
+    student.zero_grad()
+    assert train.unlabelled_batch == 0
+    flops: int = counter.get_total_flops()
+    return flops
+
+
+def _feature_error(ours: Trainer, naive: Trainer, batch: Batch) -> float:
+    """Relative L2 distance of our features from those of the complete float32 network."""
+    images = batch.labelled
+    timesteps = torch.linspace(0, 999, len(images)).long()
+    maps = []
+    for trainer in (ours, naive):
+        assert trainer.teacher is not None
+        noise = torch.Generator().manual_seed(0)
+        maps.append(next(iter(trainer.teacher.features(images, timesteps, noise).values())))
+    mine, theirs = (x.float() for x in maps)
+    return float((mine - theirs).norm() / theirs.norm())
+
+
+def _product_rate(device: torch.device) -> float:
+    """Floating-point operations a second of a large bfloat16 matrix product, the best of five."""
+    side = 8192 if device.type == "cuda" else 2048
+    x = torch.rand(side, side, device=device, dtype=torch.bfloat16)
+    return 2 * side**3 / min(_seconds(lambda: x @ x, device, 3) for _ in range(5))
+
+
+def _reward_seconds(trainer: Trainer, batch: Batch) -> float:
+    """Forward and backward of the reward head alone, which belongs to the policy."""
+    head, device = trainer.distiller.reward_head, trainer.accelerator.device
+    assert isinstance(head, TeacherTaskReward)
+    assert trainer.teacher is not None
+    maps = trainer.teacher.features(batch.labelled, torch.zeros(len(batch.labelled)).long())
+    feature = next(iter(maps.values()))
+    bins = torch.zeros(len(feature), dtype=torch.int64, device=device)
+    seconds = _seconds(lambda: head(feature, bins).sum().backward(), device, 3)
     head.zero_grad()
     return seconds
 
 
-def _seconds(step: Callable[[], Any], device: torch.device) -> float:
-    began = time.perf_counter()
-    step()
+def _quotients(above: list[float], below: list[float]) -> list[float]:
+    return [x / y for x, y in zip(above, below, strict=True)]
+
+
+def _seconds(step: Callable[[], Any], device: torch.device, repeat: int) -> float:
+    """Of one step, the mean of several in a row."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    began = time.perf_counter()
+    for _ in range(repeat):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) / repeat

@@ -91,10 +91,16 @@ def build_parser() -> argparse.ArgumentParser:
     report.set_defaults(verb=_report)
 
     bench = verbs.add_parser("bench", help="time a distillation step against the naive one")
-    bench.add_argument("--out", metavar="JSON", help="where the figures go (default: none)")
+    bench.add_argument(
+        "--out", metavar="JSON", help="where the figures go, with a chart beside (default: none)"
+    )
     bench.add_argument("--batch", type=int, default=64, help="images a step (default: 64)")
     bench.add_argument("--rounds", type=int, default=5, help="rounds, in turn (default: 5)")
     bench.add_argument("--layer", default="mid_block", help="teacher layer (default: mid_block)")
+    bench.add_argument(
+        "--teacher", metavar="PATH", help="a UNet (default: CIFAR-10's DDPM, random weights)"
+    )
+    bench.add_argument("--compile", action="store_true", help="with torch.compile")
     bench.set_defaults(verb=_bench)
 
     teacher = verbs.add_parser("teacher", help="train a teacher, or look into one")
@@ -186,7 +192,16 @@ def _report(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from distill.bench import bench
 
-    print(bench(batch=options.batch, rounds=options.rounds, layer=options.layer, out=options.out))
+    print(
+        bench(
+            batch=options.batch,
+            rounds=options.rounds,
+            layer=options.layer,
+            teacher=options.teacher,
+            compile=options.compile,
+            out=options.out,
+        )
+    )
     return 0
 
 

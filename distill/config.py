@@ -169,8 +169,9 @@ class TrainConfig:
     """Optimiser steps of an arm."""
     finetune_steps: Annotated[int, Field(ge=0)] = 0
     """Of these, the last ones that train on labels alone; with `joint` 0 for none."""
-    batch: Count = 32
-    """Labelled images a step, over all processes."""
+    batch: Annotated[int, Field(ge=0), BeforeValidator(lambda b: 0 if b == "auto" else b)] = 32
+    """Labelled images a step, over all processes. `auto` (or 0): the largest power of two with
+    which a step fits into the GPU's memory beside `unlabelled_batch`."""
     unlabelled_batch: Annotated[int, Field(ge=0)] = 32
     """Unlabelled images a step, over all processes; they contribute the feature loss only."""
     accumulate: Count = 1

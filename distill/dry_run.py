@@ -11,6 +11,7 @@ from distill.build import build_accelerator, build_training_set, embedded, in_or
 from distill.config import RunConfig, TeacherTrainConfig
 from distill.data import Draw
 from distill.errors import UserError, blame
+from distill.fit import fit_batch
 from distill.recipe import to_yaml
 from distill.registry import resolve
 from distill.run import check_schedule, held_out_examples
@@ -23,8 +24,9 @@ from teachers import anatomy
 def dry_run(config: RunConfig) -> str:
     """Check a recipe to the last detail, with one batch of each arm, and estimate its cost."""
     accelerator = build_accelerator(config.device)
-    check_schedule(config, accelerator.num_processes)
     data = build_training_set(config.data)
+    config = fit_batch(config, data, accelerator)
+    check_schedule(config, accelerator.num_processes)
     held_out = held_out_examples(config, data.benchmark, data.size)
     held_out[0]
     lines = [to_yaml(config).rstrip(), ""]

@@ -273,6 +273,34 @@ def policy(
         _write(figure, path)
 
 
+def bars(path: str | Path, rows: Mapping[str, Mapping[str, float]], label: str) -> None:
+    """Write stacked bars, one a row from the top, with what each part of it takes.
+
+    Args:
+        path: A PNG.
+        rows: Name of a row -> its parts, all from 0; the same part has one colour in all of them.
+        label: Of the axis.
+    """
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.0, 0.55 * len(rows) + 1.1), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        starts = np.zeros(len(rows))
+        for number, part in enumerate(parts):
+            widths = np.array([row.get(part, 0.0) for row in rows.values()])
+            colour = ARM_COLOURS[number % len(ARM_COLOURS)]
+            axes.barh(list(rows), widths, left=starts, label=part, color=colour, height=0.65)
+            starts += widths
+        for place, total in enumerate(starts):
+            axes.text(total, place, f" {total:,.0f}", va="center", color="0.3")
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(label)
+        axes.set_xlim(0, 1.1 * float(starts.max()))
+        figure.legend(loc="outside upper center", ncols=len(parts), handlelength=1.0)
+        _write(figure, path)
+
+
 def _coloured(mask: NDArray[Any], colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Class numbers (h, w) -> RGB (h, w, 3); what is no class gets the colour of void."""
     table = np.tile(np.array(VOID_COLOUR, dtype=np.uint8), (256, 1))

@@ -22,6 +22,7 @@ from distill.data import Resized, as_float
 from distill.errors import Interrupted, UserError
 from distill.evaluate import evaluate, predicted_classes
 from distill.export import StudentCard, export_student, usage
+from distill.fit import fit_batch, with_batch
 from distill.recipe import load_config, to_tree, to_yaml
 from distill.report import summarise
 from distill.tracking import (
@@ -49,11 +50,12 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         Interrupted: The user stopped it; `resume=True` goes on.
     """
     folder = Path(config.output) / config.name
-    accelerator = build_accelerator(config.device)
-    check_schedule(config, accelerator.num_processes)
-    if resume and (folder / "config.yaml").exists():
-        _check_unchanged(config, folder / "config.yaml")
+    accelerator, written = build_accelerator(config.device), folder / "config.yaml"
+    if resume and written.exists():
+        config = _resumed(config, written)
     data = build_training_set(config.data)
+    config = fit_batch(config, data, accelerator)
+    check_schedule(config, accelerator.num_processes)
     held_out = held_out_examples(config, data.benchmark, data.size)
     validation = held_out
     if config.train.evaluate_every:
@@ -62,7 +64,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     trainers = {first: _trainer(config, first, data, accelerator)}
     if accelerator.is_main_process:
         open_run_folder(folder, resume)
-        checkpoint.write_text(folder / "config.yaml", to_yaml(config))
+        checkpoint.write_text(written, to_yaml(config))
     accelerator.wait_for_everyone()
 
     def observe(trainer: Trainer, log: RunLog | None) -> None:
@@ -186,15 +188,19 @@ def _observe(trainer: Trainer, log: RunLog | None, examples: Examples) -> None:
             log.images(trainer.step, f"predictions/{index}", shown)
 
 
-def _check_unchanged(config: RunConfig, path: Path) -> None:
+def _resumed(config: RunConfig, path: Path) -> RunConfig:
     """A resumed run goes on; nothing may change but where it computes."""
-    before, now = _flat(to_tree(load_config(RunConfig, path))), _flat(to_tree(config))
+    saved = load_config(RunConfig, path)
+    if not config.train.batch:  # the number that `auto` found
+        config = with_batch(config, saved.train.batch)
+    before, now = _flat(to_tree(saved)), _flat(to_tree(config))
     for key in before | now:
         if key != "device" and before.get(key) != now.get(key):
             raise UserError(
                 f"resume: {key} is {before.get(key)!r} in {path} and {now.get(key)!r} now; go on "
                 "with the run's own recipe, or start a new run (student.init_from takes weights)"
             )
+    return config
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""`train.batch: auto`: the largest batch whose step fits into a GPU's memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size
+
+from distill.build import TrainingSet
+from distill.config import RunConfig
+from distill.errors import UserError
+from distill.trainer import Trainer
+
+
+def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) -> RunConfig:
+    """The recipe with a number in place of `auto`: a power of two, at most the labelled images.
+
+    Tried is the recipe's first arm with a teacher, with two steps, as the first one makes the
+    optimiser's state.
+
+    Raises:
+        UserError: There is no GPU, or not even two labelled images fit.
+    """
+    if config.train.batch:
+        return config
+    device, processes = accelerator.device, accelerator.num_processes
+    if device.type != "cuda":
+        raise UserError("train.batch: auto measures the memory of a GPU; give a number on the CPU")
+    arms = config.train.arms
+    arm = next((arm for arm in arms if arm != "scratch"), arms[0])
+
+    def step(batch: int) -> None:
+        trial = with_batch(config, batch)
+        trainer = Trainer(trial, arm, data, accelerator)
+        labelled = torch.zeros(batch // processes, 3, *data.size, device=device)
+        shape = (len(labelled), *(data.size if data.benchmark.task == "segmentation" else ()))
+        targets = torch.zeros(shape, dtype=torch.int64, device=device)
+        count = config.train.unlabelled_batch // processes if data.unlabelled_indices else 0
+        unlabelled = torch.zeros(count, 3, *data.size, device=device) if count else None
+        for _ in range(2):
+            trainer.train_step(labelled, targets, unlabelled)
+
+    fitting = torch.tensor(largest_batch(step, len(data.labelled_indices)), device=device)
+    return with_batch(config, int(accelerator.gather(fitting).min()))
+
+
+def with_batch(config: RunConfig, batch: int) -> RunConfig:
+    """The same recipe with another number of labelled images a step."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch=batch))
+
+
+def largest_batch(step: Callable[[int], None], most: int) -> int:
+    """The largest power of two, at most `most`, with which a step does not run out of memory.
+
+    Raises:
+        UserError: Two images are too many.
+    """
+    sizes = iter([2**power for power in range(most.bit_length() - 1, 0, -1)])
+
+    def attempt(batch_size: int) -> int:
+        step(batch_size)
+        return batch_size
+
+    search = find_executable_batch_size(
+        attempt,
+        starting_batch_size=next(sizes, 0),
+        reduce_batch_size_fn=lambda: next(sizes, 0),
+    )
+    try:
+        fitting: int = search()
+    except RuntimeError as error:
+        if "No executable batch size" not in str(error):
+            raise
+        raise UserError(
+            "train.batch: auto found no room for two labelled images a step; take a smaller "
+            "train.unlabelled_batch, data.size or student, or train.accumulate"
+        ) from error
+    return fitting
