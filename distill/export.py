@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,15 @@ class StudentCard:
     """The resolved recipe of the run."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Arm, step, teacher, seed, commit."""
-    version: str = field(default_factory=lambda: version("diffusion-distill"))
+    version: str = field(default_factory=lambda: _version())
+
+
+def _version() -> str:
+    """Of this package; `unknown` where it runs from a checkout that was never installed."""
+    try:
+        return version("diffusion-distill")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def export_student(student: Student, card: StudentCard, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from torch import Tensor, nn
 from distill import checkpoint
 from distill.cli import main
 from distill.errors import UserError
-from distill.export import export_student, load_backbone, load_student, read_card, usage
+from distill.export import (
+    StudentCard,
+    export_student,
+    load_backbone,
+    load_student,
+    read_card,
+    usage,
+)
 from distill.train import checkpoint_path
 from students.student import Student
 
@@ -119,6 +127,16 @@ def test_the_card_says_where_it_came_from(exported: Path) -> None:
     assert card.provenance["step"] == 5
     assert len(card.provenance["teacher"]) == 64
     assert card.version
+
+
+def test_a_checkout_that_was_never_installed_exports_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("distill.export.version", missing)
+    shape = ("model", "classes", "dense", "image_size", "layers", "head", "head_layers")
+    fields: dict[str, Any] = dict.fromkeys((*shape, "input_size", "kwargs", "class_names"))
+    assert StudentCard(**fields, recipe={}).version == "unknown"
 
 
 def test_the_three_lines_that_load_it_work(exported: Path, images: Tensor) -> None:
