@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -154,14 +154,16 @@ def build_training_set(data: DataConfig) -> TrainingSet:
     )
 
 
-def build_teacher(config: RunConfig, random_weights: int | None = None) -> Teacher:
-    """The frozen teacher, with the layers that the pairs and the reward ask for."""
+def build_teacher(
+    config: RunConfig, random_weights: int | None = None, layers: Sequence[str] = ()
+) -> Teacher:
+    """The frozen teacher, with these layers, or those that the pairs and the reward ask for."""
     teacher = config.teacher
     factory = resolve("teachers", teacher.name, "teacher.name")
-    layers = dict.fromkeys(pair.teacher for pair in config.pairs)
-    layers.setdefault(reward_layer(config))
+    asked = dict.fromkeys(pair.teacher for pair in config.pairs)
+    asked.setdefault(reward_layer(config))
     given = {
-        "layers": list(layers),
+        "layers": list(layers or asked),
         "input": teacher.input,
         "draws": teacher.draws,
         "image_size": teacher.image_size,
@@ -249,6 +251,7 @@ def build_distiller(
             dense=benchmark.task == "segmentation",
         ),
         reward_layer=layer,
+        context=config.policy.context,
         feature_weight=config.train.feature_weight,
         ignore_index=benchmark.ignore_index,
     )

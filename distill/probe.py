@@ -1,10 +1,14 @@
-"""How much a teacher's features know of the labels: a ridge regression on top of them."""
+"""How much a teacher's features know of the labels: a linear probe on top of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import NamedTuple, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,17 +30,18 @@ class Ridge:
     Args:
         channels: C of the features.
         classes: K.
+        device: Where features and targets come, and the sums are kept.
     """
 
-    def __init__(self, channels: int, classes: int) -> None:
+    def __init__(self, channels: int, classes: int, device: torch.device | str = "cpu") -> None:
         self.count, self.classes = 0, classes
-        self.x = torch.zeros(channels, dtype=torch.float64)
-        self.y = torch.zeros(classes, dtype=torch.float64)
-        self.xx = torch.zeros(channels, channels, dtype=torch.float64)
-        self.xy = torch.zeros(channels, classes, dtype=torch.float64)
+        self.x = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.y = self.x.new_zeros(classes)
+        self.xx = self.x.new_zeros(channels, channels)
+        self.xy = self.x.new_zeros(channels, classes)
 
     def update(self, features: Tensor, targets: Tensor) -> None:
-        """Add examples. features: (N, C), targets: (N,) int64 in 0..K-1; on the CPU."""
+        """Add examples. features: (N, C), targets: (N,) int64 in 0..K-1."""
         x, y = features.double(), F.one_hot(targets, self.classes).double()
         self.count += len(x)
         self.x += x.sum(0)
@@ -44,25 +49,144 @@ class Ridge:
         self.xx += x.T @ x
         self.xy += x.T @ y
 
+    def add(self, other: Self) -> None:
+        """Add the examples that another one has seen."""
+        self.count += other.count
+        for mine, theirs in zip(self._sums(), other._sums(), strict=True):
+            mine += theirs
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.x, self.y, self.xx, self.xy
+
     def solve(self, penalty: float = 0.01) -> tuple[Tensor, Tensor]:
         """Weight (C, K) and bias (K,), float64: the class of x is the largest of x W + b.
 
         Args:
             penalty: Beside the mean squared error, on weights of channels of variance 1.
         """
+        mean, covariance, spread = self._moments()
+        base = self.y / self.count
+        correlation = covariance / torch.outer(spread, spread)
+        slope = (self.xy / self.count - torch.outer(mean, base)) / spread[:, None]
+        ridge = penalty * torch.eye(len(mean), dtype=torch.float64, device=mean.device)
+        weight = torch.linalg.solve(correlation + ridge, slope) / spread[:, None]
+        return weight, base - mean @ weight
+
+    def effective_rank(self) -> float:
+        """How many directions the features vary in: see `effective_rank`."""
+        _, covariance, spread = self._moments()
+        varying = spread.isfinite()
+        return effective_rank(covariance[varying][:, varying])
+
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean (C,), covariance (C, C), and standard deviation (C,), inf for a constant channel."""
         if not self.count:
             raise UserError("there is no labelled example for the probe")
-        mean, base = self.x / self.count, self.y / self.count
+        mean = self.x / self.count
         covariance = self.xx / self.count - torch.outer(mean, mean)
         spread = covariance.diagonal().clamp(min=0).sqrt()
         # A channel that is constant but for rounding says nothing.
-        constant = spread <= 1e-6 * (self.xx.diagonal() / self.count).sqrt()
-        spread[constant] = torch.inf
-        correlation = covariance / torch.outer(spread, spread)
-        slope = (self.xy / self.count - torch.outer(mean, base)) / spread[:, None]
-        ridge = penalty * torch.eye(len(mean), dtype=torch.float64)
-        weight = torch.linalg.solve(correlation + ridge, slope) / spread[:, None]
-        return weight, base - mean @ weight
+        spread[spread <= 1e-6 * (self.xx.diagonal() / self.count).sqrt()] = torch.inf
+        return mean, covariance, spread
+
+
+class Logistic(Ridge):
+    """Multinomial logistic regression on the same standardised channels, by L-BFGS.
+
+    It has no closed form, so that it keeps its examples: for pooled features.
+    """
+
+    def __init__(self, channels: int, classes: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(channels, classes, device)
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, features: Tensor, targets: Tensor) -> None:
+        super().update(features, targets)
+        self.kept.append((features, targets))
+
+    def add(self, other: Self) -> None:
+        super().add(other)
+        self.kept += other.kept
+
+    def solve(self, penalty: float = 0.01) -> tuple[Tensor, Tensor]:
+        """Weight (C, K) and bias (K,), float64, of the logits x W + b.
+
+        Args:
+            penalty: Half of it beside the mean cross-entropy, on the squares of the weights of
+                channels of variance 1.
+        """
+        mean, _, spread = self._moments()
+        x = torch.cat([features for features, _ in self.kept]).double()
+        x = F.pad((x - mean) / spread, (0, 1), value=1.0)  # the last weight is the bias
+        y = F.one_hot(torch.cat([targets for _, targets in self.kept]), self.classes).double()
+        shape = x.shape[1], self.classes
+        penalties = torch.full((shape[0], 1), penalty, dtype=x.dtype, device=x.device)
+        penalties[-1] = 0
+
+        def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            weight = torch.as_tensor(flat, device=x.device).reshape(shape)
+            logs = (x @ weight).log_softmax(1)
+            loss = -(y * logs).sum(1).mean() + (penalties * weight.square()).sum() / 2
+            gradient = x.T @ (logs.exp() - y) / len(x) + penalties * weight
+            return loss.item(), gradient.flatten().cpu().numpy()
+
+        found = minimize(objective, np.zeros(shape[0] * shape[1]), jac=True, method="L-BFGS-B")
+        weight = torch.as_tensor(found.x, device=x.device).reshape(shape)
+        scaled = weight[:-1] / spread[:, None]
+        return scaled, weight[-1] - mean @ scaled
+
+
+def effective_rank(covariance: Tensor) -> float:
+    """The exponential of the entropy of the eigenvalues' shares, 1 to C; 0 without any variance.
+
+    Roy and Vetterli 2007 define it so of a matrix's singular values; here it is that of features
+    over a data set, by their variance in each direction.
+
+    Args:
+        covariance: (C, C).
+    """
+    values = torch.linalg.eigvalsh(covariance).clamp(min=0)
+    if not values.sum() > 0:
+        return 0.0
+    return float(torch.special.entr(values / values.sum()).sum().exp())
+
+
+class Labelled(NamedTuple):
+    """What of a batch has a label: pooled images, or the positions of a map."""
+
+    features: Tensor
+    """(N, C) float32."""
+    classes: Tensor
+    """(N,) int64."""
+    images: Tensor
+    """(N,) int64: which of the batch's images each belongs to."""
+
+
+def labelled(feature_map: Tensor, targets: Tensor) -> Labelled:
+    """The examples for a probe, on the feature map's device.
+
+    Args:
+        feature_map: (B, C, h, w).
+        targets: (B,) classes: of the map's global average; or (B, H, W) masks: of every position,
+            with the mask's nearest pixel. `IGNORE_INDEX` is left out.
+    """
+    batch, _, height, width = feature_map.shape
+    targets = targets.to(feature_map.device)
+    images = torch.arange(batch, device=feature_map.device)
+    if targets.ndim == 1:
+        x = feature_map.mean((2, 3))
+    else:
+        masks = targets[:, None].float()
+        targets = F.interpolate(masks, (height, width), mode="nearest-exact").long().flatten()
+        x = feature_map.permute(0, 2, 3, 1).flatten(0, 2)  # (B * h * w, C)
+        images = images.repeat_interleave(height * width)
+    known = targets != IGNORE_INDEX
+    return Labelled(x[known], targets[known], images[known])
+
+
+def probe_score(counts: Tensor, dense: bool) -> float:
+    """mIoU of masks (`dense`), top-1 of images; in [0, 1]. counts: of a `ConfusionMatrix`."""
+    return segmentation_scores(counts).miou if dense else classification_scores(counts).top1
 
 
 def linear_probe(
@@ -98,35 +222,19 @@ def linear_probe(
     Raises:
         UserError: No example of train has a label.
     """
-    ridge = Ridge(teacher.channels[teacher.layers[0]], classes)
-    generator = torch.Generator().manual_seed(seed)
-    for features, targets in _labelled(teacher, train, timestep, device, generator):
-        ridge.update(features, targets)
-    weight, bias = ridge.solve()
-    matrix = ConfusionMatrix(classes)
-    for features, targets in _labelled(teacher, val, timestep, device, generator):
-        matrix.update((features.double() @ weight + bias).argmax(1), targets)
-    if dense:
-        return segmentation_scores(matrix.counts).miou
-    return classification_scores(matrix.counts).top1
+    layer, generator = teacher.layers[0], torch.Generator().manual_seed(seed)
 
-
-def _labelled(
-    teacher: Teacher,
-    batches: Batches,
-    timestep: int,
-    device: torch.device | str,
-    generator: torch.Generator,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features (N, C) float32 and classes (N,) int64 of what has a label, on the CPU."""
-    for images, targets in batches:
+    def look(images: Tensor, targets: Tensor) -> Labelled:
         timesteps = torch.full((len(images),), timestep)
-        x = teacher.features(images.to(device), timesteps, generator)[teacher.layers[0]].cpu()
-        if targets.ndim == 1:
-            x = x.mean((2, 3))
-        else:
-            masks = targets[:, None].float()
-            targets = F.interpolate(masks, x.shape[-2:], mode="nearest-exact").long().flatten()
-            x = x.permute(0, 2, 3, 1).flatten(0, 2)  # (B * h * w, C)
-        labelled = targets != IGNORE_INDEX
-        yield x[labelled], targets[labelled]
+        return labelled(teacher.features(images.to(device), timesteps, generator)[layer], targets)
+
+    ridge = Ridge(teacher.channels[layer], classes, device)
+    for images, targets in train:
+        seen = look(images, targets)
+        ridge.update(seen.features, seen.classes)
+    weight, bias = ridge.solve()
+    matrix = ConfusionMatrix(classes, device=device)
+    for images, targets in val:
+        seen = look(images, targets)
+        matrix.update((seen.features.double() @ weight + bias).argmax(1), seen.classes)
+    return probe_score(matrix.counts, dense)

@@ -25,12 +25,16 @@ from distill.checkpoint import write_text
 from distill.errors import UserError
 
 
-def open_run_folder(folder: Path, resume: bool) -> None:
-    """Make the folder of a new run, or find the one to resume. Raises UserError otherwise."""
+def open_run_folder(folder: Path, resume: bool, other: str = "name=") -> None:
+    """Make the folder of a new run, or find the one to resume. Raises UserError otherwise.
+
+    Args:
+        other: What names another folder.
+    """
     if resume and not folder.is_dir():
         raise UserError(f"there is no run {folder} to resume; start it without --resume")
     if not resume and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"run folder {folder} exists; go on with --resume, or give another name=")
+        raise UserError(f"run folder {folder} exists; go on with --resume, or give another {other}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.linear_model import Ridge as Reference  # type: ignore[import-untyped]
+from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+from sklearn.linear_model import Ridge as Reference
 from torch import Tensor
 from torch.nn import functional as F
 
 from distill.errors import UserError
-from distill.probe import Ridge, linear_probe
+from distill.probe import Logistic, Ridge, effective_rank, labelled, linear_probe
 
 
 def fitted(x: Tensor, y: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
@@ -56,6 +57,67 @@ def test_sums_in_pieces_are_scikit_learns_ridge() -> None:
     reference = Reference(alpha=0.3 * 60).fit(z.numpy(), F.one_hot(y).numpy())
     expected = torch.from_numpy(reference.predict(z.numpy()))
     torch.testing.assert_close(x.double() @ weight + bias, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_two_sums_are_that_of_all_examples() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(20, 3, generator=generator), torch.arange(20) % 3
+    whole, first, second = Ridge(3, 3), Ridge(3, 3), Ridge(3, 3)
+    whole.update(x, y)
+    first.update(x[:7], y[:7])
+    second.update(x[7:], y[7:])
+    first.add(second)
+    for found, expected in zip(first.solve(0.1), whole.solve(0.1), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert first.effective_rank() == pytest.approx(whole.effective_rank())
+
+
+def test_logistic_is_scikit_learns_logistic_regression() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(90, 4, generator=generator) * torch.tensor([1e-2, 1, 50, 1]) + 2
+    x[:, 3] = 7  # constant
+    y = (x[:, 1] + torch.randn(90, generator=generator) > 2).long() + (x[:, 2] > 20)
+    probe = Logistic(4, 3)
+    probe.update(x[:50], y[:50])
+    probe.update(x[50:], y[50:])
+    weight, bias = probe.solve(0.05)
+    z = (x.double() - x.double().mean(0)) / x.double().std(0, correction=0)
+    reference = LogisticRegression(C=1 / (0.05 * 90), tol=1e-8).fit(z[:, :3].numpy(), y.numpy())
+    expected = torch.from_numpy(reference.predict_proba(z[:, :3].numpy()))
+    torch.testing.assert_close((x.double() @ weight + bias).softmax(1), expected, rtol=0, atol=1e-4)
+    assert weight[3].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "rank"),
+    [([1, 1, 1, 1], 4), ([5, 0, 0], 1), ([2, 2, 0], 2), ([0.5, 0.25, 0.25], 2**1.5), ([0, 0], 0)],
+)
+def test_effective_rank_of_known_spectra(spectrum: list[float], rank: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    turn = torch.linalg.qr(
+        torch.randn(len(spectrum), len(spectrum), generator=generator).double()
+    ).Q
+    covariance = turn @ torch.tensor(spectrum).double().diag() @ turn.T
+    assert effective_rank(covariance) == pytest.approx(rank)
+
+
+def test_effective_rank_is_that_of_the_centred_features() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(200, 2, generator=generator).double()
+    x = torch.linalg.qr(x - x.mean(0)).Q  # equal variance in two directions
+    x = torch.cat([x, torch.ones(200, 1)], dim=1) + 5
+    ridge = Ridge(3, 2)
+    ridge.update(x, torch.arange(200) % 2)
+    assert ridge.effective_rank() == pytest.approx(2, rel=1e-6)
+
+
+def test_labelled_positions_know_their_image() -> None:
+    masks = torch.tensor([[[0, 1], [255, 1]], [[2, 255], [255, 255]]])
+    maps = torch.arange(8.0).reshape(2, 1, 2, 2)
+    seen = labelled(maps, masks)
+    assert seen.features.tolist() == [[0], [1], [3], [4]]
+    assert seen.classes.tolist() == [0, 1, 1, 2]
+    assert seen.images.tolist() == [0, 0, 0, 1]
 
 
 def test_classification_is_probed_on_global_averages_and_without_label_left_out() -> None:

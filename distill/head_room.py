@@ -1,0 +1,117 @@
+"""What choosing the timestep of every image could bring, and how much of that is chance."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 1000
+FOLDS = 5
+
+
+class Estimate(NamedTuple):
+    """A mean over images with its 95% interval (percentiles of a bootstrap over images)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class HeadRoom(NamedTuple):
+    """Mean rewards of ways to choose among K timesteps, and their differences, paired by image."""
+
+    images: int
+    fixed: int
+    """Index of the best fixed timestep, as the training images chose it."""
+    estimates: dict[str, Estimate]
+    """`uniform`: every timestep alike. `fixed`: that one for all. `learnt`: by a linear rule on the
+    context, from other images. `honest`: the best of every image by the other draws of the noise,
+    scored by the one left out. `oracle`: the best of every image and draw, by that draw itself.
+    `fixed_gain`: fixed over uniform; `learnt_gain`, `honest_gain`, `oracle_gain`: over fixed;
+    `chance`: oracle over honest."""
+
+
+def head_room(rewards: Tensor, held_loss: Tensor, contexts: Tensor, seed: int = 0) -> HeadRoom:
+    """The head-room of one layer.
+
+    The oracle takes the noise of a draw for a property of the image, so that it gains even where
+    nothing is to be gained. The honest one does not, but it still knows the label: it leaves a
+    probe that errs for one that hesitates. What a policy can gain from the image alone lies between
+    the learnt rule, which is a simple one, and the honest oracle.
+
+    Args:
+        rewards: (R, N, K), by draw of the noise, image and timestep; an image with a NaN is left
+            out. With one draw, or noise that plays no part, honest and oracle are the same.
+        held_loss: (K,), to choose the fixed timestep by: of other images.
+        contexts: (N, D), what a policy may see of each image.
+        seed: Of the folds and the bootstrap.
+
+    Raises:
+        ValueError: no image is left.
+    """
+    known = ~rewards.isnan().any(2).any(0)
+    rewards, contexts = rewards[:, known].double(), contexts[known].double()
+    draws, images, _ = rewards.shape
+    if not images:
+        raise ValueError("no image has a reward at every timestep")
+    fixed = int(held_loss.argmin())
+    generator = torch.Generator().manual_seed(seed)
+    chosen = _learnt(contexts, rewards.mean(0), fixed, generator)
+    others = (rewards.sum(0) - rewards) / (draws - 1) if draws > 1 else rewards
+    honest = rewards.gather(2, others.argmax(2, keepdim=True)).mean((0, 2))  # (N,)
+    ways = {
+        "uniform": rewards.mean((0, 2)),
+        "fixed": rewards[:, :, fixed].mean(0),
+        "learnt": rewards.mean(0).gather(1, chosen[:, None])[:, 0],
+        "honest": honest,
+        "oracle": rewards.amax(2).mean(0),
+    }
+    ways |= {
+        "fixed_gain": ways["fixed"] - ways["uniform"],
+        "learnt_gain": ways["learnt"] - ways["fixed"],
+        "honest_gain": ways["honest"] - ways["fixed"],
+        "oracle_gain": ways["oracle"] - ways["fixed"],
+        "chance": ways["oracle"] - ways["honest"],
+    }
+    values = torch.stack(list(ways.values()), dim=1)  # (N, ways)
+    resampled = torch.stack(
+        [
+            values[torch.randint(images, (images,), generator=generator)].mean(0)
+            for _ in range(RESAMPLES)
+        ]
+    )
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    means = values.mean(0)
+    return HeadRoom(
+        images,
+        fixed,
+        {
+            name: Estimate(means[i].item(), low[i].item(), high[i].item())
+            for i, name in enumerate(ways)
+        },
+    )
+
+
+def _learnt(contexts: Tensor, rewards: Tensor, fixed: int, generator: torch.Generator) -> Tensor:
+    """The timestep (N,) of each image by a ridge regression of rewards (N, K) on contexts (N, D).
+
+    Each image's is fitted on the other folds. With too few images for folds it is the fixed one.
+    """
+    images = len(rewards)
+    chosen = torch.full((images,), fixed)
+    if images < 2 * FOLDS:
+        return chosen
+    order = torch.randperm(images, generator=generator)
+    gains = rewards - rewards.mean(1, keepdim=True)  # how hard an image is plays no part
+    for fold in range(FOLDS):
+        mine = torch.zeros(images, dtype=torch.bool)
+        mine[order[fold::FOLDS]] = True
+        x, y = contexts[~mine], gains[~mine]
+        centre, base, spread = x.mean(0), y.mean(0), x.std(0, correction=0) + 1e-6
+        x = (x - centre) / spread
+        penalty = len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+        weight = torch.linalg.solve(x.T @ x + penalty, x.T @ (y - base))
+        chosen[mine] = (base + (contexts[mine] - centre) / spread @ weight).argmax(1)
+    return chosen
