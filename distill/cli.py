@@ -103,6 +103,24 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--compile", action="store_true", help="with torch.compile")
     bench.set_defaults(verb=_bench)
 
+    probe = verbs.add_parser(
+        "probe", help="map what a teacher's layers and timesteps know of the labels"
+    )
+    probe.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe; its student plays no part")
+    _add_overrides(probe)
+    probe.add_argument(
+        "--layers", metavar="LAYER", nargs="+", default=[], help="of the teacher (default: all)"
+    )
+    probe.add_argument("--timesteps", type=int, default=12, help="how many (default: 12)")
+    probe.add_argument("--images", type=int, help="of train and of val at most (default: all)")
+    probe.add_argument("--seeds", type=int, default=1, help="repetitions (default: 1)")
+    probe.add_argument(
+        "--probe", choices=("ridge", "logistic"), default="ridge", help="kind (default: ridge)"
+    )
+    probe.add_argument("--out", metavar="FOLDER", help="where (default: the run's, with -probe)")
+    probe.add_argument("--resume", action="store_true", help="go on where it was stopped")
+    probe.set_defaults(verb=_probe)
+
     teacher = verbs.add_parser("teacher", help="train a teacher, or look into one")
     inner = teacher.add_subparsers(title="verbs", metavar="VERB", required=True)
     teach = inner.add_parser("train", help="train a diffusion model on unlabelled images")
@@ -121,6 +139,30 @@ def build_parser() -> argparse.ArgumentParser:
     )
     layers.add_argument("--size", type=int, help="side of the images (default: its own)")
     layers.set_defaults(verb=_teacher_layers)
+
+    policy = verbs.add_parser("policy", help="try a timestep policy without training a student")
+    inner = policy.add_subparsers(title="verbs", metavar="VERB", required=True)
+    fit = inner.add_parser(
+        "fit", help="train a policy on a recorded table of rewards, and report its regret"
+    )
+    fit.add_argument(
+        "--table", metavar="FILE", required=True, help="a table.safetensors of `distill probe`"
+    )
+    fit.add_argument("--policy", default="a2c", help="its policy.name (default: a2c)")
+    fit.add_argument("--steps", type=int, default=300, help="steps of training (default: 300)")
+    fit.add_argument("--batch", type=int, default=64, help="images a step (default: 64)")
+    fit.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="a training each (default: 0)"
+    )
+    fit.add_argument("--out", metavar="JSON", help="where the figures go (default: none)")
+    fit.add_argument(
+        "overrides",
+        metavar="option=value",
+        nargs="*",
+        default=[],
+        help="options of the policy, for instance learning_rate=1e-3",
+    )
+    fit.set_defaults(verb=_policy_fit)
 
     names = verbs.add_parser("list", help="the names that recipes may use")
     names.add_argument("table", nargs="?", choices=tuple(TABLES), help="one kind of them")
@@ -205,6 +247,28 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _probe(options: argparse.Namespace) -> int:
+    from distill.config import RunConfig
+    from distill.recipe import load_config
+    from distill.survey import survey
+
+    # Overrides that follow --layers; no layer has an equals sign in its name.
+    late = [word for word in options.layers if "=" in word]
+    print(
+        survey(
+            load_config(RunConfig, options.recipe, [*options.overrides, *late]),
+            layers=[word for word in options.layers if "=" not in word],
+            timesteps=options.timesteps,
+            images=options.images,
+            seeds=options.seeds,
+            probe=options.probe,
+            out=options.out,
+            resume=options.resume,
+        )
+    )
+    return 0
+
+
 def _teacher_train(options: argparse.Namespace) -> int:
     from distill.config import TeacherTrainConfig
     from distill.recipe import load_config
@@ -237,6 +301,23 @@ def _teacher_layers(options: argparse.Namespace) -> int:
     from distill.dry_run import teacher_layers
 
     print(teacher_layers(options.name, options.path, options.size))
+    return 0
+
+
+def _policy_fit(options: argparse.Namespace) -> int:
+    from distill.policy_fit import fit
+
+    print(
+        fit(
+            options.table,
+            policy=options.policy,
+            options=options.overrides,
+            steps=options.steps,
+            batch=options.batch,
+            seeds=options.seed,
+            out=options.out,
+        )
+    )
     return 0
 
 

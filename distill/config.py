@@ -143,6 +143,9 @@ class PolicyConfig:
 
     name: str = "a2c"
     """A name of `distill list policies`, or `module:attribute`."""
+    context: Literal["student", "image"] = "student"
+    """What it sees of an image: the student's pooled feature, or the image at 8x8 px, as in the
+    table of `distill probe`."""
     bins: Annotated[int, Field(ge=1, le=1000)] = 20
     """Number of timesteps to choose from."""
     spacing: Literal["linear", "log_snr"] = "linear"

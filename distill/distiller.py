@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from distill.losses import FeatureLoss, task_loss
+from distill.losses import FeatureLoss, class_shares, task_loss
 from rl_policy.reward import TeacherTaskReward
 from students.student import Student
+
+SMALL = 8
+"""Side in px of the image that a policy may see."""
 
 
 class Lesson(NamedTuple):
@@ -45,7 +49,7 @@ class Losses(NamedTuple):
     feature: Tensor
     reward_head: Tensor
     rewards: Tensor
-    """(labelled,) minus the task loss of the reward head, an image."""
+    """(labelled,) what the reward head tells of an image's labels (`TeacherTaskReward`)."""
     context: Tensor
     """(B, D) what the policy saw."""
     bins: Tensor
@@ -91,6 +95,7 @@ class Distiller(nn.Module):
         losses: One feature loss a pair.
         reward_head: Light head on the teacher's map `reward_layer`.
         reward_layer: Which map that is.
+        context: What the policy sees: the student's last map, pooled, or the image at 8x8 px.
         feature_weight: Weight of the feature loss beside the task loss.
         ignore_index: Target value without label.
     """
@@ -103,12 +108,14 @@ class Distiller(nn.Module):
         losses: Sequence[FeatureLoss] = (),
         reward_head: TeacherTaskReward | None = None,
         reward_layer: str = "",
+        context: Literal["student", "image"] = "student",
         feature_weight: float = 1.0,
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
         self.student, self.losses, self.reward_head = student, nn.ModuleList(losses), reward_head
         self.matches, self.reward_layer = tuple(matches), reward_layer
+        self.context = context
         self.feature_weight, self.ignore_index = feature_weight, ignore_index
 
     def forward(
@@ -133,7 +140,7 @@ class Distiller(nn.Module):
         if teach is None:
             nothing = images.new_zeros(0)
             return Losses(task, task, zero, zero, nothing, nothing, nothing, nothing)
-        context = maps[self.student.layers[-1]].detach().float().mean(dim=(2, 3))  # (B, D)
+        context = self._context(images, maps)
         lesson = teach(context)
         feature, floor = zero, []
         for match, loss in zip(self.matches, self.losses, strict=True):
@@ -147,17 +154,41 @@ class Distiller(nn.Module):
             lesson.maps[self.reward_layer][:labelled], lesson.bins[:labelled]
         )
         reward_losses = self._task(reward_logits, targets)
+        rewards = self._rewards(reward_logits, targets, lesson.bins[:labelled])
         total = task_weight * task + self.feature_weight * feature + reward_losses.mean()
         return Losses(
             total,
             task.detach(),
             feature.detach(),
             reward_losses.mean().detach(),
-            -reward_losses.detach(),
+            rewards,
             context,
             lesson.bins,
             torch.stack(floor) if floor else images.new_zeros(0),
         )
+
+    @property
+    def context_size(self) -> int:
+        """D, of what the policy sees of an image."""
+        if self.context == "image":
+            return 3 * SMALL * SMALL
+        return self.student.channels[self.student.layers[-1]]
+
+    @torch.no_grad()
+    def _context(self, images: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
+        if self.context == "image":
+            return F.adaptive_avg_pool2d(images, SMALL).flatten(1)
+        return maps[self.student.layers[-1]].float().mean(dim=(2, 3))
+
+    @torch.no_grad()
+    def _rewards(self, logits: Tensor, targets: Tensor, bins: Tensor) -> Tensor:
+        """How much better the teacher's feature tells the labels than the bin alone: (L,)."""
+        assert self.reward_head is not None
+        by_feature, by_bin = self.reward_head.guesses(logits, bins)
+        shares = class_shares(targets, logits.shape[1], self.ignore_index)
+        if self.training:
+            self.reward_head.count(shares, bins)
+        return -(shares * by_bin).sum(dim=1) - self._task(by_feature, targets)
 
     def _task(self, logits: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(logits.device.type, enabled=False):

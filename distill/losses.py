@@ -207,6 +207,24 @@ def task_loss(logits: Tensor, targets: Tensor, ignore_index: int = 255) -> Tenso
     return pixels.sum(dim=(1, 2)) / valid.clamp(min=1)
 
 
+def class_shares(targets: Tensor, classes: int, ignore_index: int = 255) -> Tensor:
+    """How much of each target is of each class.
+
+    Args:
+        targets: Classes (B,) int64, or masks (B, H, W) int64.
+        classes: L, their number.
+        ignore_index: Mask value that does not count.
+
+    Returns:
+        (B, L) float32, rows that sum to 1, or to 0 where nothing is valid.
+    """
+    flat = targets.flatten(1) if targets.ndim > 1 else targets[:, None]
+    valid = flat != ignore_index
+    shares = torch.zeros(len(flat), classes, device=flat.device)
+    shares.scatter_add_(1, flat.where(valid, 0), valid.float())
+    return shares / shares.sum(dim=1, keepdim=True).clamp(min=1)
+
+
 def _checked(
     options: Mapping[str, float], name: str, function: Callable[..., Tensor]
 ) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 Stream = Literal[
-    "labelled", "unlabelled", "noise", "policy", "network", "samples", "floor", "cache"
+    "labelled", "unlabelled", "noise", "policy", "network", "samples", "floor", "cache", "probe"
 ]
 _STREAMS: tuple[Stream, ...] = get_args(Stream)
 

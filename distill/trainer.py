@@ -82,8 +82,9 @@ class Trainer:
             self.student.compile(dynamic=False)
         self.policy, self.timesteps = None, torch.zeros(0, dtype=torch.int64)
         if self.teacher is not None:
-            context_size = self.student.channels[self.student.layers[-1]]
-            self.policy, self.timesteps = build_policy(config, self.teacher, context_size)
+            self.policy, self.timesteps = build_policy(
+                config, self.teacher, self.distiller.context_size
+            )
             self.plan = plan_cache(config, data, self.distiller, maps, len(self.timesteps))
         self.floor = NoiseFloor([str(m) for m in self.distiller.matches], len(self.timesteps))
         self.step, self.images, self.seconds = 0, 0, 0.0

@@ -1,7 +1,18 @@
 """Choosing timesteps: one choice an image, learned from the reward that the choice earned.
 
-`protocol` says what a policy is; `simple`, `reinforce` and `sb3` hold the policies; `reward` the
-reward head and running scales; `environment` the same problem as a gymnasium environment; `bins`
-and `summary` turn indices into timesteps and distributions into figures. Nothing is imported here:
+`protocol` says what a policy is; `simple`, `reinforce`, `bandits`, `sb3` and `dqn` hold the
+policies; `reward` the reward head and running scales; `table` recorded rewards, and `environment`
+the same problem as a gymnasium environment, registered here by name alone; `bins` and `summary`
+turn indices into timesteps and distributions into figures. None of them is imported here:
 stable-baselines3 takes two seconds to load.
 """
+
+import gymnasium
+
+ENVIRONMENT_ID = "distill/TimestepSelection-v0"
+
+gymnasium.register(
+    id=ENVIRONMENT_ID,
+    entry_point="rl_policy.environment:TimestepEnv",
+    vector_entry_point="rl_policy.environment:TimestepVectorEnv",
+)

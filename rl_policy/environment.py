@@ -1,23 +1,29 @@
 """Choosing timesteps as a gymnasium environment, for any agent from outside.
 
-Importing this module registers `distill/TimestepSelection-v0`:
+Importing `rl_policy` registers `distill/TimestepSelection-v0`, which replays a recorded table:
 
-    table = ReplayTable(contexts=contexts, rewards=rewards)
-    environment = gymnasium.make("distill/TimestepSelection-v0", source=table)
+    import gymnasium, rl_policy, stable_baselines3
+
+    environment = gymnasium.make("distill/TimestepSelection-v0", source="table.safetensors")
     stable_baselines3.A2C("MlpPolicy", environment, gamma=0.0).learn(10_000)
+
+`gymnasium.make_vec("distill/TimestepSelection-v0", num_envs=64, source=...)` looks a whole batch up
+at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
 from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-ENVIRONMENT_ID = "distill/TimestepSelection-v0"
+from rl_policy.table import ReplayTable
 
 
 class RewardSource(Protocol):
@@ -25,7 +31,7 @@ class RewardSource(Protocol):
 
     Live, `earn` does one distillation step on these images at these bins, so that one step of
     the environment is one step of distillation. Replayed, both methods look the answer up. Images
-    go by their index, 0..images-1, and come in batches, here of one.
+    go by their index, 0..images-1, and come in batches.
     """
 
     @property
@@ -46,44 +52,20 @@ class RewardSource(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReplayTable:
-    """A recorded table of the reward of every bin for every image.
+Source = RewardSource | str | os.PathLike[str]
+"""Where rewards come from; a path is that of a `ReplayTable`."""
 
-    Raises:
-        ValueError: the two tables do not fit each other, or hold no image or no bin.
-    """
 
-    contexts: NDArray[np.float32]
-    """(N, D): the context of each image."""
-    rewards: NDArray[np.float32]
-    """(N, K): the reward of each bin for it."""
+Contexts = gymnasium.Space[NDArray[np.float32]]
 
-    def __post_init__(self) -> None:
-        contexts, rewards = self.contexts.shape, self.rewards.shape
-        if len(contexts) != 2 or len(rewards) != 2 or contexts[0] != rewards[0] or 0 in rewards:
-            raise ValueError(
-                f"a replay table needs contexts (N, D) and rewards (N, K) of the same N images, "
-                f"got {contexts} and {rewards}"
-            )
 
-    @property
-    def images(self) -> int:
-        return len(self.contexts)
-
-    @property
-    def context_size(self) -> int:
-        return int(self.contexts.shape[1])
-
-    @property
-    def bins(self) -> int:
-        return int(self.rewards.shape[1])
-
-    def observe(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self.contexts[images].astype(np.float32)
-
-    def earn(self, images: NDArray[np.int64], bins: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self.rewards[images, bins].astype(np.float32)
+def _open(source: Source) -> tuple[RewardSource, Contexts, spaces.Discrete]:
+    """The source, and the spaces of one context and one choice."""
+    if isinstance(source, str | os.PathLike):
+        source = ReplayTable.read(source)
+    limit = np.finfo(np.float32).max  # any finite context: the checkers mistrust infinity
+    contexts: Any = spaces.Box(-limit, limit, (source.context_size,), np.float32)
+    return source, contexts, spaces.Discrete(source.bins)
 
 
 class TimestepEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
@@ -94,11 +76,8 @@ class TimestepEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     context again, for nothing follows from the choice.
     """
 
-    def __init__(self, source: RewardSource) -> None:
-        limit = np.finfo(np.float32).max  # any finite context: the checkers mistrust infinity
-        self.source = source
-        self.observation_space = spaces.Box(-limit, limit, (source.context_size,), np.float32)
-        self.action_space = spaces.Discrete(source.bins)
+    def __init__(self, source: Source) -> None:
+        self.source, self.observation_space, self.action_space = _open(source)
         self._image: int | None = None
 
     def reset(
@@ -124,4 +103,53 @@ class TimestepEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         return self._context.copy(), float(reward), True, False, {"image": image}
 
 
-gymnasium.register(id=ENVIRONMENT_ID, entry_point=f"{__name__}:TimestepEnv")
+class TimestepVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray[Any]]):
+    """As many of these at once, in one look-up (or one live step of distillation) a step.
+
+    Every step ends all episodes, so that the next images are drawn in the same step: the
+    observations that `step` returns are theirs, and those that it ended on stand in
+    `info["final_obs"]`, as gymnasium has it.
+
+    Args:
+        num_envs: B.
+        source: as of `TimestepEnv`.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (as in the base class)
+
+    def __init__(self, num_envs: int, source: Source) -> None:
+        self.num_envs = num_envs
+        self.source, self.single_observation_space, self.single_action_space = _open(source)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._images: NDArray[np.int64] | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        super().reset(seed=seed)
+        self._images = self.np_random.integers(self.source.images, size=self.num_envs)
+        self._contexts = self.source.observe(self._images)
+        return self._contexts.copy(), {"image": self._images}
+
+    def step(
+        self, actions: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """Earn the rewards of the bins `actions` (B,), and draw the next images.
+
+        Raises:
+            gymnasium.error.ResetNeeded: there was no `reset` yet.
+        """
+        if self._images is None:
+            raise gymnasium.error.ResetNeeded("call reset() first")
+        rewards = self.source.earn(self._images, np.asarray(actions))
+        ended, images = self._contexts, self._images
+        contexts, info = self.reset()
+        over = np.ones(self.num_envs, dtype=np.bool_)
+        info |= {
+            "final_obs": ended,
+            "_final_obs": over,
+            "final_info": {"image": images, "_image": over},
+            "_final_info": over,
+        }
+        return contexts, rewards, over, np.zeros_like(over), info

@@ -16,15 +16,14 @@ class Reinforce:
     """Policy gradient with an entropy bonus (RepFusion: Yang and Wang, ICCV 2023).
 
     Minimises -mean(reward x log p(bin | context)) - weight x mean entropy, one step of Adam each
-    time. No baseline, as published: rewards are used as they come. Contexts are standardised by a
-    running mean and variance.
+    time. Contexts are standardised by a running mean and variance.
 
     Args:
         learning_rate: of Adam.
         entropy_weight: at the start; it falls linearly to 0.
         entropy_until: the share of training after which it is 0.
-        baseline: standardise the rewards by a running mean and scale, which is not published but
-            learns faster, and on any scale of rewards.
+        baseline: standardise the rewards by a running mean and scale, which learns faster, and on
+            any scale of rewards; as published they are used as they come.
         hidden: width of the one hidden layer.
     """
 
@@ -38,7 +37,7 @@ class Reinforce:
         learning_rate: float = 1e-3,
         entropy_weight: float = 0.1,
         entropy_until: float = 0.5,
-        baseline: bool = False,
+        baseline: bool = True,
         hidden: int = 64,
         **unknown: Any,
     ) -> None:

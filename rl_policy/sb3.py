@@ -19,10 +19,11 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Generator, Tensor
 
-from rl_policy.environment import ReplayTable, TimestepEnv
+from rl_policy.environment import TimestepEnv
 from rl_policy.options import check_range, refuse_unknown
 from rl_policy.reward import RunningScale
 from rl_policy.seeding import seeded_numpy, seeded_torch
+from rl_policy.table import ReplayTable
 
 _BUFFERED = ("observations", "actions", "rewards", "episode_starts", "values", "log_probs")
 
@@ -34,9 +35,12 @@ class ActorCritic:
     of one step as the simultaneous steps of as many environments.
     """
 
-    def __init__(self, model: A2C | PPO, context_size: int, seed: int) -> None:
+    def __init__(
+        self, model: A2C | PPO, context_size: int, seed: int, entropy: tuple[float, float, float]
+    ) -> None:
         self.model = model
         self.seed = seed
+        self.entropy_weight, self.entropy_end, self.entropy_until = entropy
         self.updates = 0
         self.context_scale = RunningScale(context_size)
         self.reward_scale = RunningScale()
@@ -74,9 +78,12 @@ class ActorCritic:
         )
         # After its use: `act` saw the contexts on the old scale
         self.context_scale.update(context)
-        return self._train() if buffer.full else {}
+        return self._train(progress) if buffer.full else {}
 
-    def _train(self) -> dict[str, float]:
+    def _train(self, progress: float) -> dict[str, float]:
+        extra = self.entropy_weight - self.entropy_end
+        remaining = max(0.0, 1 - progress / self.entropy_until)
+        self.model.ent_coef = self.entropy_end + remaining * extra
         batch = self.model.n_envs
         self.model.rollout_buffer.compute_returns_and_advantage(torch.zeros(batch), np.ones(batch))
         with seeded_numpy(self.seed, self.updates):
@@ -127,7 +134,10 @@ class A2CPolicy(ActorCritic):
 
     Args:
         learning_rate: of Adam.
-        entropy_weight: of the entropy bonus.
+        entropy_weight: of the entropy bonus at the start. Large, because a bin is worth nothing to
+            a class that the reward head has not met there yet.
+        entropy_end: its weight when it has fallen, linearly.
+        entropy_until: the share of training after which it has.
         hidden: width of the two hidden layers, of the actor and of the critic.
     """
 
@@ -138,18 +148,21 @@ class A2CPolicy(ActorCritic):
         batch: int,
         seed: int,
         *,
-        learning_rate: float = 1e-3,
-        entropy_weight: float = 0.01,
+        learning_rate: float = 3e-3,
+        entropy_weight: float = 0.3,
+        entropy_end: float = 0.01,
+        entropy_until: float = 0.5,
         hidden: int = 64,
         **unknown: Any,
     ) -> None:
         refuse_unknown(type(self), unknown)
-        _check_common(learning_rate, entropy_weight, hidden)
+        entropy = entropy_weight, entropy_end, entropy_until
+        _check_common(learning_rate, hidden, *entropy)
         check_range("rewarded images a step", batch, least=2)  # advantages are normalised
         with seeded_torch(seed):
             model = A2C(
                 "MlpPolicy",
-                _environments(context_size, bins, batch),
+                environments(context_size, bins, batch),
                 learning_rate=learning_rate,
                 n_steps=1,
                 gamma=0.0,
@@ -159,7 +172,7 @@ class A2CPolicy(ActorCritic):
                 policy_kwargs={"net_arch": [hidden, hidden]},
                 device="cpu",
             )
-        super().__init__(model, context_size, seed)
+        super().__init__(model, context_size, seed, entropy)
 
 
 class PPOPolicy(ActorCritic):
@@ -167,7 +180,10 @@ class PPOPolicy(ActorCritic):
 
     Args:
         learning_rate: of Adam.
-        entropy_weight: of the entropy bonus.
+        entropy_weight: of the entropy bonus at the start. Large, because a bin is worth nothing to
+            a class that the reward head has not met there yet.
+        entropy_end: its weight when it has fallen, linearly.
+        entropy_until: the share of training after which it has.
         hidden: width of the two hidden layers, of the actor and of the critic.
         steps: collected before an update.
         minibatch: images in each of its gradient steps, at most.
@@ -182,8 +198,10 @@ class PPOPolicy(ActorCritic):
         batch: int,
         seed: int,
         *,
-        learning_rate: float = 1e-3,
-        entropy_weight: float = 0.01,
+        learning_rate: float = 2e-3,
+        entropy_weight: float = 0.1,
+        entropy_end: float = 0.01,
+        entropy_until: float = 0.5,
         hidden: int = 64,
         steps: int = 8,
         minibatch: int = 256,
@@ -192,7 +210,8 @@ class PPOPolicy(ActorCritic):
         **unknown: Any,
     ) -> None:
         refuse_unknown(type(self), unknown)
-        _check_common(learning_rate, entropy_weight, hidden)
+        entropy = entropy_weight, entropy_end, entropy_until
+        _check_common(learning_rate, hidden, *entropy)
         check_range("steps", steps, least=1, whole=True)
         check_range("minibatch", minibatch, least=2, whole=True)
         check_range("epochs", epochs, least=1, whole=True)
@@ -203,7 +222,7 @@ class PPOPolicy(ActorCritic):
             warnings.filterwarnings("ignore", message="You have specified a mini-batch size")
             model = PPO(
                 "MlpPolicy",
-                _environments(context_size, bins, batch),
+                environments(context_size, bins, batch),
                 learning_rate=learning_rate,
                 n_steps=steps,
                 batch_size=min(minibatch, steps * batch),
@@ -214,16 +233,24 @@ class PPOPolicy(ActorCritic):
                 policy_kwargs={"net_arch": [hidden, hidden]},
                 device="cpu",
             )
-        super().__init__(model, context_size, seed)
+        super().__init__(model, context_size, seed, entropy)
 
 
-def _check_common(learning_rate: float, entropy_weight: float, hidden: int) -> None:
+def _check_common(
+    learning_rate: float,
+    hidden: int,
+    entropy_weight: float,
+    entropy_end: float,
+    entropy_until: float,
+) -> None:
     check_range("learning_rate", learning_rate, above=0)
     check_range("entropy_weight", entropy_weight, least=0)
+    check_range("entropy_end", entropy_end, least=0)
+    check_range("entropy_until", entropy_until, above=0, most=1)
     check_range("hidden", hidden, least=1, whole=True)
 
 
-def _environments(context_size: int, bins: int, batch: int) -> DummyVecEnv:
+def environments(context_size: int, bins: int, batch: int) -> DummyVecEnv:
     """Environments that tell the library their spaces and their number, and are never stepped."""
     blank = ReplayTable(
         contexts=np.zeros((1, context_size), np.float32), rewards=np.zeros((1, bins), np.float32)

@@ -15,13 +15,15 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 ROOMS = ("teachers", "students", "rl_policy")
 PACKAGES = (*ROOMS, "distill")
 VERBS = frozenset(
-    {f"distill.{name}" for name in ("run", "rescore", "teach", "extract", "dry_run", "bench")}
+    f"distill.{name}"
+    for name in ("run", "rescore", "teach", "extract", "dry_run", "bench", "policy_fit", "survey")
 )
 LEAVES = frozenset(
     f"distill.{name}"
     for name in (
         *("benchmarks", "cache", "checkpoint", "data", "distiller", "errors", "evaluate", "export"),
         *("losses", "measures", "metrics", "plots", "probe", "registry", "seeding", "tracking"),
+        *("head_room", "layer_map", "map_picture", "map_report"),
     )
 )
 

@@ -45,7 +45,7 @@ def test_help_loads_no_heavy_library() -> None:
 @pytest.mark.parametrize(
     "verb",
     [[], ["train"], ["evaluate"], ["export"], ["bench"], ["teacher"], ["teacher", "train"],
-     ["teacher", "layers"], ["list"]],
+     ["teacher", "layers"], ["policy", "fit"], ["list"]],
 )  # fmt: skip
 def test_every_verb_explains_itself(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

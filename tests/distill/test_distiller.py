@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,6 @@ def test_the_total_is_the_weighted_sum(load: Load) -> None:
     assert weighted.feature.item() == pytest.approx(3 * plain.feature.item(), rel=1e-6)
     expected = weighted.task + 0.5 * weighted.feature + weighted.reward_head
     assert weighted.total.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert weighted.reward_head.item() == pytest.approx(-weighted.rewards.mean().item(), rel=1e-6)
 
 
 def test_every_pair_adds_its_loss(load: Load) -> None:
@@ -134,3 +134,31 @@ def test_every_pair_adds_its_loss(load: Load) -> None:
     assert first != second
     # Not exactly: the projectors are drawn one after the other.
     assert both == pytest.approx(first + second, rel=0.2)
+
+
+def test_rewards_are_what_the_head_tells_beyond_the_classes_of_the_bin(load: Load) -> None:
+    trainer = build(load())
+    head = trainer.distiller.reward_head
+    assert head is not None
+    losses = steps(trainer)[0]
+    # Nothing was seen before, so that the bin alone tells no class from another; the first head
+    # is about as wise, and a tenth of the same is mixed in
+    classes = trainer.data.benchmark.num_classes
+    gain = math.log(classes) - losses.reward_head.item()
+    assert losses.rewards.mean().item() == pytest.approx(gain, abs=0.05)
+    # The labelled images, each with a share for every class
+    assert head.seen.sum().item() == pytest.approx(4)
+    assert (head.seen.sum(dim=1) > 0).tolist() == [
+        bin in losses.bins[:4].tolist() for bin in range(4)
+    ]
+
+
+def test_the_policy_may_see_the_small_image_in_place_of_the_student(load: Load) -> None:
+    trainer = build(load("policy.context=image", "policy.name=reinforce"))
+    labelled, targets, unlabelled, _ = next(batches(trainer))
+    assert unlabelled is not None
+    losses = trainer.train_step(labelled, targets, unlabelled)
+    images = torch.cat([labelled, unlabelled])
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).mean(dim=(-2, -1))  # 8x8 of 32 px
+    torch.testing.assert_close(losses.context, patches.flatten(1))
+    assert not losses.context.requires_grad

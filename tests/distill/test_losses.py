@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.errors import UserError
-from distill.losses import MEASURES, FeatureLoss, Measure, Standardise, task_loss
+from distill.losses import (
+    MEASURES,
+    FeatureLoss,
+    Measure,
+    Standardise,
+    class_shares,
+    task_loss,
+)
 
 T = torch.zeros(4, dtype=torch.int64)
 
@@ -374,3 +381,11 @@ def test_a_channel_10_000_times_larger_has_its_share_of_the_loss_and_no_more():
         torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
     _, unchecked = loss_and_gradient(massive, standardise=False)
     assert unchecked[:, 2].norm() > 1000 * unchecked[:, [0, 1, 3]].norm()
+
+
+def test_class_shares_are_of_what_is_labelled() -> None:
+    assert class_shares(torch.tensor([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
+    masks = torch.tensor([[[0, 0], [2, 255]], [[255, 255], [255, 255]], [[1, 1], [1, 0]]])
+    assert class_shares(masks, 3).flatten().tolist() == pytest.approx(
+        [2 / 3, 0, 1 / 3, 0, 0, 0, 0.25, 0.75, 0]
+    )

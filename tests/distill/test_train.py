@@ -100,6 +100,9 @@ def test_clipping_limits_the_step(load: Load) -> None:
         ("uniform", "at"),
         ("fixed", "l1"),
         ("linear_decay", "cosine"),
+        ("dqn", "mse"),
+        ("thompson", "mse"),
+        ("ucb", "mse"),
     ],
 )
 def test_every_policy_trains_and_goes_on_to_the_bit(

@@ -1,5 +1,9 @@
 """The environment under the checkers of gymnasium and stable-baselines3, replayed and live."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 import pytest
@@ -8,7 +12,9 @@ from gymnasium.utils.env_checker import check_env
 from numpy.typing import NDArray
 from stable_baselines3 import A2C
 
-from rl_policy.environment import ENVIRONMENT_ID, ReplayTable, TimestepEnv
+from rl_policy import ENVIRONMENT_ID
+from rl_policy.environment import TimestepEnv
+from rl_policy.table import ReplayTable
 
 IMAGES, CONTEXT, BINS = 12, 3, 5
 
@@ -88,12 +94,60 @@ def test_plain_a2c_from_outside_learns_on_it(table: ReplayTable) -> None:
     assert chosen.tolist() == [3] * IMAGES
 
 
-@pytest.mark.parametrize(
-    ("contexts", "rewards"),
-    [((3, 2), (4, 5)), ((3, 2), (3,)), ((0, 2), (0, 5)), ((3, 2), (3, 0))],
-)
-def test_tables_that_do_not_fit_are_refused(
-    contexts: tuple[int, ...], rewards: tuple[int, ...]
-) -> None:
-    with pytest.raises(ValueError, match="same N images"):
-        ReplayTable(contexts=np.zeros(contexts, np.float32), rewards=np.zeros(rewards, np.float32))
+@pytest.mark.filterwarnings("error")
+def test_the_vectorised_twin_steps_all_images_at_once(table: ReplayTable) -> None:
+    environment = gymnasium.make_vec(ENVIRONMENT_ID, num_envs=7, source=table)
+    contexts, info = environment.reset(seed=4)
+    assert environment.observation_space.contains(contexts)
+    np.testing.assert_array_equal(contexts, table.contexts[info["image"]])
+    actions = np.arange(7) % BINS
+    assert environment.action_space.contains(actions)
+    after, rewards, terminated, truncated, ended = environment.step(actions)
+    np.testing.assert_array_equal(rewards, table.rewards[info["image"], actions])
+    np.testing.assert_array_equal(ended["final_obs"], contexts)
+    np.testing.assert_array_equal(ended["final_info"]["image"], info["image"])
+    assert terminated.all()
+    assert not truncated.any()
+    # The next images are drawn in the same step
+    np.testing.assert_array_equal(after, table.contexts[ended["image"]])
+    np.testing.assert_array_equal(
+        environment.step(actions)[1], table.rewards[ended["image"], actions]
+    )
+
+
+def test_the_vectorised_twin_is_seeded_and_speaks_as_gymnasiums_own(table: ReplayTable) -> None:
+    def run(seed: int) -> tuple[list[int], set[str], dict[str, object]]:
+        twin = gymnasium.make_vec(ENVIRONMENT_ID, num_envs=7, source=table)
+        images = [*twin.reset(seed=seed)[1]["image"]]
+        for _ in range(20):
+            *_, info = twin.step(np.zeros(7, dtype=np.int64))
+            images += [*info["image"]]
+        return images, set(info), twin.metadata
+
+    assert run(1)[0] == run(1)[0] != run(2)[0]
+    assert set(run(1)[0]) == set(range(IMAGES))
+    own = gymnasium.make_vec(
+        ENVIRONMENT_ID,
+        num_envs=7,
+        source=table,
+        vectorization_mode="sync",
+        vector_kwargs={"autoreset_mode": run(1)[2]["autoreset_mode"]},
+    )
+    own.reset()
+    *_, info = own.step(np.zeros(7, dtype=np.int64))
+    assert run(1)[1] == set(info) - {"_image"}  # which masks images that every step has
+
+
+def test_importing_rl_policy_registers_it_and_loads_no_agent(tmp_path: Path) -> None:
+    path = tmp_path / "table.safetensors"
+    ReplayTable(contexts=np.ones((2, 1), np.float32), rewards=np.ones((2, 3), np.float32)).write(
+        path
+    )
+    code = (
+        "import sys, gymnasium, rl_policy\n"
+        f"print('{ENVIRONMENT_ID}' in gymnasium.registry)\n"
+        "print({'torch', 'stable_baselines3'} & sys.modules.keys())\n"
+        f"print(gymnasium.make('{ENVIRONMENT_ID}', source={str(path)!r}).action_space)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["True", "set()", "Discrete(3)"]

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from rl_policy.bandits import UCB, Thompson
+from rl_policy.dqn import DQNPolicy
 from rl_policy.protocol import TimestepPolicy
 from rl_policy.reinforce import Reinforce
 from rl_policy.sb3 import A2CPolicy, PPOPolicy
 from rl_policy.summary import policy_summary
 
-CONTEXT, BINS, BATCH = 16, 10, 64
+CONTEXT, BINS, BATCH, STEPS = 16, 20, 64, 300
 
 
 def contexts_of_two_groups(generator: Generator) -> tuple[Tensor, Tensor]:
@@ -40,39 +42,36 @@ def train(
     return policy.probabilities(context), best
 
 
-@pytest.mark.parametrize(
-    ("policy", "gain", "offset"),
-    [
-        (A2CPolicy, 1.0, 0.0),
-        (A2CPolicy, 20.0, -100.0),
-        (PPOPolicy, 20.0, -100.0),
-        (Reinforce, 1.0, -2.3),  # minus a cross-entropy near its start
-    ],
-)
-def test_policy_finds_the_planted_bin(policy: type, gain: float, offset: float) -> None:
+# Rewards of any offset and scale. Measured over three seeds, least: a2c 0.999, ppo 0.997,
+# reinforce 0.987, thompson 0.965, ucb 0.98, dqn 0.94, which explores 0.05 to the end.
+@pytest.mark.parametrize(("gain", "offset"), [(1.0, -2.3), (20.0, -100.0)])
+@pytest.mark.parametrize("policy", [A2CPolicy, PPOPolicy, Reinforce, Thompson, UCB, DQNPolicy])
+def test_policy_puts_90_percent_on_the_planted_bin_of_20_within_300_steps(
+    policy: type, gain: float, offset: float
+) -> None:
     learner = policy(CONTEXT, BINS, BATCH, 0)
-    probabilities, best = train(learner, 300, gain=gain, offset=offset, groups=False)
-    # Measured over three seeds, worst image: a2c 0.97, ppo 0.98, reinforce 0.84
-    assert probabilities.gather(1, best[:, None]).mean() >= 0.8
+    probabilities, best = train(learner, STEPS, gain=gain, offset=offset, groups=False)
+    assert probabilities.gather(1, best[:, None]).mean() >= 0.9
 
 
-def test_reinforce_with_a_baseline_finds_it_on_any_scale() -> None:
-    learner = Reinforce(CONTEXT, BINS, BATCH, 0, baseline=True)
-    probabilities, best = train(learner, 300, gain=20.0, offset=-100.0, groups=False)
-    assert probabilities.gather(1, best[:, None]).mean() >= 0.8
+def test_reinforce_without_a_baseline_finds_it_among_rewards_near_minus_two() -> None:
+    learner = Reinforce(CONTEXT, BINS, BATCH, 0, baseline=False)
+    probabilities, best = train(learner, STEPS, gain=1.0, offset=-2.3, groups=False)
+    assert probabilities.gather(1, best[:, None]).mean() >= 0.9
 
 
-@pytest.mark.parametrize("policy", [A2CPolicy, PPOPolicy])
+@pytest.mark.parametrize("policy", [A2CPolicy, PPOPolicy, DQNPolicy])
 def test_policy_finds_the_best_bin_of_each_group(policy: type) -> None:
     learner = policy(CONTEXT, BINS, BATCH, 0)
-    probabilities, best = train(learner, 300, gain=20.0, offset=-100.0, groups=True)
+    probabilities, best = train(learner, STEPS, gain=20.0, offset=-100.0, groups=True)
     assert probabilities.gather(1, best[:, None]).mean() >= 0.8
     summary = policy_summary(probabilities)
-    assert summary.effective_arms == pytest.approx(2, abs=0.5)
+    # Of DQN one choice in twenty is any bin
+    assert summary.effective_arms == pytest.approx(2, abs=1.5 if policy is DQNPolicy else 0.5)
     assert summary.image_entropy < 0.5 < summary.entropy
 
 
-@pytest.mark.parametrize("policy", [A2CPolicy, PPOPolicy, Reinforce])
+@pytest.mark.parametrize("policy", [A2CPolicy, PPOPolicy, Reinforce, Thompson])
 def test_policy_stays_spread_where_no_bin_is_better(policy: type) -> None:
     learner = policy(CONTEXT, BINS, BATCH, 0)
     generator = Generator().manual_seed(0)
@@ -80,5 +79,5 @@ def test_policy_stays_spread_where_no_bin_is_better(policy: type) -> None:
         context, _ = contexts_of_two_groups(generator)
         bins = learner.act(context, generator, step / 500)
         learner.learn(context, bins, torch.randn(BATCH, generator=generator), step / 500)
-    # log 10 = 2.303. Measured over three seeds, least: a2c 2.29, ppo 2.22, reinforce 2.25
+    # DQN and UCB are not here: what is ahead by chance gets most of their choices, for a while
     assert policy_summary(learner.probabilities(context)).entropy > 0.9 * math.log(BINS)

@@ -1,5 +1,6 @@
 """The contract of `TimestepPolicy`, over every policy."""
 
+import copy
 import io
 import random
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from rl_policy.bandits import UCB, Thompson
+from rl_policy.dqn import DQNPolicy
 from rl_policy.protocol import TimestepPolicy
 from rl_policy.reinforce import Reinforce
 from rl_policy.sb3 import A2CPolicy, PPOPolicy
@@ -25,8 +28,11 @@ POLICIES: dict[str, Build] = {
     "reinforce": Reinforce,
     "a2c": A2CPolicy,
     "ppo": PPOPolicy,
+    "dqn": DQNPolicy,
+    "thompson": Thompson,
+    "ucb": UCB,
 }
-LEARNING = ("reinforce", "a2c", "ppo")
+LEARNING = ("reinforce", "a2c", "ppo", "dqn")
 
 
 @pytest.fixture(params=POLICIES)
@@ -93,6 +99,16 @@ def test_policy_resumed_from_a_file_goes_on_to_the_bit(build: Build) -> None:
     torch.testing.assert_close(play(resumed, range(21, 40)), uninterrupted, rtol=0, atol=0)
 
 
+def test_dqn_resumed_with_a_full_buffer_goes_on_to_the_bit() -> None:
+    policy, resumed = (DQNPolicy(CONTEXT, BINS, BATCH, 0, replay=8) for _ in range(2))
+    play(policy, range(21))
+    state = copy.deepcopy(policy.state_dict())
+    assert (len(state["buffer"]["rewards"]), state["position"]) == (8, 21 % 8)
+    uninterrupted = play(policy, range(21, 40))
+    resumed.load_state_dict(state)
+    torch.testing.assert_close(play(resumed, range(21, 40)), uninterrupted, rtol=0, atol=0)
+
+
 def test_policy_leaves_the_global_random_states_alone(build: Build) -> None:
     def states() -> tuple[Any, ...]:
         return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
@@ -140,7 +156,7 @@ def test_linear_decay_narrows_to_the_lowest_bin(progress: float, allowed: int) -
 
 
 def test_reinforce_takes_the_published_step() -> None:
-    policy = Reinforce(2, 3, 2, 0, learning_rate=0.5, entropy_weight=0.1)
+    policy = Reinforce(2, 3, 2, 0, learning_rate=0.5, entropy_weight=0.1, baseline=False)
     *_, bias = policy.network.parameters()
     context, bins = torch.zeros(2, 2), torch.tensor([0, 2])
     metrics = policy.learn(context, bins, torch.tensor([-1.0, -3.0]), 0.25)
@@ -155,7 +171,7 @@ def test_reinforce_takes_the_published_step() -> None:
 
 
 def test_reinforce_bonus_spreads_the_policy_where_rewards_say_nothing() -> None:
-    policy = Reinforce(2, 3, 2, 0)
+    policy = Reinforce(2, 3, 2, 0, baseline=False)
     *_, bias = policy.network.parameters()
     bias.data[0] = 1.0
     context, bins = torch.zeros(2, 2), torch.tensor([0, 2])
@@ -171,8 +187,8 @@ def test_ppo_trains_only_when_its_rollout_is_full() -> None:
     assert trained == [False, False, True, False, False, True]
 
 
-@pytest.mark.parametrize("name", ["a2c", "ppo"])
-def test_actor_critic_refuses_another_number_of_rewards(name: str) -> None:
+@pytest.mark.parametrize("name", ["a2c", "ppo", "dqn"])
+def test_policy_of_sb3_refuses_another_number_of_rewards(name: str) -> None:
     policy = POLICIES[name](CONTEXT, BINS, BATCH, 0)
     with pytest.raises(ValueError, match="built for 4 rewards a step, got 3"):
         policy.learn(torch.zeros(3, CONTEXT), torch.zeros(3).long(), torch.zeros(3), 0.0)

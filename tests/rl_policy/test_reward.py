@@ -68,6 +68,31 @@ def test_logits_of_an_image_do_not_depend_on_the_others_when_evaluated() -> None
     torch.testing.assert_close(head.state_dict(), before, rtol=0, atol=0)
 
 
+def test_guesses_are_the_classes_of_a_bin_and_a_tenth_of_those_of_all() -> None:
+    head = TeacherTaskReward(CHANNELS, 2, 4, dense=False)
+    bins = torch.tensor([0, 1])
+    by_feature, by_bin = head.guesses(torch.tensor([[0.0, 0.0, 0.0, 30.0]] * 2), bins)
+    torch.testing.assert_close(by_bin.exp(), torch.full((2, 4), 0.25))
+    assert by_feature[0].exp().tolist() == pytest.approx([0.025, 0.025, 0.025, 0.925])
+    # 30 images of class 2 in bin 0, none in bin 1
+    head.count(torch.eye(4)[[2] * 30], torch.zeros(30, dtype=torch.int64))
+    everywhere = torch.tensor([1, 1, 31, 1]) / 34
+    here = (torch.tensor([0, 0, 30, 0]) + 10 * everywhere) / 40
+    _, by_bin = head.guesses(torch.zeros(2, 4), bins)
+    torch.testing.assert_close(by_bin[0].exp(), 0.9 * here + 0.1 * everywhere)
+    torch.testing.assert_close(by_bin[1].exp(), everywhere)
+    head.count(torch.eye(4)[[0]], torch.tensor([1]))  # a step later the others count for 0.9
+    assert head.seen.tolist() == [[0, 0, 27, 0], [1, 0, 0, 0]]
+
+
+def test_guesses_of_dense_logits_are_a_position_each() -> None:
+    head = TeacherTaskReward(CHANNELS, BINS, CLASSES, dense=True)
+    logits = torch.randn(2, CLASSES, 3, 5)
+    by_feature, by_bin = head.guesses(logits, torch.tensor([0, 1]))
+    assert (by_feature.shape, by_bin.shape) == (logits.shape, (2, CLASSES))
+    torch.testing.assert_close(by_feature.exp(), 0.9 * logits.softmax(dim=1) + 0.1 / CLASSES)
+
+
 def planted_features(generator: torch.Generator, images: int) -> tuple[Tensor, Tensor, Tensor]:
     """Features that show the class at one bin only, on channels of very unequal scale."""
     labels = torch.randint(CLASSES, (images,), generator=generator)
@@ -102,3 +127,25 @@ def test_only_a_head_that_knows_the_timestep_finds_the_informative_one(condition
     assert (best > -0.8) == conditioned
     if conditioned:
         assert rewards[bins == INFORMATIVE].mean().item() == best
+
+
+def test_a_bin_for_each_class_earns_nothing_by_itself() -> None:
+    """Features of noise: a head that reads the class off the bin is right, and rewarded with 0."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = TeacherTaskReward(CHANNELS, BINS, CLASSES, dense=False)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    for _ in range(150):
+        labels = torch.randint(CLASSES, (64,), generator=generator)
+        logits = head(torch.randn(64, CHANNELS, 2, 2, generator=generator), labels + 5)
+        loss = cross_entropy(logits, labels)
+        by_feature, by_bin = head.guesses(logits, labels + 5)
+        told = cross_entropy(by_feature, labels, reduction="none")
+        rewards = cross_entropy(by_bin, labels, reduction="none") - told
+        head.count(torch.eye(CLASSES)[labels], labels + 5)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert loss < 0.1  # of log 4 = 1.39
+    assert abs(rewards.mean().item()) < 0.1

@@ -1,0 +1,95 @@
+"""A recorded table of rewards, image x timestep, which policies are tried on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+COLUMNS = ("rewards", "timesteps", "contexts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayTable:
+    """The reward of every bin for every image, and each image's context.
+
+    Raises:
+        ValueError: the arrays do not fit each other, hold no image or no bin, or a number that is
+            not finite.
+    """
+
+    contexts: NDArray[np.float32]
+    """(N, D): the context of each image."""
+    rewards: NDArray[np.float32]
+    """(N, K): the reward of each bin for it."""
+    timesteps: NDArray[np.int64] | None = None
+    """(K,): the timestep of each bin, where they are known."""
+
+    def __post_init__(self) -> None:
+        contexts, rewards = self.contexts.shape, self.rewards.shape
+        if len(contexts) != 2 or len(rewards) != 2 or contexts[0] != rewards[0] or 0 in rewards:
+            raise ValueError(
+                f"a replay table needs contexts (N, D) and rewards (N, K) of the same N images, "
+                f"got {contexts} and {rewards}"
+            )
+        if self.timesteps is not None and self.timesteps.shape != rewards[1:]:
+            raise ValueError(
+                f"a replay table needs a timestep for each of its {rewards[1]} bins, got an array "
+                f"of {self.timesteps.shape}"
+            )
+        for name in ("contexts", "rewards"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"the {name} of a replay table must be finite")
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> ReplayTable:
+        """The table of a safetensors file with `rewards`, `timesteps` and `contexts`.
+
+        Raises:
+            ValueError: it is no such file; the line names it.
+            OSError: it is missing.
+        """
+        try:
+            arrays = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        if missing := [name for name in COLUMNS if name not in arrays]:
+            raise ValueError(
+                f"{path} has no {' and no '.join(missing)}; a replay table has {', '.join(COLUMNS)}"
+            )
+        try:
+            return cls(
+                rewards=arrays["rewards"].astype(np.float32),
+                timesteps=arrays["timesteps"].astype(np.int64),
+                contexts=arrays["contexts"].astype(np.float32),
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the file that `read` reads; bins without timesteps are numbered."""
+        timesteps = np.arange(self.bins) if self.timesteps is None else self.timesteps
+        arrays = {"rewards": self.rewards, "timesteps": timesteps, "contexts": self.contexts}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+
+    @property
+    def images(self) -> int:
+        return len(self.contexts)
+
+    @property
+    def context_size(self) -> int:
+        return int(self.contexts.shape[1])
+
+    @property
+    def bins(self) -> int:
+        return int(self.rewards.shape[1])
+
+    def observe(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.contexts[images].astype(np.float32)
+
+    def earn(self, images: NDArray[np.int64], bins: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.rewards[images, bins].astype(np.float32)
