@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill import checkpoint, plots
 from distill.batch import Batch
 from distill.build import build_accelerator, build_training_set
-from distill.clock import Clock, untimed
+from distill.clock import Clock, untimed, wait
 from distill.config import (
     DataConfig,
     PairConfig,
@@ -44,7 +44,8 @@ class Case(NamedTuple):
     trainer: Trainer
     batch: Batch
     memory: float
-    """GiB: of a GPU what this way held at most; otherwise the most that the program held so far."""
+    """GiB: of a GPU what this way held at most; otherwise the most that the program held so far,
+    with the ways before it."""
 
     def step(self) -> None:
         """Take the step."""
@@ -72,6 +73,8 @@ def bench(
     """
     if batch < 2 or rounds < 1:
         raise UserError(f"bench: two images and one round at least, not {batch} and {rounds}")
+    if out is not None and Path(out).suffix == ".png":
+        raise UserError(f"--out: {out} is for the figures, such as bench.json; a chart lies beside")
     with tempfile.TemporaryDirectory() as scratch:
         config = _config(Path(scratch), batch, layer, teacher, compile)
         cases = {
@@ -162,7 +165,7 @@ def _table(figures: Mapping[str, Any], rounds: int) -> str:
             line(
                 "cached",
                 figures["images_per_second_cached"],
-                "features from the disk",
+                "features kept",
                 figures["ratios_cached"],
             ),
             f"  parts   {parts} ms",
@@ -170,7 +173,7 @@ def _table(figures: Mapping[str, Any], rounds: int) -> str:
             f"  peak    {figures['share_of_peak']:.0%} of the {figures['peak_tflops']:.3g} TFLOP/s "
             f"of bfloat16 products; teacher {figures['share_of_peak_teacher']:.0%}, student "
             f"{figures['share_of_peak_student']:.0%}",
-            f"  memory  {memory} GiB",
+            f"  memory  {memory} GiB at most so far",
             f"  error   {figures['feature_error']:.2%} of the float32 features (relative L2)",
         ]
     )
@@ -188,7 +191,7 @@ def _config(folder: Path, batch: int, layer: str, teacher: str | None, compile: 
         student=StudentConfig(model="resnet18", compile=compile),
         pairs=[PairConfig(student=["layer2"], teacher=layer)],
         policy=PolicyConfig(bins=10),
-        train=TrainConfig(batch=batch, unlabelled_batch=0, floor_every=0),
+        train=TrainConfig(batch=batch, unlabelled_batch=0, floor_every=0, steps=10**9),
     )
 
 
@@ -208,8 +211,10 @@ def _case(config: RunConfig, whole: bool = False) -> Case:
     """A trainer that took a step, its cache filled for every timestep of its images."""
     accelerator = build_accelerator(config.device)
     device = accelerator.device
+    before = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     trainer = Trainer(config, "distilled", build_training_set(config.data), accelerator)
     if whole:
         assert isinstance(trainer.teacher, DiffusionTeacher)
@@ -223,7 +228,7 @@ def _case(config: RunConfig, whole: bool = False) -> Case:
             trainer.cache.fill(batch.labelled, batch.tags, bins)
     trainer.train_step(*batch)
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device) / 2**30
+        memory = (torch.cuda.max_memory_allocated(device) - before) / 2**30
     else:  # Linux counts in KiB, macOS in bytes
         unit = 1 if sys.platform == "darwin" else 1024
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
@@ -297,11 +302,9 @@ def _quotients(above: list[float], below: list[float]) -> list[float]:
 
 def _seconds(step: Callable[[], Any], device: torch.device, repeat: int) -> float:
     """Of one step, the mean of several in a row."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     began = time.perf_counter()
     for _ in range(repeat):
         step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     return (time.perf_counter() - began) / repeat

@@ -1,7 +1,7 @@
 """The teacher's features, computed once: a folder with one row for each (image, flip, timestep).
 
 `manifest.json` says what the features are of, `features.bin` holds the rows (the layers' maps one
-after the other, in the teacher's own precision, so that nothing is lost), and `marks.bin` a uint32
+after the other, in the precision that the teacher computes in), and `marks.bin` a uint32
 a row: 0 while it is missing, otherwise the checksum of the image it is of. Rows are read and
 written, not mapped: the pages of a map would count as memory of this process.
 """

@@ -136,6 +136,8 @@ def open_cache(
         "teacher.draws": config.teacher.draws if config.teacher.input == "average" else 1,
         "teacher.image_size": config.teacher.image_size,
         "teacher.dtype": config.teacher.dtype,
+        "teacher.compile": config.teacher.compile,
+        "images at once": chunk,  # kernels round differently for every number of them
         "teacher.options": config.teacher.options,
         "layers": {name: [*x.shape, str(x.dtype)] for name, x in plan.layers.items()},
         "timesteps": timesteps.tolist(),

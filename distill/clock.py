@@ -18,6 +18,12 @@ def untimed(part: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Clock:
     """Adds up the seconds of a program's parts; those of a part inside another count for it alone.
 
@@ -44,8 +50,7 @@ class Clock:
             self._running.pop()
 
     def _lap(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait(self.device)
         now = time.perf_counter()
         if self._running:
             self.seconds[self._running[-1]] += now - self._since

@@ -179,7 +179,8 @@ class TrainConfig:
     """Unlabelled images a step, over all processes; they contribute the feature loss only."""
     accumulate: Count = 1
     """Parts that a step's images are cut into; their gradients are added up, so that a large batch
-    fits into little memory. Batch norms see a part at a time."""
+    fits into little memory. Batch norms, running scales, and losses that compare the images
+    of a batch (`rkd`, `infonce`) see a part at a time."""
     feature_weight: NonNegative = 1.0
     """Weight of the feature loss beside the task loss."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -84,6 +84,11 @@ def merge(parts: Sequence[Losses]) -> Losses:
     )
 
 
+def small_image(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) at 8x8 px, (B, 192): a context that needs no network."""
+    return F.adaptive_avg_pool2d(images, SMALL).flatten(1)
+
+
 class Distiller(nn.Module):
     """Task loss and feature loss together (RepFusion, Yang and Wang, ICCV 2023, Algorithm 1).
 
@@ -177,7 +182,7 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def _context(self, images: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         if self.context == "image":
-            return F.adaptive_avg_pool2d(images, SMALL).flatten(1)
+            return small_image(images)
         return maps[self.student.layers[-1]].float().mean(dim=(2, 3))
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from distill.build import build_accelerator, build_training_set, embedded, in_order
+from distill.clock import wait
 from distill.config import RunConfig, TeacherTrainConfig
 from distill.data import Draw
 from distill.errors import UserError, blame
@@ -48,6 +49,8 @@ def dry_run(config: RunConfig) -> str:
             batch = next(stream)
             began = time.monotonic()
             trainer.train_step(*batch)
+            wait(accelerator.device)
+            trainer.settle()
             seconds.append(time.monotonic() - began)
         estimate = seconds[-1] * config.train.steps
         total += estimate
@@ -70,6 +73,8 @@ def teacher_dry_run(config: TeacherTrainConfig) -> str:
     for _ in range(2):
         began = time.monotonic()
         training.train_step(images)
+        wait(training.accelerator.device)
+        training.settle()
         seconds = time.monotonic() - began
     parameters = sum(p.numel() for p in training.unet.parameters())
     return (

@@ -15,6 +15,7 @@ from distill.cache import FeatureCache
 from distill.config import RunConfig
 from distill.data import Augmented, Draw, Tagged, augmentation, loader
 from distill.errors import Interrupted, UserError
+from distill.fit import fit_batch
 from distill.tracking import Progress, stop_on_signals
 from distill.trainer import Trainer
 
@@ -35,7 +36,9 @@ def extract(config: RunConfig) -> str:
     if config.teacher.cache is None:
         raise UserError("teacher.cache: name the folder to fill, such as teacher.cache=caches/mine")
     data = build_training_set(dataclasses.replace(config.data, memory_gb=0.0))
-    trainer = Trainer(config, "distilled", data, build_accelerator(config.device))
+    accelerator = build_accelerator(config.device)
+    config = fit_batch(config, data, accelerator)
+    trainer = Trainer(config, "distilled", data, accelerator)
     trainer.open_cache()
     cache, plan = trainer.cache, trainer.plan
     assert cache is not None

@@ -16,7 +16,8 @@ from distill.trainer import Trainer
 
 
 def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) -> RunConfig:
-    """The recipe with a number in place of `auto`: a power of two, at most the labelled images.
+    """The recipe with a number in place of `auto`: at most the labelled images, and a power of two
+    for every process and part (`train.accumulate`).
 
     Tried is the recipe's first arm with a teacher, with two steps, as the first one makes the
     optimiser's state.
@@ -31,10 +32,10 @@ def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) ->
         raise UserError("train.batch: auto measures the memory of a GPU; give a number on the CPU")
     arms = config.train.arms
     arm = next((arm for arm in arms if arm != "scratch"), arms[0])
+    most = len(data.labelled_indices)
 
     def step(batch: int) -> None:
-        trial = with_batch(config, batch)
-        trainer = Trainer(trial, arm, data, accelerator)
+        trainer = Trainer(with_batch(config, batch), arm, data, accelerator)
         labelled = torch.zeros(batch // processes, 3, *data.size, device=device)
         shape = (len(labelled), *(data.size if data.benchmark.task == "segmentation" else ()))
         targets = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -43,7 +44,15 @@ def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) ->
         for _ in range(2):
             trainer.train_step(labelled, targets, unlabelled)
 
-    fitting = torch.tensor(largest_batch(step, len(data.labelled_indices)), device=device)
+    def trial(batch: int) -> None:
+        try:
+            step(batch)
+        finally:
+            accelerator.free_memory()  # it holds on to every model that it prepared
+
+    parts = processes * config.train.accumulate
+    largest = parts * largest_batch(lambda size: trial(parts * size), most // parts)
+    fitting = torch.tensor(largest, device=device)
     return with_batch(config, int(accelerator.gather(fitting).min()))
 
 
@@ -75,7 +84,8 @@ def largest_batch(step: Callable[[int], None], most: int) -> int:
         if "No executable batch size" not in str(error):
             raise
         raise UserError(
-            "train.batch: auto found no room for two labelled images a step; take a smaller "
-            "train.unlabelled_batch, data.size or student, or train.accumulate"
+            "train.batch: auto found no batch of two labelled images or more for every process and "
+            f"part: {most} would be there; give more labels, or a smaller train.unlabelled_batch, "
+            "data.size or student"
         ) from error
     return fitting

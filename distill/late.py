@@ -15,7 +15,9 @@ class Copied:
 
     def __init__(self, tensor: Tensor) -> None:
         self._host, self._done = tensor.detach(), None
-        if tensor.is_cuda:
+        if not tensor.is_cuda:
+            self._host = self._host.cpu()
+        else:
             self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
             self._host.copy_(tensor.detach(), non_blocking=True)
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]

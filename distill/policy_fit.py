@@ -59,6 +59,8 @@ def fit(
         rewards = ReplayTable.read(table)
     if rewards.images < 4:
         raise UserError(f"--table: {table} has {rewards.images} images; it takes 4 to have halves")
+    if min(seeds) < 0:
+        raise UserError(f"--seed: {min(seeds)} is negative; give 0 or more")
     given: dict[str, Any] = {}
     for option in options:
         apply_override(given, option)

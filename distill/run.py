@@ -90,6 +90,8 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             scores = score(trainer.average.module, held_out, data.benchmark, config, accelerator)
             if accelerator.is_main_process:
                 _finish_arm(trainer, folder, held_out, scores)
+            del trainer
+            accelerator.free_memory()  # for the next arm
     accelerator.wait_for_everyone()
     return summarise(config, folder, data.benchmark) if accelerator.is_main_process else {}
 
@@ -97,7 +99,8 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
 def _trainer(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accelerator) -> Trainer:
     """A new arm, its feature cache open."""
     trainer = Trainer(config, arm, data, accelerator)
-    trainer.open_cache()
+    with accelerator.main_process_first():  # one makes the folder, the others find it
+        trainer.open_cache()
     if trainer.cache is not None and accelerator.is_main_process:
         print(f"{arm}: {trainer.cache}", file=sys.stderr)
     return trainer

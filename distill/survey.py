@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from distill.build import (
     TrainingSet,
@@ -22,6 +21,7 @@ from distill.build import (
 )
 from distill.config import RunConfig
 from distill.data import choose_labelled
+from distill.distiller import small_image
 from distill.errors import Interrupted, UserError, blame
 from distill.layer_map import WIDTH, Parts, measure
 from distill.map_report import Column, LayerMap
@@ -33,7 +33,6 @@ from teachers.noise import NoiseSchedule
 from teachers.protocol import Teacher
 
 DRAWS = 2  # of the noise of val: one to choose by, one to score
-CONTEXT = 8  # side of the small images in table.safetensors
 HELD_OUT = 5  # one in so many training images chooses penalty and temperature
 WEIGHTS = ("trained", "random")
 PROBES: dict[str, type[Ridge]] = {"ridge": Ridge, "logistic": Logistic}
@@ -111,7 +110,7 @@ def survey(
     metric = "mIoU" if dense else "top-1"
     contexts = torch.cat(
         [
-            F.adaptive_avg_pool2d(images, CONTEXT).flatten(1)
+            small_image(images)
             for images, _ in val.batches(config.evaluate.batch, config.data.workers)
         ]
     )

@@ -216,6 +216,7 @@ def _loop(training: TeacherTraining, last: Path, log: RunLog | None) -> None:
             count = len(images) * accelerator.num_processes
             progress.update(count, {"loss": training.loss}, waited)
             if log and (step % config.log_every == 0 or step == config.steps):
+                training.settle()
                 rate = training.optimizer.param_groups[0]["lr"]
                 mean = total.item() / (step - logged)
                 log.scalars(

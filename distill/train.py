@@ -48,7 +48,7 @@ def train_arm(
             batch = next(stream)
             waited = time.monotonic() - began
             losses = trainer.train_step(*batch)
-            images = sum(len(x) for x in batch[::2] if x is not None)
+            images = sum(len(x) for x in (batch.labelled, batch.unlabelled) if x is not None)
             images *= trainer.accelerator.num_processes
             trainer.images += images
             trainer.seconds += time.monotonic() - began
@@ -58,6 +58,7 @@ def train_arm(
                 trainer.settle()
                 _write(log, trainer, losses, progress.rate)
             if last or (train.evaluate_every and trainer.step % train.evaluate_every == 0):
+                trainer.settle()
                 observe(trainer, log)
             if main and (last or stop or trainer.step % train.checkpoint_every == 0):
                 checkpoint.save(checkpoint_path(folder, trainer.arm), trainer.state())

@@ -146,7 +146,7 @@ class Trainer:
         """One step of Algorithm 1: choose t, look at the teacher, learn, reward the policy.
 
         That its figures were finite shows a step later on a GPU, but always before a checkpoint.
-        The arguments are those of `Batch`, on the device.
+        The arguments are those of `Batch`, on the device but for the tags.
         """
         train, phase = self.config.train, self.phase(self.step)
         # For what draws from torch's default generator, such as dropout.
@@ -229,6 +229,8 @@ class Trainer:
                 seen, seeding.generator(seed, "policy", self.step, rank), self.progress
             )
         timesteps = self.timesteps[bins]
+        # Copied now, while the device is idle; after the teacher the copy would wait for it.
+        chosen, shown = bins.to(device), timesteps.to(device)
         with self.clock("teacher"):
             if self.cache is not None:
                 assert batch.tags is not None
@@ -243,7 +245,7 @@ class Trainer:
                 if self._measures_floor():
                     noise = seeding.generator(seed, "floor", self.step, rank, device)
                     again = self.teacher.features(images, timesteps, noise, *labels)
-        return Lesson(bins.to(device), timesteps.to(device), maps, again)
+        return Lesson(chosen, shown, maps, again)
 
     def _measures_floor(self) -> bool:
         """Whether this step measures the target-noise floor; without noise there is none."""

@@ -42,7 +42,7 @@ def test_the_largest_power_of_two_that_fits_is_found(
 
 
 def test_no_room_for_two_images_is_a_mistake_that_is_named() -> None:
-    with pytest.raises(UserError, match=r"train\.batch: auto found no room for two labelled"):
+    with pytest.raises(UserError, match=r"train\.batch: auto found no batch of two labelled"):
         largest_batch(room_for(1, []), 64)
 
 
