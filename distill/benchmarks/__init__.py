@@ -1,22 +1,27 @@
 """Benchmarks: images with targets, split into train, val and test. One benchmark, one file.
 
-A benchmark of your own is any class with the attributes of `Benchmark`, built as
-`YourBenchmark(root, **options)`; nothing is registered, nothing inherited.
+A benchmark of your own is any object with the attributes of `Benchmark`, built by a class or a
+function as `yours(root, **options)`; nothing is registered, nothing inherited.
 """
 
 from __future__ import annotations
 
 import colorsys
-from typing import Literal, Protocol
+import sys
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.errors import UserError
+
 IGNORE_INDEX = 255
 """The target of a pixel, or of an image, that has no label."""
 
+Entry = TypeVar("Entry")
 Task = Literal["segmentation", "classification"]
 
 
@@ -65,10 +70,38 @@ class Benchmark(Protocol):
         """The examples of "train", "val" or "test"; a UserError where there is no such split."""
 
 
+def notice(line: str) -> None:
+    """Say on stderr what is unusual about the data, though no mistake."""
+    print(f"distill: {line}", file=sys.stderr, flush=True)
+
+
 def hold_out(length: int, count: int, seed: int) -> tuple[list[int], list[int]]:
     """Split `range(length)` by the seed into (kept, held), `count` of them held; both ascending."""
     order = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[count:]), sorted(order[:count])
+
+
+def hold_out_share(
+    items: Sequence[Entry], ratio: float, seed: int, key: str
+) -> tuple[list[Entry], list[Entry]]:
+    """Split `items` by the seed into (kept, held), a share of them held; both in their order.
+
+    At least one is kept and one held.
+
+    Args:
+        items: At least two.
+        ratio: Between 0 and 1.
+        seed: Chooses them.
+        key: The recipe's key of `ratio`, for the error line.
+    """
+    if not 0.0 < ratio < 1.0 or len(items) < 2:
+        raise UserError(
+            f"{key}: {ratio} of {len(items)} images leaves one of two splits empty; take a share "
+            "between 0 and 1, or write lists"
+        )
+    count = min(max(round(ratio * len(items)), 1), len(items) - 1)
+    kept, held = hold_out(len(items), count, seed)
+    return [items[index] for index in kept], [items[index] for index in held]
 
 
 def distinct_colours(count: int) -> NDArray[np.uint8]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,9 +11,16 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 
 from distill.benchmarks import IGNORE_INDEX, Task, distinct_colours, hold_out
+from distill.benchmarks.published import Layout, comma_separated
 from distill.errors import UserError, nearest
 
 SPLITS = ("train", "val", "test")
+NAMES = comma_separated("airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck")
+LAYOUT = Layout(
+    name="cifar10",
+    tree="cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and batches.meta",
+    source="www.cs.toronto.edu/~kriz/cifar.html (cifar-10-python.tar.gz)",
+)
 
 
 class ImagesInMemory(Dataset[tuple[Tensor, int]]):
@@ -38,49 +44,44 @@ class ImagesInMemory(Dataset[tuple[Tensor, int]]):
         return self.images[index], self.targets[index]
 
 
-class CIFAR10:
-    """CIFAR-10: train and val share its 50,000 training images, test has its 10,000.
+class CIFAR:
+    """CIFAR-10 or CIFAR-100: train and val share its 50,000 training images, test has its 10,000.
 
     Args:
-        root: Folder that holds `cifar-10-batches-py/`.
+        source: torchvision's reader.
+        layout: The files, for error lines.
+        class_names: In the order of the files' numbers.
+        root: The folder that holds them.
         val: Number of training images held out for val.
         split_seed: Chooses them.
     """
 
-    name = "cifar10"
     task: Task = "classification"
-    class_names = (
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    )
-    num_classes = len(class_names)
     ignore_index = IGNORE_INDEX
-    palette = distinct_colours(num_classes)
 
-    def __init__(self, root: str | None, *, val: int = 5_000, split_seed: int = 0) -> None:
-        expected = "give the folder that holds cifar-10-batches-py/ with data.root=FOLDER"
-        if root is None:
-            raise UserError(f"cifar10: no folder given; {expected}")
-        if not Path(root, datasets.CIFAR10.base_folder).is_dir():
-            raise UserError(
-                f"cifar10: there is no {root}/{datasets.CIFAR10.base_folder}; {expected}"
-            )
+    def __init__(
+        self,
+        source: type[datasets.CIFAR10],
+        layout: Layout,
+        class_names: tuple[str, ...],
+        root: str | None,
+        val: int,
+        split_seed: int,
+    ) -> None:
+        with layout.at(root) as base:
+            if not (base / source.base_folder).is_dir():
+                raise UserError(f"there is no {base / source.base_folder}")
         if not 0 <= val < 50_000:
             raise UserError(f"data.options.val: 0 to 49999 of the training images, not {val}")
+        self.source, self.layout, self.class_names = source, layout, class_names
+        self.name, self.num_classes = layout.name, len(class_names)
+        self.palette = distinct_colours(self.num_classes)
         self.root, self.val, self.split_seed = root, val, split_seed
 
     def dataset(self, split: str) -> ImagesInMemory:
         """The images of `train`, `val` or `test`. A UserError on altered files."""
         if split not in SPLITS:
-            raise UserError(f"cifar10 has no split {split!r}; {nearest(split, SPLITS)}")
+            raise UserError(f"{self.name} has no split {split!r}; {nearest(split, SPLITS)}")
         if split == "test":
             source = self._load(train=False)
             return ImagesInMemory(source, range(len(source.targets)), "test")
@@ -95,10 +96,22 @@ class CIFAR10:
     def _load(self, train: bool) -> datasets.CIFAR10:
         # The files are pickles. torchvision compares their MD5 sums with the published ones before
         # it opens any, so that nobody's altered pickle is run.
-        try:
-            return datasets.CIFAR10(self.root, train=train, download=False)
-        except RuntimeError as error:
-            raise UserError(
-                f"cifar10: files in {self.root}/{datasets.CIFAR10.base_folder} are missing or "
-                "altered (MD5); unpack cifar-10-python.tar.gz there again"
-            ) from error
+        with self.layout.at(self.root) as base:
+            try:
+                return self.source(base, train=train, download=False)
+            except RuntimeError as error:
+                raise UserError(
+                    f"files in {base / self.source.base_folder} are missing or altered (MD5); "
+                    f"unpack {self.source.filename} there again"
+                ) from error
+
+
+def cifar10(root: str | None, *, val: int = 5_000, split_seed: int = 0) -> CIFAR:
+    """CIFAR-10.
+
+    Args:
+        root: Folder that holds `cifar-10-batches-py/`.
+        val: Number of training images held out for val.
+        split_seed: Chooses them.
+    """
+    return CIFAR(datasets.CIFAR10, LAYOUT, NAMES, root, val, split_seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,14 +13,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distill.benchmarks import IGNORE_INDEX
 from distill.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
 EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 # What Pillow raises on damaged files, and on those that would fill the memory.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-INDEX_MODES = frozenset({"1", "L", "P", "I;16", "I"})
+DEEP_MODES = frozenset({"I;16", "I;16B", "I"})
+INDEX_MODES = frozenset({"1", "L", "P"}) | DEEP_MODES
+
+Colour = tuple[int, int, int]
+MaskReader = Callable[[Path, tuple[int, int]], Tensor]
+"""Reads the mask of an image of size (H, W) from a file: (H, W) uint8."""
 
 
 def _decode(path: Path) -> Image.Image:
@@ -43,35 +47,96 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
-def read_mask(path: Path, classes: Mapping[int, int], size: tuple[int, int]) -> Tensor:
-    """Read a mask, (H, W) uint8.
+def _decode_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    picture = _decode(path)
+    if picture.size != size[::-1]:
+        raise UserError(
+            f"{path}: mask of {picture.width}x{picture.height} px, its image has "
+            f"{size[1]}x{size[0]}"
+        )
+    return picture
+
+
+def read_mask(path: Path, size: tuple[int, int], classes: Mapping[int, int]) -> Tensor:
+    """Read a mask of numbers, (H, W) uint8.
 
     Args:
-        path: A file of one channel; its values, or palette indices, are looked up in `classes`.
-        classes: From a value in the file to its class, or to `IGNORE_INDEX`.
+        path: A file of one channel, of up to 16 bits; its values, or palette indices, are looked up
+            in `classes`.
         size: (H, W) of the image that the mask belongs to.
+        classes: From a value in the file to its class, or to `IGNORE_INDEX`.
 
     Raises:
         UserError: The file is damaged, has colours, another size, or a value not in `classes`.
     """
-    picture = _decode(path)
+    picture = _decode_mask(path, size)
     if picture.mode not in INDEX_MODES:
         raise UserError(
-            f"{path}: a mask has one channel of class numbers; this file's mode is {picture.mode!r}"
+            f"{path}: a mask has one channel of class numbers; this file's mode is "
+            f"{picture.mode!r} (the benchmark folder reads colours with data.options.palette)"
         )
-    mask: NDArray[np.int64] = np.array(picture).astype(np.int64)
-    if mask.shape != size:
+    mask, stranger = _look_up(np.array(picture).astype(np.int64), classes)
+    if stranger is not None:
+        allowed = _ranges(classes)
+        raise UserError(f"{path}: mask value {stranger} is not a class; allowed: {allowed}")
+    return mask
+
+
+def read_deep(path: Path, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Read a file of one channel of 16 bits, such as a depth, (H, W); its image has that `size`.
+
+    Raises:
+        UserError: The file is damaged, has another size, or fewer bits.
+    """
+    picture = _decode_mask(path, size)
+    if picture.mode not in DEEP_MODES:
         raise UserError(
-            f"{path}: mask of {mask.shape[1]}x{mask.shape[0]} px, its image has {size[1]}x{size[0]}"
+            f"{path}: a depth file has one channel of 16 bits; this file's mode is {picture.mode!r}"
         )
-    values = np.unique(mask)
-    for value in values.tolist():
-        if value not in classes:
-            allowed = ", ".join(map(str, sorted(classes)))
-            raise UserError(f"{path}: mask value {value} is not a class; allowed: {allowed}")
-    of_value = np.full(int(values[-1]) + 1, IGNORE_INDEX, dtype=np.uint8)
-    of_value[values] = [classes[value] for value in values.tolist()]
-    return torch.from_numpy(of_value[mask])
+    return np.array(picture).astype(np.float32)
+
+
+def read_colour_mask(path: Path, size: tuple[int, int], classes: Mapping[Colour, int]) -> Tensor:
+    """Read a mask of colours, (H, W) uint8; `read_mask` says what may be wrong with it.
+
+    Args:
+        path: A file of any mode that has RGB colours, also through a palette.
+        size: (H, W) of the image that the mask belongs to.
+        classes: From a colour to its class, or to `IGNORE_INDEX`.
+    """
+    picture = _decode_mask(path, size)
+    if picture.mode not in EIGHT_BIT_MODES:
+        raise UserError(f"{path}: a colour mask is an 8-bit file; this file's is {picture.mode!r}")
+    rgb = np.array(picture.convert("RGB")).astype(np.int64)
+    packed = rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
+    table = {r << 16 | g << 8 | b: target for (r, g, b), target in classes.items()}
+    mask, stranger = _look_up(packed, table)
+    if stranger is not None:
+        colour = f"{stranger >> 16} {stranger >> 8 & 255} {stranger & 255}"
+        raise UserError(f"{path}: colour {colour} is none of the {len(classes)} in the palette")
+    return mask
+
+
+def _look_up(values: NDArray[np.int64], classes: Mapping[int, int]) -> tuple[Tensor, int | None]:
+    """The class of each value, and the first value that is in no class."""
+    known = np.array(sorted(classes))
+    place = np.searchsorted(known, values).clip(max=len(known) - 1)
+    strangers = values[known[place] != values]
+    of_place = np.array([classes[value] for value in known.tolist()], dtype=np.uint8)
+    return torch.from_numpy(of_place[place]), int(strangers[0]) if strangers.size else None
+
+
+def _ranges(values: Iterable[int]) -> str:
+    """Numbers for people: {0, 1, 2, 3, 255} -> "0 to 3, 255"."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return ", ".join(
+        f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
+    )
 
 
 def image_files(folder: Path) -> dict[str, Path]:
@@ -80,13 +145,24 @@ def image_files(folder: Path) -> dict[str, Path]:
         raise UserError(f"there is no folder {folder}")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
             continue
         if path.stem in files:
             raise UserError(f"{path} and {files[path.stem].name} have one name; keep one of them")
         files[path.stem] = path
     if not files:
         raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def tagged_files(folder: Path, tag: str) -> dict[str, Path]:
+    """The files below a folder whose names end with a tag, by what stands before it.
+
+    A UserError where there are none.
+    """
+    files = {path.name.removesuffix(tag): path for path in sorted(folder.rglob(f"*{tag}"))}
+    if not files:
+        raise UserError(f"there is no {folder}/**/*{tag}")
     return files
 
 
@@ -108,22 +184,37 @@ def read_pairs(names: Path, images: Mapping[str, Path], masks: Mapping[str, Path
     """
     if not names.is_file():
         raise UserError(f"there is no list file {names}; write one image name a line")
-    pairs = []
+    pairs, problems = [], []
     lines = names.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
         stem = next((stem for stem in _possible_stems(line.strip()) if stem in images), None)
         if stem is None:
-            raise UserError(f"{names}, line {number}: no image file is named {line.strip()!r}")
-        if stem not in masks:
-            raise UserError(
+            problems.append(f"{names}, line {number}: no image file is named {line.strip()!r}")
+        elif stem not in masks:
+            problems.append(
                 f"{names}, line {number}: {images[stem].name} has no mask file {stem}.*"
             )
-        pairs.append(Pair(images[stem], masks[stem]))
+        else:
+            pairs.append(Pair(images[stem], masks[stem]))
+    if problems:
+        count = f" ({len(problems)} of {len(problems) + len(pairs)} listed images are incomplete)"
+        raise UserError(problems[0] + count)
     if not pairs:
         raise UserError(f"{names} names no images; write one image name a line")
     return pairs
+
+
+def pair_all(images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[Pair]:
+    """Each image with the mask of its name. A UserError where an image has none."""
+    bare = [name for name in images if name not in masks]
+    if bare:
+        raise UserError(
+            f"{images[bare[0]]} has no mask of its name ({len(bare)} of {len(images)} images "
+            "have none)"
+        )
+    return [Pair(image, masks[name]) for name, image in images.items()]
 
 
 def _possible_stems(line: str) -> list[str]:
@@ -138,11 +229,11 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         pairs: The files.
-        classes: From a mask file's value to its class, or to `IGNORE_INDEX`.
+        read: Reads a mask, such as `read_mask` with its classes.
     """
 
-    def __init__(self, pairs: Sequence[Pair], classes: Mapping[int, int]) -> None:
-        self.pairs, self.classes = pairs, classes
+    def __init__(self, pairs: Sequence[Pair], read: MaskReader) -> None:
+        self.pairs, self.read = pairs, read
         self.names = [pair.image.stem for pair in pairs]
 
     def __len__(self) -> int:
@@ -152,4 +243,24 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         pair = self.pairs[index]
         image = read_image(pair.image)
         height, width = image.shape[1:]
-        return image, read_mask(pair.mask, self.classes, (height, width))
+        return image, self.read(pair.mask, (height, width))
+
+
+class LabelledImages(Dataset[tuple[Tensor, int]]):
+    """Image files of known classes, decoded when asked for. Items: image (3, H, W) uint8, class.
+
+    Args:
+        root: The folder that `names` are relative to.
+        samples: Path, below `root`, and class of each image.
+    """
+
+    def __init__(self, root: Path, samples: Sequence[tuple[str, int]]) -> None:
+        self.paths = [path for path, _ in samples]
+        self.targets = [target for _, target in samples]
+        self.names = [Path(path).relative_to(root).as_posix() for path in self.paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return read_image(Path(self.paths[index])), self.targets[index]

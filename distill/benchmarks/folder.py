@@ -1,23 +1,45 @@
-"""`folder`: your own images and masks, paired by name, with a list file a split."""
+"""`folder`: your own images and masks, paired by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from distill.benchmarks import IGNORE_INDEX, Task, distinct_colours, hold_out
-from distill.benchmarks.files import MaskedImages, Pair, image_files, read_pairs
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.benchmarks import IGNORE_INDEX, Task, distinct_colours, hold_out_share, notice
+from distill.benchmarks.files import (
+    Colour,
+    MaskedImages,
+    MaskReader,
+    Pair,
+    image_files,
+    read_colour_mask,
+    read_mask,
+    read_pairs,
+)
 from distill.benchmarks.images import UnlabelledImages
 from distill.errors import UserError, nearest
 
-SPLITS = ("train", "val", "test")
+LISTS = {"train": "train.txt", "val": "val.txt", "test": "test.txt"}
+UNSCORED = frozenset({"void", "ignore", "unlabelled", "unlabeled"})
 
 
 class Folder:
     """A segmentation benchmark from `root/images/`, `root/masks/` and `root/{train,val,test}.txt`.
 
     Without a val list, a share of the train list is held out; without a test list there is no test
-    split. Images that no list names need no mask: they serve unlabelled.
+    split. Without any list, all images that have a mask are split by `test_ratio` and `val_ratio`.
+    Other images serve unlabelled.
+
+    A mask is a file of one channel of up to 16 bits, or of palette indices, whose values are the
+    classes; with `palette` it is a file of colours. A palette file has a line `R G B name` for each
+    colour (0 to 255; the rest of the line is the name), as CamVid's label_colors.txt: classes come
+    in the order of the lines, lines of one name make one class, and what is named void, ignore or
+    unlabelled is not scored.
 
     Example, the options for Oxford Pets: `classes: [background, pet]`,
     `value_map: {1: 1, 2: 0, 3: 255}`, `masks: annotations/trimaps`,
@@ -27,15 +49,17 @@ class Folder:
         root: The folder.
         classes: Names of the classes, in the order of their numbers.
         num_classes: Their number, where names do not matter.
+        palette: Palette file in `root`; names the classes too.
         value_map: From a value in the mask files to its class, or to 255: ignored. Without it,
             the value is the class.
         ignore_values: More values that are ignored; 255 always is, unless `value_map` has it.
         images: Folder of the images in `root`.
-        masks: Folder of the masks in `root`: one channel, the stem of their image.
+        masks: Folder of the masks in `root`, of the stems of their images.
         train_list: List file in `root`, one image name a line.
         val_list: The same for val; may be missing.
         test_list: The same for test; may be missing.
-        val_ratio: Share of the train list that is held out for val where there is no val list.
+        val_ratio: Share of the train images that is held out for val where there is no val list.
+        test_ratio: Share of all images that is held out for test where there are no lists.
         split_seed: Chooses the held-out images.
     """
 
@@ -49,63 +73,115 @@ class Folder:
         *,
         classes: Sequence[str] | None = None,
         num_classes: int | None = None,
+        palette: str | None = None,
         value_map: Mapping[int, int] | None = None,
         ignore_values: Sequence[int] = (),
         images: str = "images",
         masks: str = "masks",
-        train_list: str = "train.txt",
-        val_list: str = "val.txt",
-        test_list: str = "test.txt",
+        train_list: str = LISTS["train"],
+        val_list: str = LISTS["val"],
+        test_list: str = LISTS["test"],
         val_ratio: float = 0.1,
+        test_ratio: float = 0.2,
         split_seed: int = 0,
     ) -> None:
         if root is None:
             raise UserError(
-                "folder: no folder given; say with data.root=FOLDER where images/, masks/ and "
-                "train.txt are"
+                "folder: no folder given; say with data.root=FOLDER where images/ and masks/ are, "
+                "and train.txt where you have lists"
             )
-        self.class_names = _class_names(classes, num_classes)
-        self.num_classes = len(self.class_names)
-        self.palette = distinct_colours(self.num_classes)
         self.root = Path(root)
-        self._classes = _class_of_value(self.num_classes, value_map, ignore_values)
-
-        image_paths, mask_paths = image_files(self.root / images), image_files(self.root / masks)
-        lists = {"train": train_list, "val": val_list, "test": test_list}
-        self._pairs = {
-            split: read_pairs(self.root / file, image_paths, mask_paths)
-            for split, file in lists.items()
-            if split == "train" or (self.root / file).exists()
-        }
-        listed = {pair.image for pairs in self._pairs.values() for pair in pairs}
-        self._bare = [path for path in image_paths.values() if path not in listed]
-        if "val" not in self._pairs:
-            self._hold_out_val(val_ratio, split_seed)
-
-    def _hold_out_val(self, ratio: float, seed: int) -> None:
-        train = self._pairs["train"]
-        if not 0.0 < ratio < 1.0 or len(train) < 2:
+        if palette is None:
+            labels = _numbered(_class_names(classes, num_classes), value_map, ignore_values)
+        elif classes or num_classes or value_map or ignore_values:
             raise UserError(
-                f"data.options.val_ratio: {ratio} of {len(train)} images leaves no train or no val "
-                "split; take a share between 0 and 1, or write val.txt"
+                "data.options.palette names the classes and the colours that are ignored: leave "
+                "out classes, num_classes, value_map and ignore_values"
             )
-        count = min(max(round(ratio * len(train)), 1), len(train) - 1)
-        kept, held = hold_out(len(train), count, seed)
-        self._pairs["train"] = [train[index] for index in kept]
-        self._pairs["val"] = [train[index] for index in held]
+        else:
+            labels = read_palette(self.root / palette)
+        self.class_names, self.palette, self._read = labels
+        self.num_classes = len(self.class_names)
+
+        lists = {"train": train_list, "val": val_list, "test": test_list}
+        image_paths, mask_paths = image_files(self.root / images), image_files(self.root / masks)
+        if lists == LISTS and not any((self.root / file).exists() for file in lists.values()):
+            pairs = [Pair(image_paths[s], mask_paths[s]) for s in image_paths if s in mask_paths]
+            self._pairs = _split(pairs, val_ratio, test_ratio, split_seed)
+        else:
+            self._pairs = {
+                split: read_pairs(self.root / file, image_paths, mask_paths)
+                for split, file in lists.items()
+                if split == "train" or (self.root / file).exists()
+            }
+        if "val" not in self._pairs:
+            self._pairs["train"], self._pairs["val"] = hold_out_share(
+                self._pairs["train"], val_ratio, split_seed, "data.options.val_ratio"
+            )
+        used = {pair.image for pairs in self._pairs.values() for pair in pairs}
+        self._bare = [path for path in image_paths.values() if path not in used]
 
     def dataset(self, split: str) -> MaskedImages:
         """The pairs of `train`, `val` or, where there is a list for it, `test`."""
-        if split not in SPLITS:
-            raise UserError(f"folder has no split {split!r}; {nearest(split, SPLITS)}")
+        if split not in LISTS:
+            raise UserError(f"folder has no split {split!r}; {nearest(split, LISTS)}")
         if split not in self._pairs:
             raise UserError(f"{self.root} has no test list; write test.txt, or evaluate on val")
-        pairs: list[Pair] = self._pairs[split]
-        return MaskedImages(pairs, self._classes)
+        return MaskedImages(self._pairs[split], self._read)
 
     def unlabelled(self) -> UnlabelledImages | None:
-        """The images that no list names."""
+        """The images that are in no split."""
         return UnlabelledImages(self.root, self._bare) if self._bare else None
+
+
+def _split(
+    pairs: Sequence[Pair], val_ratio: float, test_ratio: float, seed: int
+) -> dict[str, list[Pair]]:
+    """Train, val and test of a folder without lists; one line on stderr says so."""
+    rest, test = hold_out_share(pairs, test_ratio, seed, "data.options.test_ratio")
+    train, val = hold_out_share(rest, val_ratio, seed, "data.options.val_ratio")
+    notice(
+        f"folder: no list files; {len(train)} images are train, {len(val)} val, {len(test)} test "
+        f"by data.options.split_seed={seed}"
+    )
+    return {"train": train, "val": val, "test": test}
+
+
+class Labels(NamedTuple):
+    """The classes: their names, their (classes, 3) colours, and what reads their masks."""
+
+    class_names: tuple[str, ...]
+    palette: NDArray[np.uint8]
+    read: MaskReader
+
+
+def read_palette(path: Path) -> Labels:
+    """Read lines `R G B name`. Raises UserError where there is no such file, or line."""
+    if not path.is_file():
+        raise UserError(f"data.options.palette: there is no file {path}; write 'R G B name' lines")
+    names: dict[Colour, str] = {}
+    for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        *levels, name = line.split(maxsplit=3)
+        if len(levels) != 3 or not all(x.isdecimal() and int(x) < 256 for x in levels):
+            raise UserError(f"{path}, line {place}: not 'R G B name', 0 to 255 each: {line!r}")
+        colour = (int(levels[0]), int(levels[1]), int(levels[2]))
+        if colour in names:
+            raise UserError(f"{path}, line {place}: the colour of {names[colour]!r} again")
+        names[colour] = name.strip()
+    first = {
+        name: colour for colour, name in reversed(names.items()) if name.lower() not in UNSCORED
+    }
+    scored = [name for name in dict.fromkeys(names.values()) if name in first]
+    class_names = _class_names(scored, None)
+    number = {name: number for number, name in enumerate(class_names)}
+    classes = {colour: number.get(name, IGNORE_INDEX) for colour, name in names.items()}
+    return Labels(
+        class_names,
+        np.array([first[name] for name in class_names], dtype=np.uint8),
+        partial(read_colour_mask, classes=classes),
+    )
 
 
 def _class_names(classes: Sequence[str] | None, num_classes: int | None) -> tuple[str, ...]:
@@ -123,16 +199,20 @@ def _class_names(classes: Sequence[str] | None, num_classes: int | None) -> tupl
     return names
 
 
-def _class_of_value(
-    num_classes: int, value_map: Mapping[int, int] | None, ignore_values: Sequence[int]
-) -> dict[int, int]:
-    """The table that `read_mask` looks values up in."""
-    chosen = value_map if value_map is not None else {i: i for i in range(num_classes)}
+def _numbered(
+    class_names: tuple[str, ...],
+    value_map: Mapping[int, int] | None,
+    ignore_values: Sequence[int],
+) -> Labels:
+    """Masks of numbers: those that `value_map` has, by default the classes themselves."""
+    count = len(class_names)
+    chosen = value_map if value_map is not None else {i: i for i in range(count)}
     table = {IGNORE_INDEX: IGNORE_INDEX} | {int(value): int(to) for value, to in chosen.items()}
     for value, target in table.items():
-        if value < 0 or not (0 <= target < num_classes or target == IGNORE_INDEX):
+        if value < 0 or not (0 <= target < count or target == IGNORE_INDEX):
             raise UserError(
                 f"data.options.value_map: {value}: {target} is none of the classes 0 to "
-                f"{num_classes - 1} and not {IGNORE_INDEX} (ignored)"
+                f"{count - 1} and not {IGNORE_INDEX} (ignored)"
             )
-    return table | {int(value): IGNORE_INDEX for value in ignore_values}
+    table |= {int(value): IGNORE_INDEX for value in ignore_values}
+    return Labels(class_names, distinct_colours(count), partial(read_mask, classes=table))

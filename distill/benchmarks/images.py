@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distill.benchmarks import IGNORE_INDEX, Task, distinct_colours
+from distill.benchmarks import IGNORE_INDEX, Task, distinct_colours, notice
 from distill.benchmarks.files import EIGHT_BIT_MODES, IMAGE_SUFFIXES, UNREADABLE, read_image
 from distill.errors import UserError
 
@@ -67,7 +66,7 @@ class UnlabelledImages(Dataset[tuple[Tensor, int]]):
                 "them, or raise data.options.skip"
             )
         for problem in problems.values():
-            print(f"distill: skipped {problem}", file=sys.stderr, flush=True)
+            notice(f"skipped {problem}")
         self._unreadable[list(problems)] = True
 
 

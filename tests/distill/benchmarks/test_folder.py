@@ -89,6 +89,109 @@ def test_missing_train_list_is_named(root: Path) -> None:
         Folder(str(root), num_classes=3)
 
 
+def test_without_lists_the_pairs_are_split_by_ratio_and_seed_and_it_is_said(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "train.txt").unlink()
+    (root / "test.txt").unlink()
+    (root / "masks" / "cell.9.png").unlink()
+
+    def names(seed: int) -> list[list[str]]:
+        folder = Folder(str(root), num_classes=3, test_ratio=0.33, val_ratio=0.5, split_seed=seed)
+        return [folder.dataset(split).names for split in ("train", "val", "test")]
+
+    assert [len(split) for split in names(0)] == [3, 3, 3]
+    assert "no list files; 3 images are train, 3 val, 3 test" in capsys.readouterr().err
+    assert sorted(name for split in names(0) for name in split) == NAMES[:9]
+    assert names(0) == names(0) != names(1)
+    unlabelled = Folder(str(root), num_classes=3).unlabelled()
+    assert unlabelled is not None
+    assert unlabelled.names == ["images/cell.9.png"]
+
+
+def test_a_named_list_is_never_replaced_by_a_ratio(root: Path) -> None:
+    (root / "train.txt").unlink()
+    (root / "test.txt").unlink()
+    with pytest.raises(UserError, match=r"no list file .*mine\.txt"):
+        Folder(str(root), num_classes=3, train_list="mine.txt")
+
+
+def test_palette_files_are_read_as_indices(root: Path) -> None:
+    values = np.repeat(np.array([[0], [1], [2], [255]], dtype=np.uint8), 4, axis=1)
+    picture = Image.fromarray(values)
+    picture.putpalette([7] * 768)  # colours that say nothing
+    picture.save(root / "masks" / "cell.8.png")
+    assert first_column(root, num_classes=3) == [0, 1, 2, 255]
+
+
+def test_sixteen_bit_masks_keep_their_values(root: Path) -> None:
+    values = np.repeat(np.array([[0], [255], [256], [40_000]], dtype=np.uint16), 4, axis=1)
+    Image.fromarray(values).save(root / "masks" / "cell.8.png")
+    options = {"num_classes": 3, "value_map": {0: 0, 256: 1, 40_000: 2}}
+    assert first_column(root, **options) == [0, 255, 1, 2]
+    with pytest.raises(UserError, match="value 256 is not a class; allowed: 0 to 2, 255"):
+        first_column(root, num_classes=3)
+
+
+PALETTE = """# as label_colors.txt
+64 128 64\tAnimal
+0 0 0  Void
+10 20 30 tall grass
+192 0 128 Animal
+"""
+
+
+@pytest.fixture
+def coloured(root: Path) -> Path:
+    colours = np.array([(64, 128, 64), (0, 0, 0), (10, 20, 30), (192, 0, 128)], dtype=np.uint8)
+    for mask in (root / "masks").iterdir():
+        Image.fromarray(np.repeat(colours[:, None], 4, axis=1)).save(mask)
+    (root / "colours.txt").write_text(PALETTE)
+    return root
+
+
+def test_a_palette_file_names_classes_and_colours(coloured: Path) -> None:
+    folder = Folder(str(coloured), palette="colours.txt")
+    assert folder.class_names == ("Animal", "tall grass")
+    assert folder.num_classes == 2
+    assert folder.palette.tolist() == [[64, 128, 64], [10, 20, 30]]
+    assert folder.dataset("test")[0][1][:, 0].tolist() == [0, 255, 1, 0]
+
+
+def test_colours_are_found_through_a_files_own_palette(coloured: Path) -> None:
+    path = coloured / "masks" / "cell.8.png"
+    Image.open(path).quantize(4).save(path)
+    assert Image.open(path).mode == "P"
+    assert first_column(coloured, palette="colours.txt") == [0, 255, 1, 0]
+
+
+def test_a_colour_outside_the_palette_names_file_and_colour(coloured: Path) -> None:
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(coloured / "masks" / "cell.8.png")
+    with pytest.raises(UserError, match=r"cell\.8\.png: colour 1 2 3 is none of the 4"):
+        first_column(coloured, palette="colours.txt")
+
+
+def test_colours_without_a_palette_file_point_to_it(coloured: Path) -> None:
+    with pytest.raises(UserError, match=r"'RGB' \(.*data\.options\.palette"):
+        first_column(coloured, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 2 3 a\n4 5 b\n", "line 2: not 'R G B name'"),
+        ("1 2 256 a\n", "line 1: not 'R G B name'"),
+        ("1 2 3\n", "line 1: not 'R G B name'"),
+        ("1 2 3 a\n1 2 3 b\n", "line 2: the colour of 'a' again"),
+        ("1 2 3 a\n0 0 0 void\n", "2 to 255 classes, not 1"),
+    ],
+)
+def test_a_broken_palette_file_is_named(coloured: Path, text: str, message: str) -> None:
+    (coloured / "colours.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        Folder(str(coloured), palette="colours.txt")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -98,6 +201,8 @@ def test_missing_train_list_is_named(root: Path) -> None:
         ({"classes": ["a", "b"], "num_classes": 3}, "3, but 2 classes"),
         ({"num_classes": 2, "value_map": {7: 2}}, "7: 2 is none of the classes 0 to 1"),
         ({"num_classes": 3, "val_ratio": 1.0}, "val_ratio"),
+        ({"palette": "colours.txt"}, "no file .*colours.txt; write 'R G B name'"),
+        ({"palette": "colours.txt", "num_classes": 3}, "leave out classes, num_classes"),
     ],
 )
 def test_wrong_options_are_refused(root: Path, options: dict[str, Any], message: str) -> None:

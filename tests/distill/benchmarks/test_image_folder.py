@@ -1,0 +1,66 @@
+"""Any images in one folder a class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.benchmarks.image_folder import image_folder
+
+
+def test_the_folders_of_train_are_the_classes_of_all_splits(
+    build: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = build("image_folder")
+    assert benchmark.class_names == ("cat", "dog")
+    assert benchmark.dataset("train").names == ["train/cat/deeper/1.png", "train/dog/deeper/1.png"]
+    assert benchmark.dataset("train").targets == [0, 1]
+    for split in ("val", "test"):
+        assert benchmark.dataset(split).targets == [1]  # though there is no cat
+    assert capsys.readouterr().err == ""
+
+
+def test_names_are_whole_where_the_root_is_the_working_directory(
+    build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("image_folder")
+    monkeypatch.chdir(tmp_path)
+    for root in (".", "./", "train/.."):
+        names = image_folder(root).dataset("val").names
+        assert names == ["val/dog/deeper/1.png"], root
+
+
+def test_a_class_that_train_lacks_is_named(
+    build: Callable[..., Any], refusal: Callable[..., str], tmp_path: Path
+) -> None:
+    build("image_folder")
+    (tmp_path / "val" / "bird").mkdir()
+    assert "val/bird is none of the 2 classes" in refusal("image_folder")
+
+
+def test_hidden_files_and_folders_are_left_out(build: Callable[..., Any], tmp_path: Path) -> None:
+    build("image_folder")
+    (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "train" / "cat" / "._1.png").write_bytes(b"")
+    benchmark = build("image_folder")
+    assert benchmark.num_classes == 2
+    assert len(benchmark.dataset("train")) == 2
+
+
+def test_without_a_test_folder_there_is_no_test_split(
+    build: Callable[..., Any], refusal: Callable[..., str], tmp_path: Path
+) -> None:
+    build("image_folder")
+    (tmp_path / "test").rename(tmp_path / "unused")
+    assert "no split 'test'; choose from train, val" in refusal("image_folder", "test")
+
+
+def test_one_class_is_too_few(
+    build: Callable[..., Any], refusal: Callable[..., str], tmp_path: Path
+) -> None:
+    build("image_folder")
+    (tmp_path / "train" / "cat").rename(tmp_path / "train" / "dog" / "cat")
+    assert "has 1 class folders" in refusal("image_folder")
