@@ -26,10 +26,8 @@ from distill.data import (
 from distill.distiller import Distiller, Match
 from distill.errors import UserError, blame, nearest
 from distill.losses import FeatureLoss
+from distill.policies import build_rewards, reward_layer
 from distill.registry import resolve
-from rl_policy.bins import timestep_bins
-from rl_policy.protocol import TimestepPolicy
-from rl_policy.reward import TeacherTaskReward
 from students.student import Student
 from teachers.protocol import Teacher
 
@@ -52,14 +50,19 @@ def autocast(device: torch.device, precision: Literal["bf16", "no"]) -> torch.au
 
 def build_benchmark(data: DataConfig) -> Benchmark:
     """The benchmark that `data` names."""
-    factory = resolve("benchmarks", data.benchmark, "data.benchmark")
+    benchmark: Benchmark = open_data(data, "benchmarks")
+    return benchmark
+
+
+def open_data(data: DataConfig, table: str) -> Any:
+    """What `data` names in a table of the registry."""
+    factory = resolve(table, data.benchmark, "data.benchmark")
     check_options(data.options, factory, "data.options")
     try:
         with blame("data"):
-            benchmark: Benchmark = factory(data.root, **data.options)
+            return factory(data.root, **data.options)
     except TypeError as error:
         raise UserError(f"data.options: {data.benchmark} with {data.options}: {error}") from error
-    return benchmark
 
 
 def check_options(
@@ -183,11 +186,6 @@ def embedded(path: str) -> str:
     return str(inside) if not Path(path).exists() and inside.exists() else path
 
 
-def reward_layer(config: RunConfig) -> str:
-    """The teacher layer whose feature the reward head reads."""
-    return config.policy.reward_layer or config.pairs[0].teacher
-
-
 def build_student(config: RunConfig, benchmark: Benchmark, size: tuple[int, int]) -> Student:
     """The student for a benchmark's classes; weights from torch's default generator."""
     student = config.student
@@ -215,9 +213,10 @@ def build_distiller(
     config: RunConfig, benchmark: Benchmark, size: tuple[int, int], teacher: Teacher | None
 ) -> Distiller:
     """The trainable module; without a teacher the student alone."""
-    student = build_student(config, benchmark, size)
+    student, policy = build_student(config, benchmark, size), config.policy
+    seen: dict[str, Any] = {"context": policy.context, "image_size": policy.image_size}
     if teacher is None:
-        return Distiller(student, ignore_index=benchmark.ignore_index)
+        return Distiller(student, ignore_index=benchmark.ignore_index, **seen)
     losses = []
     for index, pair in enumerate(config.pairs):
         measure = pair.loss
@@ -237,50 +236,17 @@ def build_distiller(
             )
         except UserError as error:
             raise UserError(f"pairs.{index}: {error}") from error
-    layer = reward_layer(config)
+    reward_head, label_free = build_rewards(config, benchmark, student, teacher)
     return Distiller(
         student,
         matches=[
             Match(in_order(student, pair), pair.teacher, pair.weight) for pair in config.pairs
         ],
         losses=losses,
-        reward_head=TeacherTaskReward(
-            teacher.channels[layer],
-            config.policy.bins,
-            benchmark.num_classes,
-            dense=benchmark.task == "segmentation",
-        ),
-        reward_layer=layer,
-        context=config.policy.context,
+        reward_head=reward_head,
+        label_free=label_free,
+        reward_layer=reward_layer(config),
         feature_weight=config.train.feature_weight,
         ignore_index=benchmark.ignore_index,
+        **seen,
     )
-
-
-def build_policy(
-    config: RunConfig, teacher: Teacher, context_size: int
-) -> tuple[TimestepPolicy, Tensor]:
-    """The policy, and the timesteps (K,) int64 that its bins stand for.
-
-    A teacher of one timestep has one bin, whatever the recipe's `bins` and `spacing` are.
-    """
-    policy, schedule = config.policy, teacher.noise_schedule
-    factory = resolve("policies", policy.name, "policy.name")
-    single = len(schedule) == 1
-    if single and policy.name != "fixed":
-        raise UserError(
-            f"policy.name: {policy.name!r} chooses timesteps, and teacher {teacher.name!r} has "
-            "none; use policy.name=fixed"
-        )
-    with blame("policy"):
-        timesteps = timestep_bins(
-            schedule.log_snr(torch.arange(len(schedule))),
-            count=1 if single else policy.bins,
-            spacing="linear" if single else policy.spacing,
-            lowest=policy.lowest,
-            highest=policy.highest,
-        )
-        built: TimestepPolicy = factory(
-            context_size, len(timesteps), config.train.batch, config.seed, **policy.options
-        )
-    return built, timesteps

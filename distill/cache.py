@@ -106,6 +106,9 @@ class FeatureCache:
         origin: All that decides the features, in readable form.
         chunk: Images that the teacher looks at together.
 
+    Attributes:
+        looked: How many images the teacher has looked at so far, those that filled a chunk too.
+
     Raises:
         UserError: The folder holds other features than these, is damaged, or cannot be made as
             large as planned.
@@ -138,6 +141,7 @@ class FeatureCache:
         self._saved = np.memmap(folder / "marks.bin", np.uint32, "r+")
         self._marks = np.array(self._saved)  # ours may be ahead of what is safe on the disk
         self._unsaved: list[NDArray[np.int64]] = []
+        self.looked = 0
 
     def __str__(self) -> str:
         return f"cache of {self.plan} in {self.folder}, {len(self) / self.plan.rows:.0%} filled"
@@ -233,6 +237,7 @@ class FeatureCache:
             )
         ]
         maps = self.teacher.features(images[padded].contiguous(), timesteps, noise)
+        self.looked += self.chunk
         written = torch.zeros(count, self.plan.row_bytes, dtype=torch.uint8)
         for layer, columns in self.plan.columns.items():
             stored, feature = self.plan.layers[layer], maps[layer][:count]

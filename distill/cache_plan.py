@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from distill.build import TrainingSet
@@ -124,11 +125,12 @@ def open_cache(
     teacher: Teacher,
     timesteps: Tensor,
     plan: Plan,
-    *,
-    chunk: int,
+    accelerator: Accelerator,
 ) -> FeatureCache:
     """An arm's feature cache; see `FeatureCache`. Runs that differ in their seed share it."""
     assert config.teacher.cache is not None
+    batch = (config.train.batch + config.train.unlabelled_batch) // accelerator.num_processes
+    chunk = min(8 if accelerator.device.type == "cpu" else 64, batch)
     examples = np.array(cached_examples(config, data))
     origin = {
         "teacher": teacher.fingerprint,

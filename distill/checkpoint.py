@@ -68,6 +68,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         file.write(text.encode())
 
 
+def sync(path: Path) -> None:
+    """Wait until a file that something else has written is on the disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` only once it is complete and on the disk."""

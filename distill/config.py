@@ -22,12 +22,13 @@ Names = Annotated[
     BeforeValidator(lambda names: [names] if isinstance(names, str) else names),
     Field(min_length=1),
 ]
+Labels = Count | Annotated[str, Field(pattern=r"^(1/[1-9][0-9]*|all)$")]
 Arm = Literal["distilled", "scratch", "random_teacher"]
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     """Which images, at which size, and how many of them carry a label."""
 
@@ -55,7 +56,7 @@ class DataConfig:
     """Further arguments of the benchmark."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TeacherConfig:
     """The frozen diffusion model, and which of its feature maps are taken."""
 
@@ -89,7 +90,7 @@ class TeacherConfig:
     """Further arguments of the teacher."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class StudentConfig:
     """The timm backbone that leaves with the user, and its head."""
 
@@ -107,13 +108,14 @@ class StudentConfig:
     """A finished run or exported student whose backbone weights this run starts from."""
     freeze: bool = False
     """Train the head alone, on a frozen backbone."""
-    head: Literal["fpn", "linear"] = "fpn"
-    """Segmentation head; classification takes timm's own."""
+    head: Literal["fpn", "linear", "upernet", "deeplabv3plus", "segformer"] = "fpn"
+    """Segmentation head; classification takes timm's own. The last three need the extra
+    `segmentation`."""
     head_layers: list[str] = Field(default_factory=list)
     """Feature maps the segmentation head reads; by default all stages."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class PairConfig:
     """One match of a student's map with a teacher's."""
 
@@ -137,15 +139,37 @@ class PairConfig:
     """Further arguments of the loss."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RewardHeadConfig:
+    """The light head whose loss on the labels rewards a choice (`teacher_task`).
+
+    As RepFusion has it: three layers of 256, and none of the three that default to true.
+    """
+
+    conditioned: bool = True
+    """Tell the head the timestep; one that all share stays behind at each of them."""
+    standardised: bool = True
+    """Standardise the feature's channels with a running mean and variance."""
+    beyond_bin: bool = True
+    """Take off what the choice of the timestep alone tells of the label; otherwise the reward is
+    minus the head's loss."""
+    hidden: Count = 64
+    """Width of its hidden layers."""
+    layers: Count = 2
+    """Its linear layers."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class PolicyConfig:
     """Who picks the timestep of every image."""
 
     name: str = "a2c"
     """A name of `distill list policies`, or `module:attribute`."""
     context: Literal["student", "image"] = "student"
-    """What it sees of an image: the student's pooled feature, or the image at 8x8 px, as in the
-    table of `distill probe`."""
+    """What it sees of an image: the student's pooled feature, or the image itself, small."""
+    image_size: Annotated[int, Field(ge=1, le=64)] = 8
+    """Side in px of the image that it sees with `context: image`; 8 as in the table of `distill
+    probe`."""
     bins: Annotated[int, Field(ge=1, le=1000)] = 20
     """Number of timesteps to choose from."""
     spacing: Literal["linear", "log_snr"] = "linear"
@@ -154,13 +178,22 @@ class PolicyConfig:
     """Smallest timestep on offer."""
     highest: Annotated[int, Field(ge=0)] | None = None
     """Largest timestep on offer; by default the schedule's last."""
+    rewards: Annotated[dict[str, Positive], Field(min_length=1)] = Field(
+        default_factory=lambda: {"teacher_task": 1.0}
+    )
+    """What a choice earns: a name of `distill list rewards`, and its weight. `teacher_task`: what
+    the teacher's feature tells of the labels; `student_progress`: by how much the step lowered the
+    student's task loss, two more forward passes of the labelled images; `label_free`: what the
+    feature tells of clusters of images, unlabelled ones too. Several are standardised, each by
+    itself, and summed with these weights."""
     reward_layer: str | None = None
-    """Teacher layer whose feature the reward head reads; by default the first pair's."""
+    """Teacher layer whose feature the rewards read; by default the first pair's."""
+    reward_head: RewardHeadConfig = Field(default_factory=RewardHeadConfig)
     options: Options = Field(default_factory=dict)
     """Further arguments of the policy."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """The loop: schedule, budget, optimiser."""
 
@@ -183,14 +216,17 @@ class TrainConfig:
     of a batch (`rkd`, `infonce`) see a part at a time."""
     feature_weight: NonNegative = 1.0
     """Weight of the feature loss beside the task loss."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with Nesterov momentum 0.9."""
+    optimizer: Literal["adamw", "sgd", "momentum"] = "adamw"
+    """AdamW; `sgd`: SGD with Nesterov momentum 0.9; `momentum`: SGD with plain momentum 0.9."""
     lr: Positive = 1e-3
     """Largest learning rate."""
     weight_decay: NonNegative = 0.05
-    """Weight decay (not on norms and biases)."""
-    lr_schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """How the rate falls after the warm-up; `step`: x 0.1 at one half and at three quarters."""
+    """Weight decay, not on norms and biases."""
+    decay_all: bool = False
+    """Weight decay on norms and biases too."""
+    lr_schedule: Literal["cosine", "step", "poly", "constant"] = "cosine"
+    """How the rate falls after the warm-up; `step`: x 0.1 at one half and at three quarters;
+    `poly`: with the power 0.9 of the share of steps left."""
     warmup: Annotated[int, Field(ge=0)] = 20
     """Steps of linear warm-up."""
     clip: Positive | None = 1.0
@@ -212,9 +248,9 @@ class TrainConfig:
     """Steps between two checkpoints."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluateConfig:
-    """How the trained arms are scored."""
+    """How trained arms are scored; from `window` on, for `distill evaluate` alone."""
 
     split: Literal["train", "val", "test"] = "test"
     """Split of the reported figures."""
@@ -222,9 +258,30 @@ class EvaluateConfig:
     """Only the first n images of it; all by default."""
     batch: Count = 64
     """Images a forward pass."""
+    scales: list[Positive] = Field(default=[1.0], min_length=1)
+    """Images are looked at in each of these sizes, and the class probabilities averaged."""
+    flip: bool = False
+    """And mirrored."""
+    window: HeightWidth | None = None
+    """Images keep their own size and are cut into overlapping windows of this one, each resized to
+    `data.size`; by default the whole image is."""
+    lrs: list[Positive] = Field(default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2], min_length=1)
+    """Learning rates that `linear` tries; the best on val is tested."""
+    steps: Count = 400
+    """Optimiser steps of `linear`."""
+    train_batch: Annotated[int, Field(ge=2)] = 16
+    """Images a step of `linear`."""
+    neighbours: Count = 20
+    """How many vote in `knn`."""
+    temperature: Positive = 0.07
+    """By how much nearer ones count more in `knn`."""
+    labels: list[Labels] = Field(default=[20, 50, "1/16", "1/8", "1/4", "all"], min_length=1)
+    """Labelled training images in `label_efficient`: numbers, shares, or all."""
+    splits: Count = 5
+    """Random choices of them."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
     """One distillation run: `distill train`."""
 
@@ -265,7 +322,7 @@ UNET_SIZES: dict[str, Options] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class UNetConfig:
     """Architecture of a `UNet2DModel`: a size, or every number by itself."""
 
@@ -288,7 +345,7 @@ class UNetConfig:
         return UNET_SIZES[values["size"]] | values
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DiffusionConfig:
     """The forward process, as diffusers' `DDPMScheduler` takes it."""
 
@@ -300,7 +357,7 @@ class DiffusionConfig:
     """What the network predicts."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TeacherTrainConfig:
     """Training a diffusion teacher on unlabelled images: `distill teacher train`."""
 

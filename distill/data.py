@@ -172,7 +172,9 @@ class Augmented(Dataset[Item]):
             # Not torch.manual_seed, which would reseed CUDA's generators as well.
             torch.default_generator.manual_seed(seed)
             image, target = self.augment(image, target)
-        return as_float(image), target.long() if isinstance(target, Tensor) else target
+        if isinstance(target, Tensor) and not target.is_floating_point():
+            target = target.long()  # classes; a depth stays what it is
+        return as_float(image), target
 
 
 class Tagged(Dataset[tuple[Tensor, Tensor | int, Tensor]]):

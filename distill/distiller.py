@@ -9,25 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.lesson import Lesson
 from distill.losses import FeatureLoss, class_shares, task_loss
+from rl_policy.label_free import LabelFreeReward
 from rl_policy.reward import TeacherTaskReward
 from students.student import Student
 
 SMALL = 8
-"""Side in px of the image that a policy may see."""
-
-
-class Lesson(NamedTuple):
-    """What the teacher shows for one batch."""
-
-    bins: Tensor
-    """(B,) int64, the policy's choice."""
-    timesteps: Tensor
-    """(B,) int64, the same as indices of the teacher's schedule."""
-    maps: Mapping[str, Tensor]
-    """Teacher layer -> (B, C, h, w)."""
-    again: Mapping[str, Tensor] | None = None
-    """The same under another draw of the noise, in steps that measure the target-noise floor."""
+"""Side in px of the image that a policy sees in a probe's table, and by default."""
 
 
 class Match(NamedTuple):
@@ -42,14 +31,15 @@ class Match(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Of one step; scalars but the last four."""
+    """Of one step; four scalars, and figures of each image."""
 
     total: Tensor
     task: Tensor
     feature: Tensor
     reward_head: Tensor
-    rewards: Tensor
-    """(labelled,) what the reward head tells of an image's labels (`TeacherTaskReward`)."""
+    """Of all rewards that are trained."""
+    rewards: Mapping[str, Tensor]
+    """By name (`distill list rewards`): of the labelled images, (L,), or of all, (B,)."""
     context: Tensor
     """(B, D) what the policy saw."""
     bins: Tensor
@@ -60,13 +50,13 @@ class Losses(NamedTuple):
 
 def merge(parts: Sequence[Losses]) -> Losses:
     """The losses of a step whose images came in equal parts: means, and the rows of all images,
-    the rewarded ones first."""
+    those that every reward is known of first."""
     if len(parts) == 1:
         return parts[0]
-    rewarded = [len(part.rewards) for part in parts]
+    first = [min(map(len, part.rewards.values()), default=0) for part in parts]
 
     def rows(values: Sequence[Tensor]) -> Tensor:
-        pairs = list(zip(values, rewarded, strict=True))
+        pairs = list(zip(values, first, strict=True))
         return torch.cat([x[:n] for x, n in pairs] + [x[n:] for x, n in pairs])
 
     total, task, feature, reward_head = (
@@ -77,16 +67,16 @@ def merge(parts: Sequence[Losses]) -> Losses:
         task,
         feature,
         reward_head,
-        rows([part.rewards for part in parts]),
+        {name: rows([part.rewards[name] for part in parts]) for name in parts[0].rewards},
         rows([part.context for part in parts]),
         rows([part.bins for part in parts]),
         rows([part.floor.movedim(-1, 0) for part in parts]).movedim(0, -1),
     )
 
 
-def small_image(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) at 8x8 px, (B, 192): a context that needs no network."""
-    return F.adaptive_avg_pool2d(images, SMALL).flatten(1)
+def small_image(images: Tensor, size: int = SMALL) -> Tensor:
+    """Images (B, 3, H, W) at SxS px, (B, 3 S S): a context that needs no network."""
+    return F.adaptive_avg_pool2d(images, size).flatten(1)
 
 
 class Distiller(nn.Module):
@@ -98,9 +88,11 @@ class Distiller(nn.Module):
         student: The student, returning every map that `matches` names.
         matches: The pairs; empty for a student without a teacher.
         losses: One feature loss a pair.
-        reward_head: Light head on the teacher's map `reward_layer`.
+        reward_head: Light head on the teacher's map `reward_layer`, for `teacher_task`.
+        label_free: The same for clusters in place of labels, for `label_free`.
         reward_layer: Which map that is.
-        context: What the policy sees: the student's last map, pooled, or the image at 8x8 px.
+        context: What the policy sees: the student's last map, pooled, or the small image.
+        image_size: Side in px of that image.
         feature_weight: Weight of the feature loss beside the task loss.
         ignore_index: Target value without label.
     """
@@ -112,15 +104,18 @@ class Distiller(nn.Module):
         matches: Sequence[Match] = (),
         losses: Sequence[FeatureLoss] = (),
         reward_head: TeacherTaskReward | None = None,
+        label_free: LabelFreeReward | None = None,
         reward_layer: str = "",
         context: Literal["student", "image"] = "student",
+        image_size: int = SMALL,
         feature_weight: float = 1.0,
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
-        self.student, self.losses, self.reward_head = student, nn.ModuleList(losses), reward_head
+        self.student, self.losses = student, nn.ModuleList(losses)
+        self.reward_head, self.label_free = reward_head, label_free
         self.matches, self.reward_layer = tuple(matches), reward_layer
-        self.context = context
+        self.context, self.image_size = context, image_size
         self.feature_weight, self.ignore_index = feature_weight, ignore_index
 
     def forward(
@@ -144,55 +139,87 @@ class Distiller(nn.Module):
         task = self._task(logits, targets).mean() if task_weight else zero
         if teach is None:
             nothing = images.new_zeros(0)
-            return Losses(task, task, zero, zero, nothing, nothing, nothing, nothing)
-        context = self._context(images, maps)
+            return Losses(task, task, zero, zero, {}, nothing, nothing, nothing)
+        context = self.contexts(images, maps)
         lesson = teach(context)
         feature, floor = zero, []
         for match, loss in zip(self.matches, self.losses, strict=True):
             assert isinstance(loss, FeatureLoss)
             students, target = [maps[name] for name in match.student], lesson.maps[match.teacher]
-            feature = feature + match.weight * loss(students, target, lesson.timesteps).mean()
+            feature = (
+                feature + match.weight * loss(students, target, lesson.choice.timesteps).mean()
+            )
             if lesson.again is not None:
                 floor.append(loss.noise_floor(students[0], target, lesson.again[match.teacher]))
-        assert self.reward_head is not None
-        reward_logits = self.reward_head(
-            lesson.maps[self.reward_layer][:labelled], lesson.bins[:labelled]
-        )
-        reward_losses = self._task(reward_logits, targets)
-        rewards = self._rewards(reward_logits, targets, lesson.bins[:labelled])
-        total = task_weight * task + self.feature_weight * feature + reward_losses.mean()
+        heads, rewards = self._rewards(lesson, maps, targets)
+        total = task_weight * task + self.feature_weight * feature + heads
         return Losses(
             total,
             task.detach(),
             feature.detach(),
-            reward_losses.mean().detach(),
+            heads.detach(),
             rewards,
             context,
-            lesson.bins,
+            lesson.choice.bins,
             torch.stack(floor) if floor else images.new_zeros(0),
         )
+
+    @torch.no_grad()
+    def task_losses(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Of the student as it is, in evaluation mode: arguments as `forward`, (L, ...) -> (L,)."""
+        modes = {module: module.training for module in self.student.modules()}
+        self.student.eval()
+        logits, _ = self.student(images)
+        for module, training in modes.items():
+            module.training = training
+        return self._task(logits, targets)
 
     @property
     def context_size(self) -> int:
         """D, of what the policy sees of an image."""
         if self.context == "image":
-            return 3 * SMALL * SMALL
+            return 3 * self.image_size * self.image_size
         return self.student.channels[self.student.layers[-1]]
 
     @torch.no_grad()
-    def _context(self, images: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
+    def contexts(self, images: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
+        """What the policy sees, (B, D), of images (B, 3, H, W) and the student's maps of them."""
         if self.context == "image":
-            return small_image(images)
-        return maps[self.student.layers[-1]].float().mean(dim=(2, 3))
+            return small_image(images, self.image_size)
+        return self._pooled(maps)
 
     @torch.no_grad()
-    def _rewards(self, logits: Tensor, targets: Tensor, bins: Tensor) -> Tensor:
-        """How much better the teacher's feature tells the labels than the bin alone: (L,)."""
-        assert self.reward_head is not None
-        by_feature, by_bin = self.reward_head.guesses(logits, bins)
+    def _pooled(self, maps: Mapping[str, Tensor]) -> Tensor:
+        """The student's pooled feature, (B, D)."""
+        return maps[self.student.layers[-1]].float().mean(dim=(2, 3))
+
+    def _rewards(
+        self, lesson: Lesson, maps: Mapping[str, Tensor], targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of what the rewards train, and what the choices earned, by reward."""
+        feature, bins = lesson.maps[self.reward_layer], lesson.choice.bins
+        loss, rewards = feature.new_zeros(()), {}
+        if self.reward_head is not None:
+            labelled = len(targets)
+            logits = self.reward_head(feature[:labelled], bins[:labelled])
+            loss = loss + self._task(logits, targets).mean()
+            rewards["teacher_task"] = self._told(self.reward_head, logits, targets, bins[:labelled])
+        if self.label_free is not None:
+            losses, rewards["label_free"] = self.label_free(feature, bins, self._pooled(maps))
+            loss = loss + losses.mean()
+        return loss, rewards
+
+    @torch.no_grad()
+    def _told(
+        self, head: TeacherTaskReward, logits: Tensor, targets: Tensor, bins: Tensor
+    ) -> Tensor:
+        """How well the teacher's feature tells the labels, or better than the bin alone: (L,)."""
+        if not head.beyond_bin:
+            return -self._task(logits, targets)
+        by_feature, by_bin = head.guesses(logits, bins)
         shares = class_shares(targets, logits.shape[1], self.ignore_index)
         if self.training:
-            self.reward_head.count(shares, bins)
+            head.count(shares, bins)
         return -(shares * by_bin).sum(dim=1) - self._task(by_feature, targets)
 
     def _task(self, logits: Tensor, targets: Tensor) -> Tensor:

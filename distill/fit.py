@@ -1,4 +1,4 @@
-"""`train.batch: auto`: the largest batch whose step fits into a GPU's memory."""
+"""What fits: a schedule's numbers together, and into a GPU's memory (`train.batch: auto`)."""
 
 from __future__ import annotations
 
@@ -54,6 +54,40 @@ def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) ->
     largest = parts * largest_batch(lambda size: trial(parts * size), most // parts)
     fitting = torch.tensor(largest, device=device)
     return with_batch(config, int(accelerator.gather(fitting).min()))
+
+
+def check_schedule(config: RunConfig, processes: int) -> None:
+    """Refuse combinations of the training section that have no meaning."""
+    train = config.train
+    if config.evaluate.window is not None:
+        raise UserError(
+            "evaluate.window: a run scores whole images; give it to `distill evaluate` afterwards"
+        )
+    for key, batch in (("batch", train.batch), ("unlabelled_batch", train.unlabelled_batch)):
+        if batch % processes:
+            raise UserError(f"train.{key}: {batch} does not divide over {processes} processes")
+        if batch // processes % train.accumulate:
+            raise UserError(
+                f"train.{key}: {batch // processes} images of a process do not divide into "
+                f"train.accumulate={train.accumulate} parts"
+            )
+    if train.finetune_steps > train.steps:
+        raise UserError(
+            f"train.finetune_steps: {train.finetune_steps} of train.steps {train.steps}"
+        )
+    if train.schedule == "distill_then_finetune" and not 0 < train.finetune_steps < train.steps:
+        raise UserError(
+            "train.finetune_steps: distill_then_finetune needs some of train.steps "
+            f"({train.steps}) for fine-tuning, not {train.finetune_steps}"
+        )
+    # Whether there are steps that see labelled images alone.
+    alone = "scratch" in train.arms or train.finetune_steps > 0 or config.data.unlabelled == 0
+    parts = processes * train.accumulate
+    if train.batch + (0 if alone else train.unlabelled_batch) < 2 * parts:
+        raise UserError(
+            f"train.batch: {train.batch} is too small: batch norm needs two images in every step "
+            "and process" + (" and part" if train.accumulate > 1 else "")
+        )
 
 
 def with_batch(config: RunConfig, batch: int) -> RunConfig:

@@ -9,11 +9,21 @@ import torch
 from torch import Tensor
 
 
+def distinct(pairs: Sequence[str], losses: Sequence[str]) -> list[str]:
+    """A name of its own for every pair of feature maps: where two match the same maps, with the
+    name of its loss, and where that is the same too, with its number."""
+    named = [
+        f"{pair}-{loss.rpartition(':')[2]}" if pairs.count(pair) > 1 else pair
+        for pair, loss in zip(pairs, losses, strict=True)
+    ]
+    return [f"{name}-{i}" if named.count(name) > 1 else name for i, name in enumerate(named)]
+
+
 class NoiseFloor:
     """Means of what `FeatureLoss.noise_floor` measured.
 
     Args:
-        pairs: Name of each pair of feature maps.
+        pairs: Name of each pair of feature maps, see `distinct`.
         bins: K, number of timesteps on offer.
     """
 

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from distill import checkpoint, seeding
 from distill.errors import UserError, blame
+from distill.intervals import interval
 from distill.recipe import apply_override
 from distill.registry import resolve
 from distill.tracking import commit
+from rl_policy.options import create
 from rl_policy.protocol import TimestepPolicy
 from rl_policy.summary import policy_summary
 from rl_policy.table import ReplayTable
@@ -65,12 +66,20 @@ def fit(
     for option in options:
         apply_override(given, option)
     factory = resolve("policies", policy, "--policy")
+    if hasattr(factory, "mix"):
+        raise UserError(
+            f"--policy: {policy} mixes the features of all timesteps, and a table has the rewards "
+            "of one at a time; try it with `distill train`"
+        )
+    timesteps = np.arange(rewards.bins) if rewards.timesteps is None else rewards.timesteps
     training, held_out = halves(rewards)
     began = time.perf_counter()
     fitted = []
     for seed in seeds:
         with blame("--policy"):
-            built = factory(rewards.context_size, rewards.bins, batch, seed, **given)
+            built = create(
+                factory, rewards.context_size, torch.from_numpy(timesteps), batch, seed, given
+            )
         train_policy(built, training, steps=steps, batch=batch, seed=seed)
         fitted.append(built.probabilities(torch.from_numpy(held_out.contexts)))
     figures = {
@@ -134,7 +143,7 @@ def compare(
     earned = [(p.double().numpy() * rewards).sum(axis=1) for p in fitted]
     mine = np.mean(earned, axis=0)
     timesteps = np.arange(held_out.bins) if held_out.timesteps is None else held_out.timesteps
-    headroom = interval(fixed - uniform)
+    headroom = _paired(fixed, uniform)
     gap = headroom["mean"] if headroom["low"] > 0 else None
     by_seed = []
     for reward, probabilities in zip(earned, fitted, strict=True):
@@ -165,18 +174,16 @@ def compare(
         "oracle": float(oracle.mean()),
         "head_room": headroom,
         "mean": {**means, "gap_closed": closed},
-        "policy_over_uniform": interval(mine - uniform),
-        "policy_over_best_fixed": interval(mine - fixed),
+        "policy_over_uniform": _paired(mine, uniform),
+        "policy_over_best_fixed": _paired(mine, fixed),
         "by_seed": by_seed,
     }
 
 
-def interval(differences: NDArray[np.float64]) -> dict[str, float]:
-    """Mean of two or more paired differences (M,), and its 95% confidence interval."""
-    differences = differences.round(6)  # distributions are float32: what is less is no difference
-    mean, count = float(differences.mean()), len(differences)
-    margin = float(stats.t.ppf(0.975, count - 1) * differences.std(ddof=1) / count**0.5)
-    return {"mean": mean, "low": mean - margin, "high": mean + margin}
+def _paired(one: NDArray[np.float64], other: NDArray[np.float64]) -> dict[str, Any]:
+    """The mean difference of two (M,) or more, and how sure it is."""
+    differences = (one - other).round(6)  # distributions are float32: what is less is none
+    return interval(differences.tolist())._asdict()
 
 
 def show(figures: dict[str, Any]) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError, nearest
@@ -36,6 +39,13 @@ TABLES: dict[str, dict[str, str]] = {
         "fixed": "rl_policy.simple:Fixed",
         "uniform": "rl_policy.simple:Uniform",
         "linear_decay": "rl_policy.simple:LinearDecay",
+        "grid": "rl_policy.simple:Grid",
+        "soft_mix": "rl_policy.soft_mix:SoftMix",
+    },
+    "rewards": {
+        "teacher_task": "rl_policy.reward:TeacherTaskReward",
+        "student_progress": "rl_policy.reward:student_progress",
+        "label_free": "rl_policy.label_free:LabelFreeReward",
     },
     "losses": {
         "mse": "distill.measures:mse",
@@ -49,10 +59,28 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "benchmarks": {
         "shapes": "distill.benchmarks.shapes:Shapes",
-        "camvid": "distill.benchmarks.camvid:CamVid",
-        "cifar10": "distill.benchmarks.cifar10:CIFAR10",
+        "camvid": "distill.benchmarks.camvid:camvid",
+        "voc2012": "distill.benchmarks.voc2012:voc2012",
+        "ade20k": "distill.benchmarks.ade20k:ade20k",
+        "cityscapes": "distill.benchmarks.cityscapes:cityscapes",
+        "coco_stuff": "distill.benchmarks.coco_stuff:coco_stuff",
+        "oxford_pets": "distill.benchmarks.oxford_pets:oxford_pets",
+        "celebamask_hq": "distill.benchmarks.celebamask_hq:celebamask_hq",
+        "cifar10": "distill.benchmarks.cifar10:cifar10",
+        "cifar100": "distill.benchmarks.cifar100:cifar100",
+        "tiny_imagenet": "distill.benchmarks.tiny_imagenet:tiny_imagenet",
+        "imagenet": "distill.benchmarks.imagenet:imagenet",
+        "image_folder": "distill.benchmarks.image_folder:image_folder",
         "folder": "distill.benchmarks.folder:Folder",
         "images": "distill.benchmarks.images:Images",
+    },
+    "correspondence": {
+        "shapes": "distill.benchmarks.shapes:Shapes",
+        "spair71k": "distill.benchmarks.spair71k:SPair71k",
+    },
+    "depth": {
+        "shapes": "distill.benchmarks.shapes:Shapes",
+        "nyuv2": "distill.benchmarks.nyuv2:NYUv2",
     },
 }
 
@@ -71,11 +99,47 @@ def resolve(table: str, name: str, key: str) -> Any:
             f"{key}: unknown name {name!r}; {nearest(name, TABLES[table])} (or module:attribute)"
         )
     module, _, attribute = target.partition(":")
-    if ":" in name and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # one's own file, beside the recipe; last, so it hides nothing
+    if ":" in name:
+        _search_here()
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, ValueError) as error:
         raise UserError(f"{key}: {target!r} cannot be imported: {error}") from error
     except AttributeError as error:
         raise UserError(f"{key}: module {module!r} has no {attribute!r}") from error
+
+
+def is_own(name: str, received: Path) -> bool:
+    """Whether `module:attribute` is a file of one's own; nothing is imported to tell.
+
+    Args:
+        name: The module, or the package around it, lies below the working directory, and is not
+            installed there (as in a virtual environment).
+        received: A folder that may be of somebody else: what lies in it, or has it inside, is not
+            one's own.
+    """
+    _search_here()
+    try:
+        spec = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
+    except ValueError:  # an empty name, or a module that knows no place
+        return False
+    if spec is None:
+        return False
+    places = spec.submodule_search_locations or ([spec.origin or ""] if spec.has_location else [])
+    roots = [Path(str(place)).resolve() for place in places]
+    here, theirs = Path.cwd().resolve(), received.resolve()
+    python = Path(sysconfig.get_path("stdlib")).resolve()
+    return bool(roots) and all(
+        root.is_relative_to(here)
+        and not root.is_relative_to(python)
+        and not {"site-packages", "dist-packages"} & set(root.parts)
+        and not root.is_relative_to(theirs)
+        and not theirs.is_relative_to(root)
+        for root in roots
+    )
+
+
+def _search_here() -> None:
+    """Have Python find one's own files beside the recipe: last, so that they hide nothing."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())

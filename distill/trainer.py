@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,17 +16,20 @@ from torch.nn import functional as F
 
 from distill import seeding
 from distill.batch import Batch
-from distill.build import TrainingSet, autocast, build_distiller, build_policy, build_teacher
+from distill.build import TrainingSet, autocast, build_distiller, build_teacher
 from distill.cache import FeatureCache, Plan
 from distill.cache_plan import open_cache, plan_cache
 from distill.clock import Timed, untimed
 from distill.config import Arm, RunConfig
-from distill.distiller import Lesson, Losses, merge
+from distill.distiller import Losses, merge
 from distill.errors import UserError, blame
 from distill.export import load_backbone
-from distill.floor import NoiseFloor
-from distill.late import Copied, Late, not_finite
-from distill.optim import build_optimizer, lr_factor
+from distill.feedback import Feedback
+from distill.floor import NoiseFloor, distinct
+from distill.late import Late, not_finite
+from distill.lesson import Lesson, choose, mixture
+from distill.optim import build_optimizer, freeze_backbone, stage_lr_factor
+from distill.policies import build_policy
 from distill.recipe import to_tree
 from students.student import Student
 
@@ -48,6 +52,11 @@ class Trainer:
             `scratch` (the control without teacher: labels alone, the same batches and budget).
         data: The training images.
         accelerator: Device, autocast and processes.
+
+    Attributes:
+        images: How many images the student has seen, over all processes.
+        looked: How many the teacher has, every draw of the noise, timestep of a mixture and
+            measurement of the floor counted; none where features came from the cache.
     """
 
     def __init__(
@@ -81,17 +90,23 @@ class Trainer:
         if config.student.compile:
             self.student.compile(dynamic=False)
         self.policy, self.timesteps = None, torch.zeros(0, dtype=torch.int64)
+        self.feedback: Feedback | None = None
         if self.teacher is not None:
             self.policy, self.timesteps = build_policy(
-                config, self.teacher, self.distiller.context_size
+                config,
+                self.teacher,
+                self.distiller.context_size,
+                unlabelled=bool(data.unlabelled_indices),
             )
+            self.feedback = Feedback(self.policy, config.policy.rewards, accelerator.gather)
             self.plan = plan_cache(config, data, self.distiller, maps, len(self.timesteps))
-        self.floor = NoiseFloor([str(m) for m in self.distiller.matches], len(self.timesteps))
-        self.step, self.images, self.seconds = 0, 0, 0.0
+        names = [str(match) for match in self.distiller.matches]
+        losses = [pair.loss for pair in config.pairs[: len(names)]]  # `scratch` has no match
+        self.floor = NoiseFloor(distinct(names, losses), len(self.timesteps))
+        self.step, self.images, self.looked, self.seconds = 0, 0, 0, 0.0
         self.clock: Timed = untimed
         self.figures: dict[str, float] = {}
         self._late: Late | None = None
-        self._rewarded: list[Copied] = []
 
     def _prepare_student(self) -> None:
         """Training mode, the weights that the recipe starts from, and what of them is frozen."""
@@ -108,20 +123,10 @@ class Trainer:
         Raises:
             UserError: It holds other features, or there is no room for it.
         """
-        if self.plan is None:
-            return
-        assert self.teacher is not None
-        train, cpu = self.config.train, self.accelerator.device.type == "cpu"
-        batch = (train.batch + train.unlabelled_batch) // self.accelerator.num_processes
-        self.cache = open_cache(
-            self.config,
-            self.arm,
-            self.data,
-            self.teacher,
-            self.timesteps,
-            self.plan,
-            chunk=min(8 if cpu else 64, batch),
-        )
+        if self.plan is not None:
+            assert self.teacher is not None
+            parts = self.config, self.arm, self.data, self.teacher, self.timesteps, self.plan
+            self.cache = open_cache(*parts, self.accelerator)
 
     @property
     def student(self) -> Student:
@@ -152,7 +157,7 @@ class Trainer:
         # For what draws from torch's default generator, such as dropout.
         torch.manual_seed(seeding.derive_seed(self.config.seed, "network", 1 + self.step))
         for group in self.optimizer.param_groups:
-            group["lr"] = train.lr * self._lr_factor()
+            group["lr"] = train.lr * stage_lr_factor(train, self.step, self.teacher is not None)
         batch = Batch(labelled, targets, *([unlabelled, tags] if phase.teach else []))
         parts = [
             self._backward(place, part, phase)
@@ -168,15 +173,15 @@ class Trainer:
             if phase.teach:
                 figures["feature_loss"] = losses.feature
                 figures["reward_head_loss"] = losses.reward_head
-                figures["reward"] = losses.rewards.mean()
             self._late = Late(self.step, **figures, gradient=norm)
             if self._late.arrived:
                 self.settle()
-            self.optimizer.step()
+            with self._progress(batch) if phase.teach else nullcontext():
+                self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
             self.average.update(self.student, step=self.step)
-        if self._rewarded:
+        if phase.teach:
             with self.clock("policy"):
                 self._reward_policy()
         if len(losses.floor):
@@ -186,13 +191,17 @@ class Trainer:
 
     def _backward(self, place: int, batch: Batch, phase: Phase) -> Losses:
         """Gradients of one of the parts that the step's images are cut into."""
-        train = self.config.train
+        train, labelled = self.config.train, len(batch.targets)
         images = batch.images
         if train.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        weights: Tensor | None = None
 
         def teach(context: Tensor) -> Lesson:
-            return self._lesson(place, images, batch, context)
+            nonlocal weights
+            lesson = self._lesson(place, images, batch, context)
+            weights = lesson.choice.weights
+            return lesson
 
         last = place == train.accumulate - 1
         with nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -200,24 +209,18 @@ class Trainer:
                 losses: Losses = self.model(
                     images, batch.targets, teach if phase.teach else None, phase.task_weight
                 )
-            if phase.teach:  # copied while the device computes gradients
-                self._rewarded.append(self._transitions(losses))
+            if self.feedback and phase.teach and weights is None:
+                self.feedback.add(losses, labelled)  # copied while the device computes gradients
             with self.clock("backward"):
                 self.accelerator.backward(losses.total / train.accumulate)
+            if self.feedback and weights is not None:
+                assert weights.grad is not None
+                each = weights.grad * (labelled * train.accumulate)  # of each image's own loss
+                self.feedback.add(losses, labelled, weights.detach(), each)
         return losses
-
-    def _lr_factor(self) -> float:
-        """Share of the largest learning rate; the two stages of the paper each have a schedule."""
-        train = self.config.train
-        first, last = 0, train.steps
-        if train.schedule == "distill_then_finetune" and self.teacher is not None:
-            border = train.steps - train.finetune_steps
-            first, last = (0, border) if self.step < border else (border, train.steps)
-        return lr_factor(train.lr_schedule, self.step - first, last - first, train.warmup)
 
     def _lesson(self, place: int, images: Tensor, batch: Batch, context: Tensor) -> Lesson:
         """Let the policy choose a timestep an image, and the teacher show its features there."""
-        assert self.teacher is not None
         assert self.policy is not None
         seed, device = self.config.seed, images.device
         rank = self.accelerator.process_index * self.config.train.accumulate + place
@@ -225,53 +228,65 @@ class Trainer:
             seen = context.float().cpu()
             if not bool(seen.isfinite().all()):
                 raise not_finite(self.step, "student feature map", REMEDY, f"{self.arm}: ")
-            bins = self.policy.act(
-                seen, seeding.generator(seed, "policy", self.step, rank), self.progress
-            )
-        timesteps = self.timesteps[bins]
+            draws = seeding.generator(seed, "policy", self.step, rank)
+            choice = choose(self.policy, self.timesteps, seen, draws, self.progress)
         # Copied now, while the device is idle; after the teacher the copy would wait for it.
-        chosen, shown = bins.to(device), timesteps.to(device)
-        with self.clock("teacher"):
-            if self.cache is not None:
+        chosen = choice.to(device)
+        labels: tuple[Tensor, ...] = ()
+        if self.config.teacher.labels:
+            labels = (F.pad(batch.targets, (0, len(images) - len(batch.targets)), value=-1),)
+
+        def look(stream: Literal["noise", "floor"]) -> Mapping[str, Tensor]:
+            noise = seeding.generator(seed, stream, self.step, rank, device)
+
+            def at(bins: Tensor) -> Mapping[str, Tensor]:
+                assert self.teacher is not None
+                if self.cache is None:
+                    self._count(len(images))
+                    return self.teacher.features(images, self.timesteps[bins], noise, *labels)
                 assert batch.tags is not None
-                maps, again = self.cache.features(images, batch.tags, bins), None
-            else:
-                labels: tuple[Tensor, ...] = ()
-                if self.config.teacher.labels:
-                    missing = len(images) - len(batch.targets)
-                    labels = (F.pad(batch.targets, (0, missing), value=-1),)
-                noise = seeding.generator(seed, "noise", self.step, rank, device)
-                maps, again = self.teacher.features(images, timesteps, noise, *labels), None
-                if self._measures_floor():
-                    noise = seeding.generator(seed, "floor", self.step, rank, device)
-                    again = self.teacher.features(images, timesteps, noise, *labels)
-        return Lesson(chosen, shown, maps, again)
+                before = self.cache.looked
+                maps = self.cache.features(images, batch.tags, bins)
+                self._count(self.cache.looked - before)
+                return maps
+
+            return at(choice.bins) if chosen.weights is None else mixture(chosen.weights, at)
+
+        with self.clock("teacher"):
+            maps = look("noise")
+            again = look("floor") if self._measures_floor() else None
+        return Lesson(chosen, maps, again)
+
+    def _count(self, images: int) -> None:
+        """Add to `looked` what the teacher has looked at in this process, and so in each."""
+        draws = self.config.teacher.draws if self.config.teacher.input == "average" else 1
+        self.looked += images * draws * self.accelerator.num_processes
 
     def _measures_floor(self) -> bool:
         """Whether this step measures the target-noise floor; without noise there is none."""
         assert self.teacher is not None
         every, clean = self.config.train.floor_every, self.config.teacher.input == "clean"
-        return (
-            every > 0
-            and self.step % every == 0
-            and not clean
-            and self.teacher.noise_schedule.has_noise
-        )
+        noisy = self.cache is None and not clean and self.teacher.noise_schedule.has_noise
+        return noisy and every > 0 and self.step % every == 0
 
-    def _transitions(self, losses: Losses) -> Copied:
-        """Context, choice and reward of the rewarded images of all processes, (N, D + 2)."""
-        rewarded = len(losses.rewards)
-        columns = losses.context[:rewarded], losses.bins[:rewarded, None], losses.rewards[:, None]
-        return Copied(self.accelerator.gather(torch.cat([x.float() for x in columns], dim=1)))
+    def _progress(self, batch: Batch) -> AbstractContextManager[None]:
+        """Around an update: what it does to the task losses of the labelled images, if asked."""
+        train = self.config.train
+
+        def measure() -> list[Tensor]:
+            with self.clock("policy"), autocast(self.accelerator.device, train.precision):
+                parts = batch.cut(train.accumulate)
+                return [self.distiller.task_losses(part.labelled, part.targets) for part in parts]
+
+        assert self.feedback is not None
+        return self.feedback.watching(measure)
 
     def _reward_policy(self) -> None:
-        """Every process learns the same from the rewards of all: their policies stay identical."""
-        assert self.policy is not None
-        rows = torch.cat([copied.read() for copied in self._rewarded])
-        self._rewarded.clear()
-        if not bool(rows.isfinite().all()):
+        """Let the policy learn from what the step's choices earned."""
+        assert self.feedback is not None
+        if not self.feedback.learn(self.progress):
             raise not_finite(self.step - 1, "reward", REMEDY, f"{self.arm}: ")
-        self.policy.learn(rows[:, :-2], rows[:, -2].long(), rows[:, -1], self.progress)
+        self.figures |= self.feedback.figures
 
     @property
     def progress(self) -> float:
@@ -283,33 +298,36 @@ class Trainer:
         if self._late is not None:
             late, self._late = self._late, None
             self.figures = late.read_finite(REMEDY, where=f"{self.arm}: ")
+            if self.feedback and "feature_loss" in self.figures:
+                self.figures |= self.feedback.figures
+
+    @property
+    def _origin(self) -> dict[str, str]:
+        """What a checkpoint must share with the run that goes on from it."""
+        teacher = self.teacher.fingerprint if self.teacher else ""
+        return {"arm": self.arm, "teacher": teacher, "data": self.data.fingerprint}
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs; randomness is a function of seed and step."""
         self.settle()
         return {
             "config": to_tree(self.config),
-            "arm": self.arm,
+            **self._origin,
             "step": self.step,
             "images": self.images,
+            "looked": self.looked,
             "seconds": self.seconds,
             "distiller": self.distiller.state_dict(),
             "average": self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "policy": self.policy.state_dict() if self.policy else {},
+            "rewards": self.feedback.rewards.state_dict() if self.feedback else {},
             "floor": self.floor.state_dict(),
-            "teacher": self.teacher.fingerprint if self.teacher else "",
-            "data": self.data.fingerprint,
         }
 
     def load_state(self, state: dict[str, Any], source: Path) -> None:
         """Go on where `state` was taken. Raises UserError if it is of something else."""
-        teacher = self.teacher.fingerprint if self.teacher else ""
-        for what, mine in (
-            ("arm", self.arm),
-            ("teacher", teacher),
-            ("data", self.data.fingerprint),
-        ):
+        for what, mine in self._origin.items():
             if state.get(what) != mine:
                 raise UserError(f"{source}: the {what} is not the one this run began with")
         try:
@@ -318,19 +336,14 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.policy:
                 self.policy.load_state_dict(state["policy"])
+            if self.feedback:  # one reward alone has no state, and had none in older checkpoints
+                self.feedback.rewards.load_state_dict(state.get("rewards", {}))
             self.floor.load_state_dict(state["floor"])
-            self.step, self.images = state["step"], state["images"]
-            self.seconds = state["seconds"]
+            self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
+            self.looked = state.get("looked", 0)  # older checkpoints have not counted
         except (RuntimeError, ValueError, KeyError) as error:
             line = " ".join(str(error).split())
             raise UserError(
                 f"{source} is of another architecture: {line[:200]}; resume with the recipe that "
                 "the run began with"
             ) from error
-
-
-def freeze_backbone(student: Student) -> None:
-    """Leave only the head to train; batch norms keep their statistics."""
-    student.backbone.requires_grad_(False).eval()
-    if student.head is None:
-        student.backbone.get_classifier().requires_grad_(True)

@@ -1,9 +1,9 @@
 """Choosing timesteps: one choice an image, learned from the reward that the choice earned.
 
-`protocol` says what a policy is; `simple`, `reinforce`, `bandits`, `sb3` and `dqn` hold the
-policies; `reward` the reward head and running scales; `table` recorded rewards, and `environment`
-the same problem as a gymnasium environment, registered here by name alone; `bins` and `summary`
-turn indices into timesteps and distributions into figures. None of them is imported here:
+`protocol` says what a policy is; `simple`, `reinforce`, `bandits`, `sb3`, `dqn` and `soft_mix` hold
+the policies; `reward` and `label_free` what a choice earns; `table` recorded rewards, and
+`environment` the same problem as a gymnasium environment, registered here by name alone; `bins` and
+`summary` turn indices into timesteps and distributions into figures. None of them is imported here:
 stable-baselines3 takes two seconds to load.
 """
 

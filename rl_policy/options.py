@@ -1,10 +1,45 @@
-"""Checks of the options that a recipe gives to a policy: one clear line for what is wrong."""
+"""The options that a recipe gives to a policy: one clear line for what is wrong."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOLD = ("timesteps", "image_size")
+"""Keywords of policies that are no options: what they stand for follows from the run."""
+
+
+def create(
+    policy: Callable[..., Any],
+    context_size: int,
+    timesteps: Tensor,
+    batch: int,
+    seed: int,
+    options: Mapping[str, Any],
+    image_size: int | None = None,
+) -> Any:
+    """A policy, told those of these facts that it has a keyword for.
+
+    `timesteps` (K,) int64 are those of its bins; `image_size` is the side in px of the images that
+    its contexts are, (3, S, S) flattened, or None if they are something else.
+
+    Raises:
+        ValueError: the policy refuses its options.
+        OSError: a file that they name cannot be read.
+    """
+    told = {}
+    for name, fact in zip(TOLD, (timesteps, image_size), strict=True):
+        parameter = inspect.signature(policy).parameters.get(name)
+        if parameter is not None and parameter.kind is parameter.KEYWORD_ONLY:
+            if name in options:
+                raise ValueError(f"{name} is no option: the policy is told it by the run")
+            told[name] = fact
+    return policy(context_size, len(timesteps), batch, seed, **told, **options)
 
 
 def refuse_unknown(policy: type, unknown: Iterable[str]) -> None:
@@ -15,11 +50,22 @@ def refuse_unknown(policy: type, unknown: Iterable[str]) -> None:
     """
     for name in unknown:
         parameters = inspect.signature(policy).parameters.values()
-        choices = [option.name for option in parameters if option.kind is option.KEYWORD_ONLY]
+        keywords = [option.name for option in parameters if option.kind is option.KEYWORD_ONLY]
+        choices = [name for name in keywords if name not in TOLD]
         close = difflib.get_close_matches(name, choices, n=1)
         hint = f"did you mean {close[0]!r}?" if close else ""
         known = f"choose from {', '.join(choices)}" if choices else "it takes none"
         raise ValueError(f"{policy.__name__} has no option {name!r}; {hint or known}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise unless `value` is one of the choices.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_range(

@@ -15,7 +15,9 @@ class TimestepPolicy(Protocol):
     A policy is built as `Policy(context_size, bins, batch, seed, **options)`: contexts have
     `context_size` = D numbers, there are `bins` = K choices, `learn` receives `batch` rewards a
     step (all processes together), and `options` are the recipe's own for this policy. An unknown
-    option, or one out of range, raises ValueError.
+    option, or one out of range, raises ValueError. One that has a keyword `timesteps` is also told
+    what its bins stand for, (K,) int64; one that has a keyword `image_size` the side S in px of the
+    images that contexts are, (3, S, S) in [0, 1] flattened, or None if they are something else.
 
     Given the seed, the generators and the calls, everything a policy does is determined. Several
     processes that each call `learn` with the same gathered transitions therefore stay identical.
@@ -54,3 +56,35 @@ class TimestepPolicy(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where the policy that gave `state` was."""
         ...
+
+
+@runtime_checkable
+class MixingPolicy(Protocol):
+    """A policy that chooses no bin: the target is the mixture of the features at all of them.
+
+    Everything else is as of `TimestepPolicy`. The teacher looks K times at every image. The weights
+    get their gradient through the loss of the reward head on the mixed feature, and from nothing
+    else; that head is not told the bin.
+    """
+
+    def mix(self, context: Tensor, progress: float) -> Tensor:
+        """Weights of the bins: context (B, D) float32 -> (B, K) float32, rows that sum to 1."""
+        ...
+
+    def learn(
+        self, context: Tensor, weights: Tensor, gradients: Tensor, progress: float
+    ) -> dict[str, float]:
+        """Go against the gradients, and return finite figures to log (none is fine).
+
+        context (N, D) and weights (N, K) of the labelled images as in this step's `mix`; gradients
+        (N, K) float32, of each image's loss of the reward head by its weights.
+        """
+        ...
+
+    def probabilities(self, context: Tensor) -> Tensor:
+        """The weights, to be shown: context (B, D) -> (B, K) float32."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

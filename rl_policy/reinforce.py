@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from rl_policy.options import check_range, refuse_unknown
+from rl_policy.options import check_choice, check_range, refuse_unknown
 from rl_policy.reward import RunningScale
 from rl_policy.seeding import seeded_torch
 
@@ -15,16 +17,23 @@ from rl_policy.seeding import seeded_torch
 class Reinforce:
     """Policy gradient with an entropy bonus (RepFusion: Yang and Wang, ICCV 2023).
 
-    Minimises -mean(reward x log p(bin | context)) - weight x mean entropy, one step of Adam each
-    time. Contexts are standardised by a running mean and variance.
+    Minimises -mean(reward x log p(bin | context)) - weight x mean entropy, one step of the
+    optimiser each time.
 
     Args:
-        learning_rate: of Adam.
+        network: "mlp", one hidden layer on contexts standardised by a running mean and variance;
+            "conv", for contexts that are images: three 3x3 convolutions of stride 2, and a linear
+            layer on their average over all positions.
+        hidden: width of the hidden layers.
+        optimizer: "adam", or "sgd" with plain momentum 0.9.
+        learning_rate: at the start.
+        rate_drops: the shares of training after each of which it falls to a tenth.
+        weight_decay: L2 penalty on all weights.
         entropy_weight: at the start; it falls linearly to 0.
         entropy_until: the share of training after which it is 0.
         baseline: standardise the rewards by a running mean and scale, which learns faster, and on
             any scale of rewards; as published they are used as they come.
-        hidden: width of the one hidden layer.
+        image_size: side in px of the images that contexts are, None if they are none.
     """
 
     def __init__(
@@ -34,28 +43,45 @@ class Reinforce:
         batch: int,
         seed: int,
         *,
+        network: str = "mlp",
+        hidden: int = 64,
+        optimizer: str = "adam",
         learning_rate: float = 1e-3,
+        rate_drops: Sequence[float] = (),
+        weight_decay: float = 0.0,
         entropy_weight: float = 0.1,
         entropy_until: float = 0.5,
         baseline: bool = True,
-        hidden: int = 64,
+        image_size: int | None = None,
         **unknown: Any,
     ) -> None:
         refuse_unknown(type(self), unknown)
+        check_choice("network", network, ("mlp", "conv"))
+        check_range("hidden", hidden, least=1, whole=True)
+        check_choice("optimizer", optimizer, ("adam", "sgd"))
         check_range("learning_rate", learning_rate, above=0)
+        _check_drops(rate_drops)
+        check_range("weight_decay", weight_decay, least=0)
         check_range("entropy_weight", entropy_weight, least=0)
         check_range("entropy_until", entropy_until, above=0, most=1)
-        check_range("hidden", hidden, least=1, whole=True)
+        self.learning_rate, self.rate_drops = learning_rate, tuple(rate_drops)
         self.entropy_weight, self.entropy_until = entropy_weight, entropy_until
-        self.context_scale = RunningScale(context_size)
+        self.context_scale = RunningScale(context_size) if network == "mlp" else None
         self.reward_scale = RunningScale() if baseline else None
         with seeded_torch(seed):
             last = nn.Linear(hidden, bins)
-            self.network = nn.Sequential(nn.Linear(context_size, hidden), nn.ReLU(), last)
+            if network == "mlp":
+                layers = [nn.Linear(context_size, hidden), nn.ReLU()]
+            else:
+                layers = convolutions(image_size, hidden)
+            self.network = nn.Sequential(*layers, last)
         # Every bin alike until there are rewards
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
+        make = torch.optim.Adam if optimizer == "adam" else partial(torch.optim.SGD, momentum=0.9)
+        self.optimizer: torch.optim.Optimizer = make(
+            self.network.parameters(), lr=learning_rate, weight_decay=weight_decay
+        )
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
         probabilities = self.probabilities(context)
@@ -67,22 +93,31 @@ class Reinforce:
         if self.reward_scale is not None:
             self.reward_scale.update(rewards)
             rewards = self.reward_scale(rewards)
-        log_probabilities = self.network(self.context_scale(context)).log_softmax(dim=-1)
+        log_probabilities = self._logits(context).log_softmax(dim=-1)
         chosen = log_probabilities.gather(1, bins[:, None]).squeeze(1)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean()
         weight = self.entropy_weight * max(0.0, 1 - progress / self.entropy_until)
         policy_loss = -(rewards * chosen).mean()
+        drops = sum(progress > share for share in self.rate_drops)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * 0.1**drops
         self.optimizer.zero_grad()
-        (policy_loss - weight * entropy).backward()
+        torch.autograd.backward(policy_loss - weight * entropy)
         self.optimizer.step()
         # After the step: it must see the contexts on the scale on which `act` saw them
-        self.context_scale.update(context)
+        if self.context_scale is not None:
+            self.context_scale.update(context)
         return {"policy_loss": policy_loss.item(), "entropy_weight": weight}
 
     @torch.no_grad()
     def probabilities(self, context: Tensor) -> Tensor:
-        logits: Tensor = self.network(self.context_scale(context))
-        return logits.softmax(dim=-1)
+        return self._logits(context).softmax(dim=-1)
+
+    def _logits(self, context: Tensor) -> Tensor:
+        # Images lie in [0, 1], and need no running figures
+        scaled = 2 * context - 1 if self.context_scale is None else self.context_scale(context)
+        logits: Tensor = self.network(scaled)
+        return logits
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts().items()}
@@ -92,9 +127,31 @@ class Reinforce:
             part.load_state_dict(state[name])
 
     def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
-        parts: dict[str, nn.Module | torch.optim.Optimizer] = {
+        parts: dict[str, nn.Module | torch.optim.Optimizer | None] = {
             "network": self.network,
             "optimizer": self.optimizer,
             "context_scale": self.context_scale,
+            "reward_scale": self.reward_scale,
         }
-        return parts | ({"reward_scale": self.reward_scale} if self.reward_scale else {})
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def convolutions(image_size: int | None, width: int) -> list[nn.Module]:
+    """Flattened images (B, 3 S S) -> (B, width), for S of 1 px or more.
+
+    Raises:
+        ValueError: contexts are no images.
+    """
+    if image_size is None:
+        raise ValueError("network=conv reads images; it needs policy.context=image")
+    layers: list[nn.Module] = [nn.Unflatten(1, (3, image_size, image_size))]
+    for channels in (3, width, width):
+        layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.ReLU()]
+    return [*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+
+
+def _check_drops(shares: Sequence[float]) -> None:
+    if not isinstance(shares, list | tuple):
+        raise ValueError(f"rate_drops must be a list of shares of training, got {shares!r}")
+    for share in shares:
+        check_range("rate_drops", share, above=0, most=1)

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
 from rl_policy.options import check_range, refuse_unknown
+from rl_policy.table import ReplayTable
 
 
 class Fixed:
@@ -41,6 +42,45 @@ class Fixed:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+
+class Grid(Fixed):
+    """The best timestep of a probe for every image: that of the bin nearest to it.
+
+    Args:
+        table: the file of recorded rewards, which `ReplayTable.read` reads; the best timestep is
+            that of the largest mean reward.
+        timesteps: (K,) int64, what the bins stand for.
+    """
+
+    def __init__(
+        self,
+        context_size: int,
+        bins: int,
+        batch: int,
+        seed: int,
+        *,
+        timesteps: Tensor,
+        table: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        refuse_unknown(type(self), unknown)
+        if not isinstance(table, str):
+            raise ValueError(
+                "Grid needs the recorded rewards of a probe: table=FOLDER/table.safetensors, as "
+                "`distill probe` writes it"
+            )
+        recorded = ReplayTable.read(table)
+        assert recorded.timesteps is not None
+        best = int(recorded.timesteps[recorded.rewards.mean(axis=0, dtype="float64").argmax()])
+        nearest = int((timesteps - best).abs().argmin())
+        super().__init__(context_size, bins, batch, seed, bin=nearest)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bin": self.bin}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bin = state["bin"]
 
 
 class Uniform:

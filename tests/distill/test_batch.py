@@ -42,7 +42,7 @@ def losses(first: int, total: float, floor: bool) -> Losses:
     rows = torch.tensor([first, first + 1])
     return Losses(
         *torch.full((4,), total),
-        rewards=rows[:1].float(),
+        rewards={"teacher_task": rows[:1].float(), "label_free": 10 * rows.float()},
         context=rows[:, None].float(),
         bins=rows,
         floor=torch.stack([rows, 10 * rows]).float() if floor else torch.zeros(0),
@@ -52,7 +52,8 @@ def losses(first: int, total: float, floor: bool) -> Losses:
 def test_merged_losses_are_means_and_the_rewarded_rows_come_first() -> None:
     merged = merge([losses(0, 1.0, True), losses(2, 3.0, True)])
     assert [x.item() for x in merged[:4]] == [2.0] * 4
-    assert merged.rewards.tolist() == [0, 2]
+    assert merged.rewards["teacher_task"].tolist() == [0, 2]
+    assert merged.rewards["label_free"].tolist() == [0, 20, 10, 30]
     assert merged.bins.tolist() == [0, 2, 1, 3]
     assert merged.context.tolist() == [[0], [2], [1], [3]]
     assert merged.floor.tolist() == [[0, 2, 1, 3], [0, 20, 10, 30]]

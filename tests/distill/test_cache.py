@@ -62,7 +62,8 @@ def losses(trainer: Trainer) -> list[tuple[float, ...]]:
     stream = batches(trainer)
     for _ in range(trainer.config.train.steps):
         step = trainer.train_step(*next(stream))
-        scalars = (step.task, step.feature, step.reward_head, *step.rewards)
+        rewards = step.rewards["teacher_task"]
+        scalars = (step.task, step.feature, step.reward_head, *rewards)
         found.append(tuple(x.item() for x in scalars))
     return found
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill.build import build_accelerator, build_training_set
 from distill.config import RunConfig
+from distill.errors import UserError
 from distill.train import batches
 from distill.trainer import Trainer
 
@@ -87,8 +88,9 @@ def test_unlabelled_images_contribute_the_feature_loss_only(load: Load) -> None:
     assert first.task == pytest.approx(alone.task.item(), abs=1e-6)
     assert first.task == pytest.approx(second.task.item(), abs=1e-6)
     assert first.feature != pytest.approx(second.feature.item(), rel=1e-3)
-    assert torch.allclose(first.rewards, second.rewards)
-    assert (len(first.rewards), len(first.bins), len(alone.bins)) == (4, 8, 4)
+    rewards = first.rewards["teacher_task"]
+    assert torch.allclose(rewards, second.rewards["teacher_task"])
+    assert (len(rewards), len(first.bins), len(alone.bins)) == (4, 8, 4)
 
 
 def test_unlabelled_examples_come_without_label(load: Load) -> None:
@@ -108,7 +110,7 @@ def test_the_policy_learns_from_the_labelled_images(
     context, bins, rewards = learned[0]
     assert torch.equal(context, losses.context[:4])
     assert torch.equal(bins, losses.bins[:4])
-    assert torch.equal(rewards, losses.rewards)
+    assert torch.equal(rewards, losses.rewards["teacher_task"])
     assert not torch.equal(losses.context[:4], losses.context[4:])
 
 
@@ -145,7 +147,7 @@ def test_rewards_are_what_the_head_tells_beyond_the_classes_of_the_bin(load: Loa
     # is about as wise, and a tenth of the same is mixed in
     classes = trainer.data.benchmark.num_classes
     gain = math.log(classes) - losses.reward_head.item()
-    assert losses.rewards.mean().item() == pytest.approx(gain, abs=0.05)
+    assert losses.rewards["teacher_task"].mean().item() == pytest.approx(gain, abs=0.05)
     # The labelled images, each with a share for every class
     assert head.seen.sum().item() == pytest.approx(4)
     assert (head.seen.sum(dim=1) > 0).tolist() == [
@@ -162,3 +164,29 @@ def test_the_policy_may_see_the_small_image_in_place_of_the_student(load: Load) 
     patches = images.unfold(2, 4, 4).unfold(3, 4, 4).mean(dim=(-2, -1))  # 8x8 of 32 px
     torch.testing.assert_close(losses.context, patches.flatten(1))
     assert not losses.context.requires_grad
+
+
+def test_the_policy_may_see_the_whole_image_through_convolutions(load: Load) -> None:
+    options = "policy.options={network: conv}"
+    image = ("policy.context=image", "policy.image_size=32")
+    trainer = build(load("policy.name=reinforce", options, *image))
+    labelled, targets, *_ = next(batches(trainer))
+    losses = trainer.train_step(labelled, targets)
+    torch.testing.assert_close(losses.context, labelled.flatten(1))
+    with pytest.raises(UserError, match=r"^policy: network=conv reads images; .*context=image$"):
+        build(load("policy.name=reinforce", options))
+
+
+def test_the_reward_may_be_minus_the_loss_of_the_head(load: Load) -> None:
+    plain = "{conditioned: false, standardised: false, beyond_bin: false, hidden: 24, layers: 3}"
+    trainer = build(load(f"policy.reward_head={plain}"))
+    head = trainer.distiller.reward_head
+    assert head is not None
+    widths = [tuple(weight.shape) for weight in head.parameters() if weight.ndim == 2]
+    assert widths == [(24, 16), (24, 24), (trainer.data.benchmark.num_classes, 24)]
+    losses = steps(trainer)[0]
+    rewards = losses.rewards["teacher_task"]
+    assert len(rewards) == 4
+    assert rewards.mean().item() == pytest.approx(-losses.reward_head.item(), rel=1e-6)
+    assert not rewards.requires_grad
+    assert head.seen.sum() == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.floor import NoiseFloor
+from distill.floor import NoiseFloor, distinct
 from distill.losses import FeatureLoss
 from distill.tracking import read_metrics
 
@@ -17,6 +17,12 @@ def draws(images: int, spread: float, seed: int) -> torch.Tensor:
     """Maps of one and the same signal 0 with noise of a known standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     return spread * torch.randn(images, 3, 8, 8, generator=generator)
+
+
+def test_pairs_that_match_the_same_maps_have_names_of_their_own() -> None:
+    assert distinct(["a-x", "b-x", "b-x"], ["mse"] * 3) == ["a-x", "b-x-mse-1", "b-x-mse-2"]
+    assert distinct(["b-x", "b-x"], ["mse", "mine:power"]) == ["b-x-mse", "b-x-power"]
+    assert distinct([], []) == []
 
 
 def test_floor_is_the_variance_over_draws() -> None:

@@ -142,6 +142,22 @@ def test_a_policy_that_misses_what_there_is_or_is_worse_than_uniform_is_told(
     assert "the policy has not found it, and is worse than uniform: -0.0" in worse
 
 
+def test_grid_is_the_best_timestep_of_another_table(
+    fit: Fit, planted: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.safetensors"
+    table = ReplayTable(
+        contexts=noise(2, 1),
+        rewards=np.array([[0, 1], [0, 1]], np.float32),
+        timesteps=np.array([0, 660]),  # 650 is the nearest
+    )
+    table.write(other)
+    short = ["--steps", "1", "--batch", "4"]
+    figures = fit(planted, "--policy", "grid", f"table={other}", *short)
+    assert figures["by_seed"][0]["probabilities"][RIGHT] == 1
+    assert figures["mean"]["gap_closed"] == pytest.approx(1, abs=0.1)
+
+
 def test_seeds_are_trainings_of_their_own_and_repeat(fit: Fit, planted: Path) -> None:
     short = ["--steps", "40", "--policy", "thompson", "discount=0.9"]
     both, again = (fit(planted, *short, "--seed", "0", "1") for _ in range(2))
@@ -161,6 +177,15 @@ def test_what_is_wrong_is_one_line(refuse: Refuse, planted: Path, tmp_path: Path
         (["--table", tiny], "has 3 images; it takes 4 to have halves"),
         (["--table", planted, "--policy", "a2"], "--policy: unknown name 'a2'; did you mean 'a2c'"),
         (["--table", planted, "rate=2"], "--policy: A2CPolicy has no option 'rate'"),
+        (
+            ["--table", planted, "--policy", "soft_mix"],
+            "--policy: soft_mix mixes the features of all timesteps",
+        ),
+        (["--table", planted, "--policy", "grid"], "--policy: Grid needs the recorded rewards"),
+        (
+            ["--table", planted, "--policy", "grid", f"table={tmp_path / 'no'}"],
+            "--policy: No such file",
+        ),
         (["--table", planted, "--steps", "0"], "--steps and --batch: at least 1, not 0 and 64"),
         (["--table", planted, "--seed", "x"], "argument --seed: invalid int value: 'x'"),
         ([], "the following arguments are required: --table"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from distill.cli import main
@@ -41,18 +42,79 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_two_processes_train_one_student(recipe: Path, tmp_path: Path) -> None:
-    (tmp_path / "rank.py").write_text(RANK)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    changes = ["train.arms=[distilled]", "train.evaluate_every=2", "train.lr=0.01"]
+POLICIES = """
+import sys
+import torch
+from distill.build import build_accelerator, build_training_set
+from distill.config import RunConfig
+from distill.recipe import load_config
+from distill.train import batches
+from distill.trainer import Trainer
+
+ALL = "policy.rewards={teacher_task: 1, student_progress: 1, label_free: 1}"
+CASES = {
+    "a2c": [],
+    "ppo": ["policy.options={steps: 2}"],
+    "dqn": [],
+    "reinforce": [],
+    "thompson": [],
+    "ucb": [],
+    "soft_mix": ["policy.bins=3"],
+    "a2c of all rewards": ["policy.name=a2c", ALL, "train.accumulate=2", "train.batch=8"],
+}
+accelerator, kept = build_accelerator("cpu"), {}
+for name, changes in CASES.items():
+    changes = [f"policy.name={name}", "train.steps=2", "train.floor_every=0", *changes]
+    config = load_config(RunConfig, sys.argv[1], changes)
+    trainer = Trainer(config, "distilled", build_training_set(config.data), accelerator)
+    learned, learn = [], trainer.policy.learn
+    trainer.policy.learn = lambda *given: learned.append(given) or learn(*given)
+    for batch in batches(trainer):
+        trainer.train_step(*batch)
+    state = trainer.state()
+    kept[name] = {"policy": state["policy"], "rewards": state["rewards"], "learned": learned}
+    kept[name]["parameters"] = [x.detach() for x in trainer.distiller.parameters()]
+    if trainer.distiller.label_free is not None:
+        buffers = dict(trainer.distiller.label_free.named_buffers())
+        names = ("counts", "queue", "prototypes", "potentials")
+        kept[name]["clusters"] = {of: buffers[of] for of in names}
+    accelerator.free_memory()
+torch.save(kept, f"rank{accelerator.process_index}.pt")
+"""
+
+
+def launch(tmp_path: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes, in `tmp_path`."""
+    (tmp_path / "rank.py").write_text(script)
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ended = subprocess.run(
-        [*launch, "rank.py", "train", str(recipe), *changes],
+        [*runner, "rank.py", *arguments],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert ended.returncode == 0, ended.stderr
+    return ended
+
+
+def test_two_processes_hold_one_policy_of_every_kind(recipe: Path, tmp_path: Path) -> None:
+    launch(tmp_path, POLICIES, str(recipe))
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(first) == 8
+    for name, kept in first.items():
+        torch.testing.assert_close(kept, second[name], rtol=0, atol=0, msg=lambda m, n=name: n + m)
+        # Two steps, each with the four labelled images of both processes, or with all twelve
+        count = 12 if "clusters" in kept else 4
+        assert [len(given[0]) for given in kept["learned"]] == [count, count]
+    # Four parts of six images of both processes, each part counting for 0.99 of the next
+    counts = first["a2c of all rewards"]["clusters"]["counts"]
+    assert counts.sum().item() == pytest.approx(6 * (1 + 0.99 + 0.99**2 + 0.99**3))
+
+
+def test_two_processes_train_one_student(recipe: Path, tmp_path: Path) -> None:
+    changes = ["train.arms=[distilled]", "train.evaluate_every=2", "train.lr=0.01"]
+    ended = launch(tmp_path, RANK, "train", str(recipe), *changes)
     assert ended.stdout.count("mIoU distilled") == 1
     assert ended.stderr.count("distilled 5/5") == 1
     trained, scored = (

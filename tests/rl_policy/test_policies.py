@@ -4,6 +4,8 @@ import copy
 import io
 import random
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,39 +15,84 @@ from torch import Generator, Tensor
 
 from rl_policy.bandits import UCB, Thompson
 from rl_policy.dqn import DQNPolicy
-from rl_policy.protocol import TimestepPolicy
+from rl_policy.options import create
+from rl_policy.protocol import MixingPolicy, TimestepPolicy
 from rl_policy.reinforce import Reinforce
 from rl_policy.sb3 import A2CPolicy, PPOPolicy
-from rl_policy.simple import Fixed, LinearDecay, Uniform
+from rl_policy.simple import Fixed, Grid, LinearDecay, Uniform
+from rl_policy.soft_mix import SoftMix
+from rl_policy.table import ReplayTable
 
-Build = Callable[..., TimestepPolicy]
-CONTEXT, BINS, BATCH = 6, 5, 4
+Build = Callable[..., Any]
+CONTEXT, BINS, BATCH = 12, 5, 4  # contexts may be images of 2 px
+PUBLISHED: dict[str, Any] = {
+    "network": "conv",
+    "image_size": 2,
+    "optimizer": "sgd",
+    "rate_drops": [0.5],
+    "baseline": False,
+}
 
 POLICIES: dict[str, Build] = {
     "fixed": Fixed,
     "uniform": Uniform,
     "linear_decay": LinearDecay,
     "reinforce": Reinforce,
+    "reinforce_published": partial(Reinforce, **PUBLISHED),
     "a2c": A2CPolicy,
     "ppo": PPOPolicy,
     "dqn": DQNPolicy,
     "thompson": Thompson,
     "ucb": UCB,
+    "grid": Grid,
+    "soft_mix": SoftMix,
 }
 LEARNING = ("reinforce", "a2c", "ppo", "dqn")
+TIMESTEPS = 100 * torch.arange(BINS)
+
+
+def write_table(path: Path, best: int) -> str:
+    """A table of four timesteps, of which `best` earns most on average."""
+    rewards = np.array([[0, 1, 4, 0], [0, 2, 0, 0]], np.float32)
+    timesteps = np.array([0, 20, best, 499])
+    ReplayTable(
+        contexts=np.zeros((2, CONTEXT), np.float32), rewards=rewards, timesteps=timesteps
+    ).write(path)
+    return str(path)
+
+
+def builder(name: str, folder: Path) -> Build:
+    """The policy without further options."""
+    build: Any = POLICIES[name]
+    if name == "grid":
+        build = partial(Grid, timesteps=TIMESTEPS, table=write_table(folder / "table", 320))
+    if isinstance(build, partial):
+        build.__name__ = build.func.__name__  # type: ignore[attr-defined]
+    return build  # type: ignore[no-any-return]
 
 
 @pytest.fixture(params=POLICIES)
-def build(request: pytest.FixtureRequest) -> Build:
-    return POLICIES[request.param]
+def build(request: pytest.FixtureRequest, tmp_path: Path) -> Build:
+    return builder(request.param, tmp_path)
 
 
-def play(policy: TimestepPolicy, steps: range, of: int = 40) -> list[Tensor]:
+@pytest.fixture(params=[name for name in POLICIES if name != "soft_mix"])
+def choosing(request: pytest.FixtureRequest, tmp_path: Path) -> Build:
+    return builder(request.param, tmp_path)
+
+
+def play(policy: Any, steps: range, of: int = 40) -> list[Tensor]:
     """Distributions and choices of these steps, each with contexts and rewards of its own."""
     seen = []
     for step in steps:
         generator = Generator().manual_seed(step)
         context = 3 * torch.randn(BATCH, CONTEXT, generator=generator) + 5
+        if isinstance(policy, MixingPolicy):
+            weights = policy.mix(context, step / of)
+            gradients = torch.randn(BATCH, BINS, generator=generator)
+            policy.learn(context, weights, gradients, step / of)
+            seen += [weights, policy.probabilities(context)]
+            continue
         bins = policy.act(context, generator, step / of)
         rewards = bins.float() - 2 * torch.rand(BATCH, generator=generator)
         policy.learn(context, bins, rewards, step / of)
@@ -53,8 +100,9 @@ def play(policy: TimestepPolicy, steps: range, of: int = 40) -> list[Tensor]:
     return seen
 
 
-def test_policy_fits_the_protocol_and_its_shapes(build: Build) -> None:
-    policy = build(CONTEXT, BINS, BATCH, 0)
+def test_policy_fits_the_protocol_and_its_shapes(choosing: Build) -> None:
+    policy = choosing(CONTEXT, BINS, BATCH, 0)
+    assert not isinstance(policy, MixingPolicy)
     assert isinstance(policy, TimestepPolicy)
     context = torch.randn(BATCH, CONTEXT)
     bins = policy.act(context, Generator().manual_seed(0), 0.0)
@@ -68,8 +116,8 @@ def test_policy_fits_the_protocol_and_its_shapes(build: Build) -> None:
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(BATCH))
 
 
-def test_policy_draws_from_its_probabilities_for_any_number_of_images(build: Build) -> None:
-    policy = build(CONTEXT, BINS, BATCH, 0)
+def test_policy_draws_from_its_probabilities_for_any_number_of_images(choosing: Build) -> None:
+    policy = choosing(CONTEXT, BINS, BATCH, 0)
     play(policy, range(20))
     generator = Generator().manual_seed(1)
     context = torch.randn(1, CONTEXT, generator=generator).expand(20_000, -1)
@@ -141,6 +189,50 @@ def test_fixed_keeps_to_its_bin() -> None:
         Fixed(CONTEXT, BINS, BATCH, 0, bin=5)
 
 
+@pytest.mark.parametrize(("best", "bin"), [(320, 3), (0, 0), (999, 4), (149, 1), (151, 2)])
+def test_grid_keeps_to_the_bin_nearest_to_the_best_timestep_of_a_table(
+    tmp_path: Path, best: int, bin: int
+) -> None:
+    options = {"table": write_table(tmp_path / "table", best)}
+    policy = create(Grid, CONTEXT, TIMESTEPS, BATCH, 0, options)
+    assert policy.act(torch.zeros(2, CONTEXT), Generator(), 0.0).tolist() == [bin, bin]
+    # A table that has changed since does not change a run that goes on
+    other = create(
+        Grid, CONTEXT, TIMESTEPS, BATCH, 0, {"table": write_table(tmp_path / "table", 9)}
+    )
+    other.load_state_dict(policy.state_dict())
+    assert other.act(torch.zeros(1, CONTEXT), Generator(), 0.0).tolist() == [bin]
+
+
+def test_grid_without_a_usable_table_is_refused_in_one_line(tmp_path: Path) -> None:
+    def refused(**options: Any) -> str:
+        with pytest.raises((ValueError, OSError)) as raised:
+            create(Grid, CONTEXT, TIMESTEPS, BATCH, 0, options)
+        return str(raised.value)
+
+    assert "Grid needs the recorded rewards of a probe: table=" in refused()
+    assert "No such file" in refused(table=str(tmp_path / "none"))
+    (tmp_path / "foreign").write_text("{}")
+    assert "is damaged or no safetensors file" in refused(table=str(tmp_path / "foreign"))
+    assert "timesteps is no option" in refused(timesteps=[1])
+    assert refused(tabel="x") == "Grid has no option 'tabel'; did you mean 'table'?"
+
+
+def test_soft_mix_goes_against_the_gradient_of_its_weights() -> None:
+    policy = SoftMix(CONTEXT, 3, BATCH, 0, learning_rate=0.1)
+    context = torch.randn(2, CONTEXT)
+    weights = policy.mix(context, 0.0)
+    torch.testing.assert_close(weights, torch.full((2, 3), 1 / 3))
+    gradients = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 2.0]])
+    policy.learn(context, weights, gradients, 0.0)
+    # Means 3, 1, 1; through the softmax (3 - 5/3, 1 - 5/3, 1 - 5/3) / 3; Adam's first step is its
+    # rate against the sign
+    torch.testing.assert_close(policy.logits.detach(), torch.tensor([-0.1, 0.1, 0.1]))
+    expected = torch.tensor([4 / 9, -2 / 9, -2 / 9])
+    torch.testing.assert_close(policy.logits.grad, expected)
+    torch.testing.assert_close(policy.mix(context, 0.0)[0], policy.logits.detach().softmax(0))
+
+
 @pytest.mark.parametrize(
     ("progress", "allowed"),
     [(0.0, 5), (0.19, 5), (0.2, 4), (0.5, 3), (0.79, 2), (0.8, 1), (1.0, 1)],
@@ -168,6 +260,56 @@ def test_reinforce_takes_the_published_step() -> None:
     # The first step of Adam is the learning rate against the gradient's sign
     torch.testing.assert_close(bias.detach(), torch.tensor([0.5, 0.5, -0.5]))
     assert policy.learn(context, bins, torch.zeros(2), 0.5)["entropy_weight"] == 0
+
+
+def test_reinforce_by_sgd_has_momentum_decay_and_drops_of_its_rate() -> None:
+    options = {"optimizer": "sgd", "learning_rate": 0.5, "weight_decay": 0.25}
+    policy = Reinforce(
+        2, 3, 2, 0, **options, rate_drops=[0.25, 0.5], entropy_weight=0.0, baseline=False
+    )
+    *_, bias = policy.network.parameters()
+    context, bins = torch.zeros(2, 2), torch.tensor([0, 2])
+    policy.learn(context, bins, torch.tensor([-1.0, -3.0]), 0.25)  # not after a quarter yet
+    gradient = torch.tensor([-1 / 6, -2 / 3, 5 / 6])  # as above
+    after = -0.5 * gradient
+    torch.testing.assert_close(bias.detach(), after)
+    policy.learn(context, bins, torch.zeros(2), 0.26)
+    after = after - 0.05 * (0.9 * gradient + 0.25 * after)
+    torch.testing.assert_close(bias.detach(), after)
+    policy.learn(context, bins, torch.zeros(2), 0.51)
+    assert policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("size", [1, 8, 32])
+def test_reinforce_convolves_images_of_any_size(size: int) -> None:
+    policy = create(Reinforce, 3 * size**2, TIMESTEPS, BATCH, 0, {"network": "conv"}, size)
+    images = torch.rand(BATCH, 3, size, size)
+    contexts, bins = images.flatten(1), torch.arange(BATCH)
+    for _ in range(3):
+        policy.learn(contexts, bins, torch.arange(4.0), 0.5)
+    assert all(bool((p.grad != 0).any()) for p in policy.network.parameters())
+    probabilities = policy.probabilities(contexts)
+    assert probabilities.shape == (BATCH, BINS)
+    other_channels = images[:, [1, 2, 0]].flatten(1)
+    assert not torch.equal(policy.probabilities(other_channels), probabilities)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"network": "conv"}, r"network=conv reads images; it needs policy\.context=image"),
+        ({"network": "cnn"}, "network must be one of mlp, conv, got 'cnn'"),
+        ({"optimizer": "adamw"}, "optimizer must be one of adam, sgd, got 'adamw'"),
+        ({"rate_drops": 0.5}, "rate_drops must be a list of shares of training, got 0.5"),
+        ({"rate_drops": [0.5, 100]}, "rate_drops must be a number above 0 and at most 1, got 100"),
+        ({"weight_decay": -1}, "weight_decay must be a number at least 0, got -1"),
+        ({"image_size": 8}, "image_size is no option: the policy is told it by the run"),
+        ({"image_siz": 8}, "no option 'image_siz'; choose from network, hidden, "),
+    ],
+)
+def test_reinforce_refuses_in_one_line(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        create(Reinforce, CONTEXT, TIMESTEPS, BATCH, 0, options)
 
 
 def test_reinforce_bonus_spreads_the_policy_where_rewards_say_nothing() -> None:

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rl_policy.reward import RunningScale, TeacherTaskReward
+from rl_policy.reward import RunningScale, TeacherTaskReward, WeightedRewards, student_progress
 
 BINS, CHANNELS, CLASSES, INFORMATIVE = 20, 32, 4, 13
 
@@ -56,6 +56,29 @@ def test_dense_logits_see_their_own_position_only() -> None:
     bins = torch.tensor([3])
     differs = (head(feature, bins) != head(changed, bins)).any(dim=1)
     assert differs.tolist() == [[[False, False], [True, False]]]
+
+
+def test_a_head_that_is_not_told_the_bin_gives_all_bins_alike_and_features_a_gradient() -> None:
+    head = TeacherTaskReward(CHANNELS, BINS, CLASSES, dense=False, conditioned=False)
+    feature = torch.randn(4, CHANNELS, 2, 2, requires_grad=True)
+    logits = head(feature, torch.arange(4))
+    logits.square().sum().backward()
+    assert feature.grad is not None
+    assert feature.grad.abs().min() > 0
+    assert not any("film" in name or "embedding" in name for name, _ in head.named_parameters())
+    head.eval()
+    torch.testing.assert_close(head(feature, torch.arange(4)), head(feature, torch.zeros(4).long()))
+
+
+def test_published_head_is_a_plain_perceptron_on_the_pooled_feature() -> None:
+    published = {"conditioned": False, "standardised": False, "beyond_bin": False}
+    head = TeacherTaskReward(CHANNELS, BINS, CLASSES, dense=False, hidden=5, layers=3, **published)
+    feature = 50 + torch.randn(4, CHANNELS, 2, 2)
+    first, second, last = (module for module in head.head if isinstance(module, nn.Linear))
+    hidden = second(first(feature.mean((2, 3))).relu()).relu()
+    torch.testing.assert_close(head(feature, torch.arange(4)), last(hidden))
+    single = TeacherTaskReward(CHANNELS, BINS, CLASSES, dense=False, layers=1)
+    assert [tuple(p.shape) for p in single.head.parameters()] == [(CLASSES, CHANNELS), (CLASSES,)]
 
 
 def test_logits_of_an_image_do_not_depend_on_the_others_when_evaluated() -> None:
@@ -149,3 +172,35 @@ def test_a_bin_for_each_class_earns_nothing_by_itself() -> None:
         optimizer.step()
     assert loss < 0.1  # of log 4 = 1.39
     assert abs(rewards.mean().item()) < 0.1
+
+
+def test_progress_is_what_the_loss_fell_by() -> None:
+    assert student_progress(torch.tensor([2.0, 1.0]), torch.tensor([1.5, 1.25])).tolist() == [
+        0.5,
+        -0.25,
+    ]
+
+
+def test_several_rewards_are_standardised_each_by_itself_and_weighted() -> None:
+    total = WeightedRewards({"small": 2.0, "large": 0.5})
+    rewards = torch.tensor([[0.01, 100.0], [0.03, 700.0], [0.0, 400.0], [0.0, 400.0]])
+    known = torch.tensor([[True, True], [True, True], [False, True], [False, True]])
+    # Of the known ones: 0.02 with a deviation of 0.01, and 400 with one of 300 / sqrt(2)
+    combined = total(rewards, known)
+    large = 0.5 * 2**0.5
+    assert combined.tolist() == pytest.approx([-2 - large, 2 + large, 0, 0], abs=1e-3)
+    assert total.scales[0].mean.item() == pytest.approx(0.02)  # type: ignore[union-attr, operator]
+
+
+def test_one_reward_alone_is_passed_on_as_it_is_times_its_weight() -> None:
+    rewards, known = torch.randn(5, 1), torch.ones(5, 1, dtype=torch.bool)
+    assert torch.equal(WeightedRewards({"a": 1.0})(rewards, known), rewards[:, 0])
+    assert torch.equal(WeightedRewards({"a": 3.0})(rewards, known), 3 * rewards[:, 0])
+    assert WeightedRewards({"a": 1.0}).state_dict() == {}
+
+
+def test_a_reward_that_is_known_of_no_image_of_a_step_leaves_its_scale_alone() -> None:
+    total = WeightedRewards({"a": 1.0, "b": 1.0})
+    known = torch.tensor([[True, False]] * 3)
+    assert total(torch.tensor([[1.0, 9.0], [2.0, 9.0], [3.0, 9.0]]), known).isfinite().all()
+    assert total.scales[1].updates == 0

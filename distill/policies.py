@@ -1,0 +1,125 @@
+"""From a recipe's policy section to objects: the policy, its timesteps, the rewards' heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.benchmarks import Benchmark
+from distill.config import RunConfig
+from distill.errors import UserError, blame, nearest
+from distill.registry import TABLES, resolve
+from rl_policy.bins import timestep_bins
+from rl_policy.label_free import LabelFreeReward
+from rl_policy.options import create
+from rl_policy.protocol import MixingPolicy, TimestepPolicy
+from rl_policy.reward import TeacherTaskReward
+from students.student import Student
+from teachers.protocol import Teacher
+
+
+def reward_layer(config: RunConfig) -> str:
+    """The teacher layer whose feature the reward head reads."""
+    return config.policy.reward_layer or config.pairs[0].teacher
+
+
+def build_rewards(
+    config: RunConfig, benchmark: Benchmark, student: Student, teacher: Teacher
+) -> tuple[TeacherTaskReward | None, LabelFreeReward | None]:
+    """What of `policy.rewards` is trained: the reward heads on labels and on clusters."""
+    check_rewards(config)
+    channels, bins = teacher.channels[reward_layer(config)], config.policy.bins
+    head = config.policy.reward_head
+    reward_head = label_free = None
+    if "teacher_task" in config.policy.rewards:
+        reward_head = TeacherTaskReward(
+            channels,
+            bins,
+            benchmark.num_classes,
+            dense=benchmark.task == "segmentation",
+            hidden=head.hidden,
+            conditioned=head.conditioned and not mixes(config),
+            layers=head.layers,
+            standardised=head.standardised,
+            beyond_bin=head.beyond_bin,
+        )
+    if "label_free" in config.policy.rewards:
+        label_free = LabelFreeReward(channels, student.channels[student.layers[-1]], bins)
+    return reward_head, label_free
+
+
+def mixes(config: RunConfig) -> bool:
+    """Whether the policy mixes the features of all timesteps (`MixingPolicy`)."""
+    return hasattr(resolve("policies", config.policy.name, "policy.name"), "mix")
+
+
+def check_rewards(config: RunConfig) -> None:
+    """Refuse rewards that there are not, or that have no meaning in this recipe."""
+    for name in config.policy.rewards:
+        if name not in TABLES["rewards"]:
+            near = nearest(name, TABLES["rewards"])
+            raise UserError(f"policy.rewards: unknown name {name!r}; {near}")
+    if mixes(config) and list(config.policy.rewards) != ["teacher_task"]:
+        raise UserError(
+            f"policy.rewards: {config.policy.name} follows the loss of the reward head of "
+            "teacher_task; leave policy.rewards out"
+        )
+    staged = config.train.schedule == "distill_then_finetune"
+    if staged and "student_progress" in config.policy.rewards:
+        raise UserError(
+            "policy.rewards: with train.schedule=distill_then_finetune there is no task loss to "
+            "progress in while the teacher is there; student_progress needs train.schedule=joint"
+        )
+
+
+def build_policy(
+    config: RunConfig, teacher: Teacher, context_size: int, *, unlabelled: bool
+) -> tuple[TimestepPolicy | MixingPolicy, Tensor]:
+    """The policy, and the timesteps (K,) int64 that its bins stand for.
+
+    A teacher of one timestep has one bin, whatever the recipe's `bins` and `spacing` are.
+
+    Args:
+        config: The recipe.
+        teacher: Whose timesteps they are.
+        context_size: D, of what the policy sees.
+        unlabelled: Whether there are unlabelled images.
+    """
+    policy, schedule = config.policy, teacher.noise_schedule
+    single = len(schedule) == 1
+    if single and policy.name != "fixed":
+        raise UserError(
+            f"policy.name: {policy.name!r} chooses timesteps, and teacher {teacher.name!r} has "
+            "none; use policy.name=fixed"
+        )
+    with blame("policy"):
+        timesteps = timestep_bins(
+            schedule.log_snr(torch.arange(len(schedule))),
+            count=1 if single else policy.bins,
+            spacing="linear" if single else policy.spacing,
+            lowest=policy.lowest,
+            highest=policy.highest,
+        )
+    return policy_over(config, timesteps, context_size, unlabelled=unlabelled), timesteps
+
+
+def policy_over(
+    config: RunConfig, timesteps: Tensor, context_size: int, *, unlabelled: bool
+) -> TimestepPolicy | MixingPolicy:
+    """The policy, new, for timesteps (K,) int64 that are known; the rest as for `build_policy`."""
+    policy = config.policy
+    rewarded = config.train.batch
+    if unlabelled and "label_free" in policy.rewards:
+        rewarded += config.train.unlabelled_batch
+    factory = resolve("policies", policy.name, "policy.name")
+    with blame("policy"):
+        built: TimestepPolicy | MixingPolicy = create(
+            factory,
+            context_size,
+            timesteps,
+            rewarded,
+            config.seed,
+            policy.options,
+            policy.image_size if policy.context == "image" else None,
+        )
+    return built

@@ -1,0 +1,147 @@
+"""The reward `label_free`: what the teacher's feature tells of clusters in place of labels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+
+from rl_policy.reward import RunningScale, TeacherTaskReward
+
+TEMPERATURE = 0.05
+"""Of the softmax over clusters, whose scores are cosines (SwAV, Caron et al. 2020)."""
+QUEUE = 512
+"""The last images, among which the clusters have equal shares."""
+ITERATIONS = 3
+"""Of Sinkhorn's algorithm a step, from where the last step left it."""
+PAST = 0.99
+"""What earlier images weigh a step later in the centres of bins and clusters."""
+
+
+class LabelFreeReward(nn.Module):
+    """`TeacherTaskReward` on pseudo-labels: clusters of the teacher's features.
+
+    A cluster of the very feature that is rewarded would prove nothing: noise tells its own cluster
+    best. The pseudo-label must not depend on the chosen bin. So what is clustered is the part of
+    the pooled teacher feature that the image decides, its mean over bins and noise: a linear map of
+    the student's pooled feature is regressed on the features of whatever bins are chosen, and the
+    image's cluster is that of its prediction. Each bin's features are centred by themselves first,
+    or the mean would tell which bins the policy gives to whom. A bin of pure noise moves the
+    regression nowhere and tells no cluster, so that it earns nothing.
+
+    Images are assigned to clusters by Sinkhorn's algorithm with equal shares, among the last images
+    rather than those of one batch, which may be fewer than the clusters (SwAV, Caron et al. 2020,
+    with its queue). So all images in one cluster is no solution, whatever the features are.
+    Cluster centres are running means of their images' predictions, on the unit sphere.
+
+    Several processes see each other's pooled features here, and keep the same clusters.
+
+    Args:
+        channels: C of the teacher's feature map.
+        student_channels: D of the student's pooled feature.
+        bins: K.
+        clusters: P.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    queue: Tensor
+    prototypes: Tensor
+    potentials: Tensor
+
+    def __init__(self, channels: int, student_channels: int, bins: int, clusters: int = 16) -> None:
+        super().__init__()
+        self.head = TeacherTaskReward(channels, bins, clusters, dense=False)
+        self.scale, self.student_scale = RunningScale(channels), RunningScale(student_channels)
+        self.regression = nn.Linear(student_channels, channels, bias=False)
+        nn.init.zeros_(self.regression.weight)  # nothing is known of an image yet
+        self.register_buffer("counts", torch.zeros(bins))
+        self.register_buffer("sums", torch.zeros(bins, channels))
+        # Spread over all clusters until there are images
+        self.register_buffer("queue", F.normalize(torch.randn(QUEUE, channels), dim=1))
+        self.register_buffer("prototypes", F.normalize(torch.randn(clusters, channels), dim=1))
+        self.register_buffer("potentials", torch.zeros(clusters))
+
+    def forward(self, feature: Tensor, bins: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Train on these images, and reward their choices; in float32, whatever autocast says.
+
+        Args:
+            feature: (B, C, h, w) floating, the teacher's, without gradient.
+            bins: (B,) int64 in 0..K-1, that it was taken at.
+            student: (B, D) floating, the student's pooled feature, without gradient.
+
+        Returns:
+            Losses (B,) of regression and head, and rewards (B,) without gradient: what the feature
+            tells of the pseudo-label beyond the bin, in nats. Running figures follow in training.
+        """
+        with torch.autocast(feature.device.type, enabled=False):
+            student = student.float()
+            if self.training:
+                self.student_scale.update(student)
+            predicted = self.regression(self.student_scale(student))
+            target = self._centred(feature.float().mean(dim=(2, 3)), bins)
+            if self.training:
+                self._balance(predicted)
+            codes = self.codes(predicted)
+            logits = self.head(feature, bins)
+            losses = (predicted - target).square().mean(dim=1)
+            losses = losses + F.cross_entropy(logits, codes, reduction="none")
+            by_feature, by_bin = self.head.guesses(logits, bins)
+            rewards = (codes * (by_feature - by_bin)).sum(dim=1)
+            if self.training:
+                self.head.count(codes, bins)
+                self._follow(predicted, codes)
+        return losses, rewards
+
+    @torch.no_grad()
+    def codes(self, predicted: Tensor) -> Tensor:
+        """Pseudo-labels, a distribution over clusters each: predictions (B, C) -> (B, P)."""
+        codes: Tensor = (self._scores(F.normalize(predicted, dim=1)) + self.potentials).softmax(1)
+        return codes
+
+    def _scores(self, directions: Tensor) -> Tensor:
+        return directions @ self.prototypes.T / TEMPERATURE
+
+    @torch.no_grad()
+    def _centred(self, pooled: Tensor, bins: Tensor) -> Tensor:
+        """Pooled features (B, C), standardised, less the running mean of their bin."""
+        if self.training:
+            self.scale.update(pooled)
+        standardised: Tensor = self.scale(pooled)
+        if self.training:
+            chosen = F.one_hot(_of_all(bins), len(self.counts)).to(standardised)  # (B, K)
+            self.counts.mul_(PAST).add_(chosen.sum(dim=0))
+            self.sums.mul_(PAST).add_(chosen.T @ _of_all(standardised))
+        # As if one more image were at the mean of all: a bin of few images is hardly moved
+        return standardised - (self.sums / (self.counts + 1)[:, None])[bins]
+
+    @torch.no_grad()
+    def _balance(self, predicted: Tensor) -> None:
+        """Lower the potential of clusters with more than their share of the last images."""
+        newest = F.normalize(_of_all(predicted.detach()), dim=1)
+        self.queue.copy_(torch.cat([self.queue, newest])[-len(self.queue) :])
+        scores = self._scores(self.queue)  # (Q, P)
+        share = math.log(len(scores) / scores.shape[1])
+        for _ in range(ITERATIONS):
+            log_codes = (scores + self.potentials).log_softmax(dim=1)
+            self.potentials.sub_(log_codes.logsumexp(dim=0) - share)
+
+    @torch.no_grad()
+    def _follow(self, predicted: Tensor, codes: Tensor) -> None:
+        """Move the cluster centres to their images; one that few are in moves by as little."""
+        directions, codes = F.normalize(_of_all(predicted.detach()), dim=1), _of_all(codes)
+        members = codes.sum(dim=0)[:, None]  # (P, 1)
+        pace = ((1 - PAST) * len(members) / len(codes) * members).clamp(max=1)
+        moved = self.prototypes.lerp(codes.T @ directions / members.clamp(min=1e-6), pace)
+        self.prototypes.copy_(F.normalize(moved, dim=1))
+
+
+def _of_all(rows: Tensor) -> Tensor:
+    """Rows of this process -> those of all, rank after rank."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
