@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone, and the optimiser of an arm."""
+"""What of an arm is trained, by which optimiser, and its learning rate at every step."""
 
 from __future__ import annotations
 
@@ -10,33 +10,56 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from distill.config import TrainConfig
+from students.student import Student
 
 
 def lr_factor(
-    schedule: Literal["cosine", "step", "constant"], step: int, steps: int, warmup: int
+    schedule: Literal["cosine", "step", "poly", "constant"], step: int, steps: int, warmup: int
 ) -> float:
     """Share of the largest learning rate at `step` of `steps`, in (0, 1].
 
     A linear warm-up, then half a cosine to 0, or a tenth at one half and again at three quarters
-    (the published RepFusion schedule), or no change.
+    (the published RepFusion schedule), or the share of steps left to the power 0.9 (DeepLab, Chen
+    et al. 2017), or no change.
     """
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "cosine":
         return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    if schedule == "poly":
+        return math.pow(1 - (step - warmup) / max(1, steps - warmup), 0.9)
     if schedule == "step":
         return 0.1 ** ((step >= 0.5 * steps) + (step >= 0.75 * steps))
     return 1.0
 
 
+def stage_lr_factor(train: TrainConfig, step: int, taught: bool) -> float:
+    """`lr_factor` of an arm; with a teacher the two stages of the paper each have a schedule."""
+    first, last = 0, train.steps
+    if train.schedule == "distill_then_finetune" and taught:
+        border = train.steps - train.finetune_steps
+        first, last = (0, border) if step < border else (border, train.steps)
+    return lr_factor(train.lr_schedule, step - first, last - first, train.warmup)
+
+
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """timm's AdamW, or SGD with Nesterov momentum 0.9; norms and biases are not decayed."""
+    """timm's AdamW, or SGD with momentum 0.9: "sgd" Nesterov's, "momentum" the plain one."""
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         model,
         opt=train.optimizer,
         lr=train.lr,
         weight_decay=train.weight_decay,
         momentum=0.9,
-        fused=True,  # one pass over the weights: a quarter of the time, on a CPU too
+        filter_bias_and_bn=not train.decay_all,
+        # One pass over the weights: a quarter of the time, on a CPU too. torch's SGD cannot where
+        # some weights get their first gradient late, as a head does in fine-tuning.
+        fused=train.optimizer == "adamw" or None,
     )
     return optimizer
+
+
+def freeze_backbone(student: Student) -> None:
+    """Leave only the head to train; batch norms keep their statistics."""
+    student.backbone.requires_grad_(False).eval()
+    if student.head is None:
+        student.backbone.get_classifier().requires_grad_(True)

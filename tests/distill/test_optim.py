@@ -39,7 +39,10 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("momentum", torch.optim.SGD)],
+)
 def test_norms_and_biases_are_not_decayed(model: nn.Module, name: str, kind: type) -> None:
     train = TrainConfig(optimizer=name, lr=0.3, weight_decay=0.2)  # type: ignore[arg-type]
     optimizer = build_optimizer(model, train)
@@ -52,9 +55,32 @@ def test_norms_and_biases_are_not_decayed(model: nn.Module, name: str, kind: typ
     assert all(group["lr"] == 0.3 for group in optimizer.param_groups)
 
 
-def test_sgd_has_nesterov_momentum(model: nn.Module) -> None:
-    group = build_optimizer(model, TrainConfig(optimizer="sgd")).param_groups[0]
-    assert (group["momentum"], group["nesterov"]) == (0.9, True)
+@pytest.mark.parametrize(("name", "nesterov"), [("sgd", True), ("momentum", False)])
+def test_sgd_has_nesterov_momentum_or_the_plain_one(
+    model: nn.Module, name: str, nesterov: bool
+) -> None:
+    group = build_optimizer(model, TrainConfig(optimizer=name)).param_groups[0]  # type: ignore[arg-type]
+    assert (group["momentum"], group["nesterov"]) == (0.9, nesterov)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "momentum"])
+def test_decay_all_decays_norms_and_biases_too(model: nn.Module, name: str) -> None:
+    train = TrainConfig(optimizer=name, weight_decay=0.2, decay_all=True)  # type: ignore[arg-type]
+    groups = build_optimizer(model, train).param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(4, 0.2)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "momentum"])
+def test_weights_may_get_their_first_gradient_late(model: nn.Module, name: str) -> None:
+    """As the head of the task does where the features are distilled first."""
+    optimizer = build_optimizer(model, TrainConfig(optimizer=name))  # type: ignore[arg-type]
+    early, late = list(model[0].parameters()), list(model[1].parameters())  # type: ignore[index]
+    for weights in (early, early + late):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        before = [weight.detach().clone() for weight in weights]
+        optimizer.step()
+        assert not any(torch.equal(x, y) for x, y in zip(before, weights, strict=True))
 
 
 def test_frozen_parameters_are_left_out(model: nn.Module) -> None:

@@ -157,7 +157,7 @@ def test_a_block_may_be_shared_by_anchor_and_merge(tmp_path: Path) -> None:
         ("data.size=[64]", r"data\.size\.1 is missing"),
         ("train.arms=[]", r"train\.arms: .*at least 1 item"),
         ("train.arms=[distiled]", r"train\.arms\.0: .*'distilled', 'scratch' .*got 'distiled'"),
-        ("train.optimizer=adam", r"train\.optimizer: .*'adamw' or 'sgd', got 'adam'"),
+        ("train.optimizer=adam", r"train\.optimizer: .*'adamw', 'sgd' or 'momentum', got 'adam'"),
         ("pairs=[]", "pairs: .*at least 1 item"),
         ("train=5", "train: .*dictionary.*got 5"),
     ],

@@ -67,6 +67,39 @@ def test_nothing_runs_after_the_last_asked_layer(case: Any, path: str) -> None:
     assert 0 < used < whole
 
 
+@pytest.mark.parametrize(
+    ("saved", "name"),
+    [
+        ("diffusers_unet", "mid_block.resnets.1.conv2"),
+        ("sd1", "mid_block.resnets.1.conv2"),
+        ("sdxl", "mid_block.resnets.1.conv2"),
+        ("guided_diffusion", "middle_block.2.out_layers.3"),
+    ],
+    indirect=["saved"],
+)
+def test_the_residual_branch_of_a_mid_block_is_a_layer_where_all_ends(
+    saved: Any, name: str
+) -> None:
+    """RepFusion's layer: what the second residual block adds."""
+    case, path = saved
+    teacher = case.build(path, input="clean", layers=(name,))
+    images, timesteps = case.images(), timesteps_of(teacher)
+    kept: dict[str, Tensor] = {}
+    teacher.network.get_submodule(name).register_forward_hook(
+        lambda module, args, output: kept.update(map=output)
+    )
+    times = teacher.noise_schedule.network_times(timesteps)
+    with torch.no_grad():
+        x = teacher.family.encode(teacher.parts, 2 * images - 1)
+        teacher.family.forward(teacher.parts, x, times, None)
+    expected = kept.pop("map")
+    begun: list[str] = []
+    for other, module in teacher.network.named_modules():
+        module.register_forward_pre_hook(lambda module, args, other=other: begun.append(other))
+    assert torch.equal(teacher.features(images, timesteps)[name], expected)
+    assert begun[-1] == name
+
+
 def test_shapes_are_as_declared(case: Any, path: str) -> None:
     teacher = case.build(path)
     images = case.images()
