@@ -1,9 +1,9 @@
-"""Evaluation: a student's predictions on a whole split, one confusion matrix, its scores."""
+"""Evaluation: predictions on a whole split, counted in integers, and their scores."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,70 +11,174 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.benchmarks import Benchmark, Examples
-from distill.data import as_float
+from distill.clock import Timed, untimed
+from distill.data import Item, as_float
 from distill.errors import UserError
-from distill.metrics import ConfusionMatrix, classification_scores, segmentation_scores
+from distill.metrics import (
+    BoundaryMatrix,
+    ConfusionMatrix,
+    boundary_iou,
+    classification_scores,
+    segmentation_scores,
+)
 
-Student = Callable[[Tensor], tuple[Tensor, Mapping[str, Tensor]]]
+Total = Callable[[Tensor], Tensor]
+LARGEST_LOGITS = 2**26  # values of one image that are resized at once, 256 MiB
 
 
-def evaluate(
-    student: Student,
+class Tally:
+    """What one predictor was right and wrong about, on the examples counted so far.
+
+    Args:
+        benchmark: Says the task and the classes.
+        device: Where the counts are kept.
+
+    Attributes:
+        matrix: `metrics.ConfusionMatrix`.
+        each: How good each image's prediction is, in [0, 1], in order: pixel accuracy, or the
+            probability of the true class; NaN where nothing is labelled.
+    """
+
+    def __init__(self, benchmark: Benchmark, device: torch.device | str) -> None:
+        self.benchmark = benchmark
+        self.matrix = ConfusionMatrix(benchmark.num_classes, benchmark.ignore_index, device)
+        self.boundary = BoundaryMatrix(benchmark.num_classes, benchmark.ignore_index, device)
+        self.each: list[Tensor] = []
+
+    def update(self, logits: Tensor, guess: Tensor, truth: Tensor) -> None:
+        """Count one image.
+
+        Args:
+            logits: (C,) or (C, h, w).
+            guess: The class predicted, (), or classes (H, W).
+            truth: Of the same shape.
+        """
+        if truth.ndim:
+            guess = guess.to(torch.uint8)  # small integers are counted several times faster
+            counts = self.matrix.update(guess, truth)
+            self.boundary.update(guess, truth)
+            self.each.append(counts.diagonal().sum() / counts.sum())
+        else:
+            self.matrix.update(guess, truth)
+            known = truth != self.benchmark.ignore_index
+            self.each.append(logits.softmax(0)[truth.where(known, 0)].where(known, math.nan))
+
+    def scores(self, total: Total = lambda counts: counts) -> dict[str, Any]:
+        """Shares in [0, 1] over all that was counted.
+
+        Args:
+            total: Sums a tensor over the processes.
+
+        Returns:
+            Of masks `miou`, `mean_accuracy`, `pixel_accuracy`, `frequency_weighted_iou`,
+            `boundary_iou` (the mean of the classes') and `iou`; of images `top1` and `accuracy`.
+            The last of each is by class name, None for a class that does not occur.
+
+        Raises:
+            UserError: No pixel or image had a label.
+        """
+        counts = total(self.matrix.counts)
+        names = self.benchmark.class_names
+        if counts.sum() == 0:
+            name = self.benchmark.name
+            raise UserError(f"{name}: the split has no labelled pixel or image to score")
+        if self.benchmark.task == "classification":
+            of_images = classification_scores(counts)
+            return {**of_images._asdict(), "accuracy": _by_name(names, of_images.accuracy)}
+        of_pixels = segmentation_scores(counts)._asdict()
+        of_classes = _by_name(names, of_pixels.pop("iou"))
+        mean = boundary_iou(total(self.boundary.counts)).nanmean().item()
+        return {**of_pixels, "boundary_iou": mean, "iou": of_classes}
+
+
+def count(
+    predict: Callable[[Tensor], Sequence[Tensor]],
     examples: Examples,
     benchmark: Benchmark,
     *,
+    candidates: int = 1,
     device: torch.device | str = "cpu",
     batch: int = 32,
     rank: int = 0,
     world: int = 1,
-    total: Callable[[Tensor], Tensor] = lambda counts: counts,
     progress: Callable[[int], object] = lambda images: None,
-) -> dict[str, Any]:
-    """Score a student on a split.
+    timed: Timed = untimed,
+) -> list[Tally]:
+    """Predict a split and count, for several predictors at once that share their features.
 
     Args:
-        student: Images (B, 3, H, W) in [0, 1] to logits, (B, C) or (B, C, h, w), and feature maps;
-            in eval mode already.
-        examples: Images (3, H, W) uint8 of one size. Masks keep their own sizes: the logits are
-            resized to them (bilinear), so that scores do not depend on the student's resolution.
+        predict: Images (B, 3, H, W) in [0, 1] to the logits of each candidate, (B, C) or
+            (B, C, h, w).
+        examples: Images (3, H, W) uint8; of several sizes, those of a batch are grouped by size.
+            Masks keep their own sizes: the logits are resized to them (bilinear), so that scores do
+            not depend on the resolution of predictions.
         benchmark: Says the task and the classes.
-        device: Where the student is.
+        candidates: Number of predictors.
+        device: Where images go.
         batch: Images a forward pass.
         rank: This process, which takes every `world`-th example.
         world: Number of processes.
-        total: Sums a tensor over the processes.
         progress: Called with the number of images done after each batch.
+        timed: Measures the parts `read`, `predict` and `score`.
 
     Returns:
-        Shares in [0, 1]: `miou`, `mean_accuracy`, `pixel_accuracy` and `iou`, or `top1` and
-        `accuracy`; the last of each by class name, None for a class that does not occur.
+        One a candidate.
     """
-    matrix = ConfusionMatrix(benchmark.num_classes, benchmark.ignore_index, device)
+    tallies = [Tally(benchmark, device) for _ in range(candidates)]
     indices = range(rank, len(examples), world)
     for start in range(0, len(indices), batch):
-        items = [examples[index] for index in indices[start : start + batch]]
-        images = as_float(torch.stack([image for image, _ in items]).to(device))
-        with torch.no_grad():
-            logits = student(images)[0].float()
-        for scores, (_, target) in zip(logits, items, strict=True):
+        with timed("read"):
+            items = [examples[index] for index in indices[start : start + batch]]
+        looked: dict[int, list[Tensor]] = {}
+        for places in _by_size(items):
+            with timed("predict"), torch.no_grad():
+                images = as_float(torch.stack([items[place][0] for place in places]).to(device))
+                answers = [logits.float() for logits in predict(images)]
+                looked |= {place: [a[row] for a in answers] for row, place in enumerate(places)}
+        for place, (_, target) in enumerate(items):
             truth = torch.as_tensor(target, device=device)
-            matrix.update(predicted_classes(scores, tuple(truth.shape)), truth)
+            for tally, logits in zip(tallies, looked.pop(place), strict=True):
+                with timed("predict"):
+                    guess = predicted_classes(logits, tuple(truth.shape))
+                with timed("score"):
+                    tally.update(logits, guess, truth)
         progress(len(items))
-    counts = total(matrix.counts)
-    if counts.sum() == 0:
-        raise UserError(f"{benchmark.name}: the split has no labelled pixel or image to score")
-    names = benchmark.class_names
-    if benchmark.task == "classification":
-        of_images = classification_scores(counts)
-        return {**of_images._asdict(), "accuracy": _by_name(names, of_images.accuracy)}
-    of_pixels = segmentation_scores(counts)
-    return {**of_pixels._asdict(), "iou": _by_name(names, of_pixels.iou)}
+    return tallies
+
+
+def _by_size(items: Sequence[Item]) -> Iterator[list[int]]:
+    """Places of the items whose images have one size, a list a size."""
+    sizes = [tuple(image.shape) for image, _ in items]
+    for size in dict.fromkeys(sizes):
+        yield [place for place, other in enumerate(sizes) if other == size]
 
 
 def predicted_classes(logits: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The best class. logits: (C,) -> (), or (C, h, w) -> `size` = (H, W); int64."""
-    if size:
-        logits = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
+    """The best class. logits: (C,) -> (), or (C, h, w) -> `size` = (H, W); int64.
+
+    Logits are resized (bilinear), those of large images in strips of rows, one after the other.
+    """
+    if not size:
+        return logits.argmax()
+    height, width = size
+    rows = max(1, LARGEST_LOGITS // (len(logits) * width))
+    if rows >= height:
+        return _best(F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0])
+    last = logits.shape[1] - 1
+    # Where the rows lie among those of the logits, as `F.interpolate` has it.
+    at = torch.arange(height, device=logits.device) + 0.5
+    at = (at * ((last + 1) / height) - 0.5).clamp(0, last)
+    strips = []
+    for place in torch.split(at, rows):
+        above = place.long()
+        below = (above + 1).clamp(max=last)
+        strip = torch.lerp(logits[:, above], logits[:, below], (place - above)[:, None])
+        shape = (len(place), width)
+        strips.append(_best(F.interpolate(strip[None], shape, mode="bilinear")[0]))
+    return torch.cat(strips)
+
+
+def _best(logits: Tensor) -> Tensor:
     return logits.max(0).indices  # argmax over a leading dimension takes ten times as long
 
 

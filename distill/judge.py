@@ -120,6 +120,7 @@ def judge_features(
             timestep=timestep,
             classes=benchmark.num_classes,
             dense=benchmark.task == "segmentation",
+            ignore_index=benchmark.ignore_index,
             device=device,
             seed=SEED,
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill import seeding
+from distill.benchmarks import IGNORE_INDEX
 from distill.errors import UserError
 from distill.metrics import ConfusionMatrix
 from distill.probe import Batches, Labelled, Ridge, labelled, probe_score
@@ -58,6 +59,7 @@ def measure(
     *,
     classes: int,
     dense: bool,
+    ignore_index: int = IGNORE_INDEX,
     device: torch.device | str = "cpu",
     seed: int = 0,
     draws: int = 1,
@@ -74,6 +76,7 @@ def measure(
         parts: The data.
         classes: Number of classes.
         dense: Whether targets are masks: positions are probed, and mIoU is the score.
+        ignore_index: The target of what has no label.
         device: Where features are computed and sums are kept.
         seed: Of the noise, which is the same for every teacher and timestep: they are compared on
             equal images.
@@ -83,10 +86,10 @@ def measure(
     Raises:
         UserError: A part has no label.
     """
-    looks = _Looks(teacher, timestep, device, seed)
+    looks = _Looks(teacher, timestep, ignore_index, device, seed)
     widths = {layer: min(teacher.channels[layer], WIDTH) for layer in teacher.layers}
     fitted = _fit(looks, parts, lambda layer: probe(widths[layer], classes, device), teacher.layers)
-    matrices = {layer: ConfusionMatrix(classes, device=device) for layer in fitted}
+    matrices = {layer: ConfusionMatrix(classes, ignore_index, device) for layer in fitted}
     rewards: dict[str, list[list[Tensor]]] = {layer: [[] for _ in range(draws)] for layer in fitted}
     for draw in range(draws):
         for count, seen in looks(parts.val()):
@@ -177,9 +180,15 @@ class _Looks:
     """Shows batches to a teacher at one timestep, with noise by the number of the batch."""
 
     def __init__(
-        self, teacher: Teacher, timestep: int, device: torch.device | str, seed: int
+        self,
+        teacher: Teacher,
+        timestep: int,
+        ignore_index: int,
+        device: torch.device | str,
+        seed: int,
     ) -> None:
-        self.teacher, self.timestep, self.device, self.seed = teacher, timestep, device, seed
+        self.teacher, self.timestep, self.ignore_index = teacher, timestep, ignore_index
+        self.device, self.seed = device, seed
         self._directions: dict[str, Tensor] = {}
         self._seen = 0
 
@@ -190,7 +199,10 @@ class _Looks:
             self._seen += 1
             timesteps = torch.full((len(images),), self.timestep)
             maps = self.teacher.features(images.to(self.device), timesteps, noise)
-            parts = {layer: labelled(maps[layer], targets) for layer in self.teacher.layers}
+            parts = {
+                layer: labelled(maps[layer], targets, self.ignore_index)
+                for layer in self.teacher.layers
+            }
             yield (
                 len(images),
                 {

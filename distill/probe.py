@@ -162,13 +162,14 @@ class Labelled(NamedTuple):
     """(N,) int64: which of the batch's images each belongs to."""
 
 
-def labelled(feature_map: Tensor, targets: Tensor) -> Labelled:
+def labelled(feature_map: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Labelled:
     """The examples for a probe, on the feature map's device.
 
     Args:
         feature_map: (B, C, h, w).
         targets: (B,) classes: of the map's global average; or (B, H, W) masks: of every position,
-            with the mask's nearest pixel. `IGNORE_INDEX` is left out.
+            with the mask's nearest pixel.
+        ignore_index: Targets of this value are left out.
     """
     batch, _, height, width = feature_map.shape
     targets = targets.to(feature_map.device)
@@ -180,7 +181,7 @@ def labelled(feature_map: Tensor, targets: Tensor) -> Labelled:
         targets = F.interpolate(masks, (height, width), mode="nearest-exact").long().flatten()
         x = feature_map.permute(0, 2, 3, 1).flatten(0, 2)  # (B * h * w, C)
         images = images.repeat_interleave(height * width)
-    known = targets != IGNORE_INDEX
+    known = targets != ignore_index
     return Labelled(x[known], targets[known], images[known])
 
 
@@ -197,6 +198,7 @@ def linear_probe(
     timestep: int,
     classes: int,
     dense: bool,
+    ignore_index: int = IGNORE_INDEX,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> float:
@@ -208,11 +210,12 @@ def linear_probe(
     Args:
         teacher: On `device`.
         train: Batches of images (B, 3, H, W) in [0, 1] and targets, (B,) or (B, H, W) int64, where
-            `IGNORE_INDEX` is left out.
+            `ignore_index` is left out.
         val: The same, to be scored.
         timestep: Of all images.
         classes: Number of classes.
         dense: Whether targets are masks.
+        ignore_index: The target of what has no label.
         device: Where the features are computed.
         seed: Of the noise; equal ones show equal images to two teachers.
 
@@ -226,14 +229,15 @@ def linear_probe(
 
     def look(images: Tensor, targets: Tensor) -> Labelled:
         timesteps = torch.full((len(images),), timestep)
-        return labelled(teacher.features(images.to(device), timesteps, generator)[layer], targets)
+        maps = teacher.features(images.to(device), timesteps, generator)
+        return labelled(maps[layer], targets, ignore_index)
 
     ridge = Ridge(teacher.channels[layer], classes, device)
     for images, targets in train:
         seen = look(images, targets)
         ridge.update(seen.features, seen.classes)
     weight, bias = ridge.solve()
-    matrix = ConfusionMatrix(classes, device=device)
+    matrix = ConfusionMatrix(classes, ignore_index, device)
     for images, targets in val:
         seen = look(images, targets)
         matrix.update((seen.features.double() @ weight + bias).argmax(1), seen.classes)

@@ -96,6 +96,7 @@ def survey(
             parts,
             classes=data.benchmark.num_classes,
             dense=dense,
+            ignore_index=data.benchmark.ignore_index,
             device=device,
             seed=config.seed + seed,
             draws=draws,

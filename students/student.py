@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -13,9 +14,18 @@ from timm.models import get_model_input_config, resolve_model_input_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from students.decoders import DecoderHead
 from students.heads import LinearHead, PyramidHead
 
-HEADS = MappingProxyType({"linear": LinearHead, "fpn": PyramidHead})
+HEADS: Mapping[str, Callable[[Sequence[int], int], nn.Module]] = MappingProxyType(
+    {
+        "linear": LinearHead,
+        "fpn": PyramidHead,
+        "upernet": partial(DecoderHead, "upernet"),
+        "deeplabv3plus": partial(DecoderHead, "deeplabv3plus"),
+        "segformer": partial(DecoderHead, "segformer"),
+    }
+)
 
 
 class Student(nn.Module):
@@ -33,7 +43,7 @@ class Student(nn.Module):
         image_size: Height and width of the images given.
         layers: The feature maps to return, by timm's own module names (`layer4`, `blocks.11`,
             `stages.3`).
-        head: `linear` or `fpn`; used if dense. The classification head is timm's own.
+        head: One of `HEADS`; used if dense. The classification head is timm's own.
         head_layers: The feature maps that the dense head reads. Empty: the last four stages, or
             four blocks evenly spaced where all have one size, as in a plain ViT.
         input_size: Height and width that the backbone sees: images are resized to it. None:

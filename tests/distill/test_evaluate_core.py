@@ -1,6 +1,7 @@
-"""`evaluate` scores a known student as counted by hand."""
+"""A known student scores as counted by hand."""
 
 import json
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill import evaluate as evaluation
 from distill.benchmarks import Task
 from distill.errors import UserError
-from distill.evaluate import evaluate, predicted_classes
+from distill.evaluate import count, predicted_classes
 
 
 def benchmark(task: Task, classes: int) -> Any:
@@ -23,6 +25,17 @@ def benchmark(task: Task, classes: int) -> Any:
         ignore_index=255,
         palette=np.zeros((classes, 3), dtype=np.uint8),
     )
+
+
+def evaluate(
+    student: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
+    examples: Any,
+    kind: Any,
+    total: Callable[[Tensor], Tensor] = lambda counts: counts,
+    **options: Any,
+) -> dict[str, Any]:
+    (tally,) = count(lambda images: [student(images)[0]], examples, kind, **options)
+    return tally.scores(total)
 
 
 def bright_or_dark(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -57,6 +70,20 @@ def test_predictions_are_scored_at_each_masks_own_size() -> None:
     json.loads(json.dumps(scores, allow_nan=False))
 
 
+def test_images_of_several_sizes_may_stand_in_one_batch() -> None:
+    large = torch.nn.functional.interpolate(halves(8, 8)[0][None], (16, 24))[0]
+    examples = [halves(8, 8), (large, halves(16, 24)[1]), halves(8, 8)]
+    shapes: list[tuple[int, ...]] = []
+
+    def student(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        shapes.append(tuple(images.shape))
+        return bright_or_dark(images)
+
+    scores = evaluate(student, examples, benchmark("segmentation", 3), batch=3)
+    assert shapes == [(2, 3, 8, 8), (1, 3, 16, 24)]
+    assert scores["pixel_accuracy"] == 1.0
+
+
 def test_classification_scores_top1() -> None:
     def student(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return images.mean((2, 3)), {}
@@ -70,15 +97,26 @@ def test_classification_scores_top1() -> None:
     }
 
 
+def test_the_last_class_of_a_benchmark_without_void_counts() -> None:
+    def student(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return images.mean((2, 3)), {}
+
+    blue = torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand(3, 4, 4)
+    kind = benchmark("classification", 3)
+    kind.ignore_index = -1
+    scores = evaluate(student, [(blue, 2), (blue, 0)], kind)
+    assert scores == {"top1": 0.5, "accuracy": {"a": 0.0, "b": None, "c": 1.0}}
+
+
 def test_processes_share_the_examples_and_sum_their_counts() -> None:
     examples = [halves(16, 16), halves(32, 24), halves(8, 8)]
     examples[1][1][5] = 0
     kind = benchmark("segmentation", 3)
-    counts: list[Tensor] = []
+    counts: dict[int, Tensor] = {}  # of the matrix, and of the larger one of boundaries
 
     def collect(part: Tensor) -> Tensor:
-        counts.append(part)
-        return torch.stack(counts).sum(0)
+        counts[len(part)] = counts.get(len(part), 0) + part
+        return counts[len(part)]
 
     evaluate(bright_or_dark, examples, kind, rank=0, world=2, total=collect)
     together = evaluate(bright_or_dark, examples, kind, rank=1, world=2, total=collect)
@@ -100,6 +138,16 @@ def test_split_of_void_alone_is_refused() -> None:
     image, mask = halves(8, 8)
     with pytest.raises(UserError, match="no labelled pixel"):
         evaluate(bright_or_dark, [(image, mask.fill_(255))], benchmark("segmentation", 3))
+
+
+@pytest.mark.parametrize("size", [(37, 23), (5, 40), (7, 11)])
+def test_strips_of_rows_have_the_classes_of_the_whole(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(5, 7, 11, generator=torch.Generator().manual_seed(0))
+    whole = predicted_classes(logits, size)
+    monkeypatch.setattr(evaluation, "LARGEST_LOGITS", 5 * size[1] * 3)  # three rows at once
+    assert torch.equal(predicted_classes(logits, size), whole)
 
 
 def test_logits_are_resized_before_the_best_class_is_taken() -> None:

@@ -12,7 +12,8 @@ from torchvision.utils import save_image
 
 from distill.build import build_accelerator, build_training_set
 from distill.config import RunConfig
-from distill.run import held_out_examples, score
+from distill.run import score
+from distill.scoring import held_out_examples
 from distill.train import batches
 from distill.trainer import Trainer
 

@@ -55,6 +55,17 @@ def pixels(images: Tensor) -> Tensor:
     return torch.cat([images, images.square()], dim=1)
 
 
+def test_a_class_255_counts_where_something_else_means_no_label() -> None:
+    images, targets = columns(masks=False)
+    targets = torch.where(targets == 2, 255, targets)
+    seen = parts(images, targets, 8)
+    one = teacher(a=pixels)
+    cell = measure(one, 0, seen, classes=256, dense=False, ignore_index=-1)["a"]
+    assert not cell.rewards.isnan().any()
+    cell = measure(one, 0, seen, classes=255, dense=False)["a"]
+    assert torch.equal(cell.rewards[0].isnan(), targets[25:] == 255)
+
+
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("probe", [Ridge, Logistic])
 def test_streamed_equals_all_at_once(masks: bool, probe: type[Ridge]) -> None:

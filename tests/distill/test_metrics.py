@@ -2,12 +2,22 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix
+from scipy import ndimage
+from sklearn.metrics import confusion_matrix, jaccard_score
+from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from distill.metrics import ConfusionMatrix, classification_scores, segmentation_scores
+from distill.metrics import (
+    BoundaryMatrix,
+    ConfusionMatrix,
+    boundary,
+    boundary_iou,
+    classification_scores,
+    segmentation_scores,
+)
 
 
 def random_masks(seed: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,6 +94,14 @@ def test_top1_and_accuracy_of_each_class_by_hand() -> None:
     assert math.isnan(accuracy[2])
 
 
+def test_a_negative_ignore_index_leaves_every_class_in() -> None:
+    """ImageNet's labels are all known: its last class counts as the others do."""
+    matrix = ConfusionMatrix(2, -1)
+    matrix.update(torch.tensor([1, 1, 0]), torch.tensor([1, 1, 0]))
+    assert matrix.counts.tolist() == [[1, 0], [0, 2]]
+    assert classification_scores(matrix.counts).accuracy == (1.0, 1.0)
+
+
 def test_only_void_scores_nan_and_not_zero() -> None:
     matrix = ConfusionMatrix(2)
     matrix.update(torch.tensor([1]), torch.tensor([255]))
@@ -101,3 +119,83 @@ def test_a_value_that_is_no_class_is_refused_not_miscounted(
 def test_shapes_that_differ_are_refused() -> None:
     with pytest.raises(ValueError, match="predictions"):
         ConfusionMatrix(2).update(torch.zeros(1, 4, 4).long(), torch.zeros(1, 8, 8).long())
+
+
+def test_frequency_weighted_iou_by_hand() -> None:
+    scores = segmentation_scores(torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]]))
+    assert scores.frequency_weighted_iou == pytest.approx(4 / 6 * 3 / 4 + 2 / 6 * 2 / 3)
+
+
+@pytest.mark.parametrize("shape", [(23, 31), (120, 90), (5, 200)])
+def test_boundaries_are_those_of_the_papers_erosion(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(shape[0])
+    coarse = torch.randint(0, 4, (1, 1, 4, 5), generator=generator).float()
+    mask = F.interpolate(coarse, shape)[0, 0].to(torch.uint8)
+    steps = max(1, round(0.02 * math.hypot(*shape)))
+    expected = np.zeros(shape, dtype=bool)
+    for value in range(4):
+        inside = mask.numpy() == value
+        kept = ndimage.binary_erosion(inside, np.ones((3, 3)), iterations=steps, border_value=0)
+        expected |= inside & ~kept
+    assert np.array_equal(boundary(mask).numpy(), expected)
+    assert 0 < expected.mean() <= 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_boundary_iou_agrees_with_erosion_class_by_class(seed: int) -> None:
+    classes, shape = 4, (60, 80)
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, classes - 1, (2, 1, 6, 8), generator=generator).float()
+    predictions, targets = F.interpolate(coarse, shape)[:, 0].long()
+    targets[:10, 20:30] = 255
+    matrix = BoundaryMatrix(classes)
+    matrix.update(predictions, targets)
+    known = targets.numpy() != 255
+    predictions[targets == 255] = 255  # what is predicted in void is nobody's concern
+    for value, found in enumerate(boundary_iou(matrix.counts).tolist()):
+        edges = []
+        for mask in (predictions.numpy(), targets.numpy()):
+            inside = mask == value
+            kept = ndimage.binary_erosion(inside, np.ones((3, 3)), iterations=2, border_value=0)
+            edges.append(inside & ~kept & known)
+        both, either = (edges[0] & edges[1]).sum(), (edges[0] | edges[1]).sum()
+        if either:
+            assert found == pytest.approx(both / either, abs=1e-6)
+        else:
+            assert math.isnan(found)
+
+
+def test_a_perfect_prediction_scores_1_beside_void_too() -> None:
+    """A square in a ring of void, and a hole of void: what is predicted there does not count."""
+    prediction = torch.zeros(60, 80, dtype=torch.uint8)
+    prediction[20:40, 20:60] = 1
+    targets = prediction.clone()
+    targets[17:43, 17:63] = 255
+    targets[20:40, 20:60] = 1
+    targets[28:33, 30:40] = 255
+    matrix = BoundaryMatrix(2)
+    matrix.update(prediction, targets)
+    assert boundary_iou(matrix.counts).tolist() == [1.0, 1.0]
+
+
+def test_boundary_iou_by_hand() -> None:
+    """A 6x6 square in 12x12, predicted one pixel to the right: rings of width 1 (d is 1)."""
+    targets = torch.zeros(12, 12, dtype=torch.uint8)
+    targets[3:9, 3:9] = 1
+    matrix = BoundaryMatrix(2)
+    matrix.update(targets.roll(1, 1).long(), targets)
+    # Two rings of 20 pixels share their top and bottom rows, 5 pixels each.
+    assert boundary_iou(matrix.counts)[1].item() == pytest.approx(10 / 30)
+    matrix.update(targets.long(), targets)
+    assert boundary_iou(matrix.counts)[1].item() == pytest.approx((10 + 20) / (30 + 20))
+
+
+def test_iou_of_each_class_agrees_with_scikit_learn() -> None:
+    predictions, targets = random_masks(9, 5)
+    matrix = ConfusionMatrix(5)
+    matrix.update(predictions, targets)
+    seen = targets != 255
+    expected = jaccard_score(
+        targets[seen], predictions[seen], labels=range(4), average=None, zero_division=0
+    )
+    assert segmentation_scores(matrix.counts).iou[:4] == pytest.approx(list(expected), abs=1e-6)

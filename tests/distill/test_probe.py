@@ -120,6 +120,22 @@ def test_labelled_positions_know_their_image() -> None:
     assert seen.images.tolist() == [0, 0, 0, 1]
 
 
+def test_a_class_255_is_probed_where_something_else_means_no_label() -> None:
+    seen = labelled(torch.ones(3, 1, 2, 2), torch.tensor([255, 3, -1]), ignore_index=-1)
+    assert seen.classes.tolist() == [255, 3]
+    images = torch.tensor([0.1, 0.9])[:, None, None, None].expand(2, 3, 2, 2)
+    batch = [(images, torch.tensor([0, 255]))]
+    score = linear_probe(
+        teacher(lambda images: images, 3),
+        *(batch, batch),
+        timestep=0,
+        classes=256,
+        dense=False,
+        ignore_index=-1,
+    )
+    assert score == 1.0
+
+
 def test_classification_is_probed_on_global_averages_and_without_label_left_out() -> None:
     levels = torch.tensor([0.1, 0.2, 0.8, 0.9])
     images = levels[:, None, None, None] * torch.tensor([2.0, 0.0])[:, None].expand(4, 3, 2, 2)

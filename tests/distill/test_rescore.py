@@ -1,25 +1,22 @@
-"""`distill evaluate`: the figures of a run again, another split, another head."""
+"""`distill evaluate`: the figures of a run again, another split, its options and its files."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
+from PIL import Image
 
+from distill import rescore
 from distill.cli import main
-from distill.export import load_student
-from distill.train import train_arm
-from distill.trainer import Trainer
+from distill.rescore import evaluate_subject
 
 
-def evaluate(out: Path, *arguments: object) -> dict[str, Any]:
-    assert main(["evaluate", *map(str, arguments), "--out", str(out)]) == 0
-    result: dict[str, Any] = json.loads(out.read_text())
-    return result
+def evaluate(student: Path, *changes: str) -> dict[str, Any]:
+    return evaluate_subject(str(student), changes, "own")[0]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -37,13 +34,14 @@ def summary(finished_run: Path) -> dict[str, Any]:
 
 
 def test_the_own_head_gives_the_figures_of_the_summary(
-    finished_run: Path, tmp_path: Path, summary: dict[str, Any]
+    finished_run: Path, summary: dict[str, Any]
 ) -> None:
     for student in (finished_run, finished_run / "student"):
-        result = evaluate(tmp_path / "scores.json", student)
+        result = evaluate(student)
         assert result["scores"] == summary["metrics"]["distilled"]
-        assert (result["head"], result["benchmark"], result["split"]) == ("own", "shapes", "test")
-        assert result["student"] == str(finished_run / "student")
+        told = result["protocol"], result["benchmark"], result["split"], result["subject"]
+        assert told == ("own", "shapes", "test", str(student))
+        assert result["figures"] == {"miou": result["scores"]["miou"]}
 
 
 def test_the_table_has_every_class(
@@ -53,60 +51,58 @@ def test_the_table_has_every_class(
     rows = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:] if line.strip())
     scores = summary["metrics"]["distilled"]
     assert rows["miou"] == f"{100 * scores['miou']:.1f}"
-    assert rows.keys() == {"miou", "mean_accuracy", "pixel_accuracy", *scores["iou"]}
+    means = {"miou", "mean_accuracy", "pixel_accuracy", "frequency_weighted_iou", "boundary_iou"}
+    assert rows.keys() == means | scores["iou"].keys()
     shown = {name: "-" if x is None else f"{100 * x:.1f}" for name, x in scores["iou"].items()}
     assert {name: rows[name] for name in shown} == shown
 
 
 def test_overrides_choose_split_and_number_of_images(
-    finished_run: Path, tmp_path: Path, summary: dict[str, Any]
+    finished_run: Path, summary: dict[str, Any]
 ) -> None:
-    val = evaluate(tmp_path / "val.json", finished_run, "evaluate.split=val")
+    val = evaluate(finished_run, "evaluate.split=val")
     assert val["split"] == "val"
-    one = evaluate(tmp_path / "one.json", finished_run, "evaluate.images=1")
+    one = evaluate(finished_run, "evaluate.images=1")
     test = summary["metrics"]["distilled"]
     assert val["scores"]["pixel_accuracy"] != test["pixel_accuracy"]
     assert one["scores"]["pixel_accuracy"] != test["pixel_accuracy"]
 
 
 def test_the_batch_of_the_evaluation_changes_no_figure(
-    finished_run: Path, tmp_path: Path, summary: dict[str, Any]
+    finished_run: Path, summary: dict[str, Any]
 ) -> None:
-    result = evaluate(tmp_path / "scores.json", finished_run, "evaluate.batch=2")
+    result = evaluate(finished_run, "evaluate.batch=2")
     assert result["scores"]["miou"] == pytest.approx(
         summary["metrics"]["distilled"]["miou"], abs=0.01
     )
 
 
-def test_a_linear_head_changes_no_weight_of_the_backbone(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_flips_scales_and_windows_change_the_look_at_an_image(
+    finished_run: Path, summary: dict[str, Any]
 ) -> None:
-    kept: list[Trainer] = []
-
-    def keep(trainer: Trainer, *rest: Any) -> None:
-        train_arm(trainer, *rest)
-        kept.append(trainer)
-
-    monkeypatch.setattr("distill.rescore.train_arm", keep)
-    result = evaluate(tmp_path / "linear.json", finished_run, "--head", "linear", "train.steps=20")
-    assert result["head"] == "linear"
-    assert 0 <= result["scores"]["miou"] <= 1
-    exported = load_student(finished_run)[0].backbone.state_dict()
-    for student in (kept[0].student, kept[0].average.module):
-        probed: dict[str, Tensor] = student.backbone.state_dict()
-        assert all(torch.equal(probed[name], exported[name]) for name in exported)
-        assert type(student.head).__name__ == "LinearHead"
-    assert kept[0].step == 20
-    assert {path.name for path in tmp_path.iterdir()} == {"linear.json"}
+    once = summary["metrics"]["distilled"]
+    window = evaluate(finished_run, "evaluate.window=[32, 32]")["scores"]
+    assert window["pixel_accuracy"] == pytest.approx(once["pixel_accuracy"], abs=1e-6)
+    for change in ("evaluate.flip=true", "evaluate.scales=[1.0, 2.0]", "evaluate.window=16"):
+        scores = evaluate(finished_run, change)["scores"]
+        assert scores != once
 
 
-def test_a_linear_head_learns(finished_run: Path, tmp_path: Path) -> None:
-    """On its own training images, with time, it beats the untrained head by far."""
-    train = ["evaluate.split=train", "evaluate.images=16", "data.augment=none", "data.labelled=16"]
-    long = ["train.steps=80", "train.lr=0.03", "train.ema=0", "train.batch=16"]
-    short = evaluate(tmp_path / "a.json", finished_run, "--head", "linear", *train, "train.steps=1")
-    after = evaluate(tmp_path / "b.json", finished_run, "--head", "linear", *train, *long)
-    assert after["scores"]["pixel_accuracy"] > short["scores"]["pixel_accuracy"] + 0.1
+def test_pictures_lie_beside_the_scores(finished_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    assert main(["evaluate", str(finished_run), "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["scores"] == evaluate(finished_run)["scores"]
+    names = {"scores.json", "scores-confusion.png", "scores-overlays.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for name in sorted(names)[:2]:
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 200
+            assert len(picture.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_a_run_refuses_windows(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "evaluate.window=16"]) == 2
+    assert "evaluate.window: a run scores whole images" in capsys.readouterr().err
 
 
 def test_another_number_of_classes_asks_for_a_new_head(
@@ -123,9 +119,27 @@ def test_another_number_of_classes_asks_for_a_new_head(
     )
     monkeypatch.syspath_prepend(tmp_path)
     line = refused(capsys, finished_run, "data.benchmark=own_two:Two")
-    assert "the student predicts 7 classes, two has 2; fit a new head with --head linear" in line
-    arguments = [str(finished_run), "data.benchmark=own_two:Two", "--head", "linear"]
-    assert set(evaluate(tmp_path / "two.json", *arguments)["scores"]["iou"]) == {"off", "on"}
+    assert (
+        "the student predicts 7 classes, two has 2; fit a new head with --protocol linear" in line
+    )
+    (tmp_path / "own_others.py").write_text(
+        "from distill.benchmarks.shapes import Shapes\n"
+        "class Others(Shapes):\n"
+        "    name, class_names = 'others', ('background', 'cat', *Shapes.class_names[2:])\n"
+    )
+    line = refused(capsys, finished_run, "data.benchmark=own_others:Others")
+    assert "where others has 'cat'; fit a new head with --protocol linear" in line
+    changes = ["evaluate.steps=1"]
+    result = evaluate_subject(str(finished_run), changes, "linear", "own_two:Two")[0]
+    assert set(result["scores"]["iou"]) == {"off", "on"}
+
+
+def test_several_processes_are_refused(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = SimpleNamespace(num_processes=2)
+    monkeypatch.setattr(rescore, "build_accelerator", lambda device: two)
+    assert "in one process, not in 2; start them without" in refused(capsys, finished_run)
 
 
 def test_mistakes_are_one_line(
@@ -133,7 +147,23 @@ def test_mistakes_are_one_line(
 ) -> None:
     assert "holds no exported student: name a run folder" in refused(capsys, tmp_path)
     assert "did you mean 'split'?" in refused(capsys, finished_run, "evaluate.splitt=val")
-    assert "invalid choice: 'pca'" in refused(capsys, finished_run, "--head", "pca")
+    assert "invalid choice: 'pca'" in refused(capsys, finished_run, "--protocol", "pca")
+    assert "timm:test_resnet:scratch has no head of its own" in refused(
+        capsys, "timm:test_resnet:scratch"
+    )
+    assert "teacher stays frozen" in refused(
+        capsys, "teacher:teachers/pretrained/shapes,layers=mid_block", "--protocol", "finetune"
+    )
+    assert "knn votes on whole images" in refused(capsys, finished_run, "--protocol", "knn")
+    line = refused(capsys, finished_run, "data.size=64")
+    assert "data.size: with its own head the student sees images of 32x32 px" in line
+    line = refused(capsys, f"{finished_run},layers=layer3")
+    assert "layers=layer3 names maps to read, and --protocol own takes the whole network" in line
+    assert "must be a .json file" in refused(capsys, finished_run, "--out", tmp_path / "a.png")
+    assert "evaluate.labels: 17 of 16 training images" in refused(
+        capsys, finished_run, "--protocol", "label_efficient", "evaluate.labels=[17]"
+    )
+    assert "evaluate.labels" in refused(capsys, finished_run, "evaluate.labels=[half]")
     assert "there is no folder /none" in refused(
         capsys, finished_run, "data={benchmark: folder, root: /none, options: {num_classes: 7}}"
     )
