@@ -9,9 +9,8 @@ The scene is drawn from parameters that do not know the image size: the same ind
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,54 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distill.benchmarks.forms import (
+    BACKGROUND,
+    CORNERS,
+    FORMS,
+    Array,
+    Placed,
+    depth_order,
+    visible,
+)
+from distill.benchmarks.geometric import KeypointPair
 from distill.errors import UserError, nearest
 
-Array = NDArray[np.floating[Any]]
-
-
-def _disc(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - 0.9
-
-
-def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.72) - 0.28
-
-
-def _square(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(x), np.abs(y)) - 0.8
-
-
-def _triangle(x: Array, y: Array) -> Array:
-    distance: Array = np.maximum(np.abs(x) * 0.866 + y * 0.5, -y) - 0.55
-    return distance
-
-
-def _cross(x: Array, y: Array) -> Array:
-    x, y = np.abs(x), np.abs(y)
-    distance: Array = np.minimum(np.maximum(x - 1.0, y - 0.32), np.maximum(x - 0.32, y - 1.0))
-    return distance
-
-
-def _star(x: Array, y: Array) -> Array:
-    """Five points of radius 1.1, inner vertices at 0.45: one edge between two of them, folded."""
-    angle = np.abs((np.arctan2(x, y) % (0.4 * np.pi)) - 0.2 * np.pi)  # 0 at an inner vertex
-    radius = np.hypot(x, y)
-    inner, tip = 0.45, np.array([1.1 * np.cos(0.2 * np.pi), 1.1 * np.sin(0.2 * np.pi)])
-    along, across = radius * np.cos(angle), radius * np.sin(angle)
-    edge = tip - np.array([inner, 0.0])
-    distance: Array = ((along - inner) * edge[1] - across * edge[0]) / np.hypot(*edge)
-    return distance
-
-
-# Signed distance to each form's outline, in units of the object's radius; negative inside.
-FORMS: dict[str, Callable[[Array, Array], Array]] = {
-    "disc": _disc,
-    "ring": _ring,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
-    "star": _star,
-}
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
 
@@ -109,28 +72,50 @@ def _texture(generator: np.random.Generator, size: int) -> Array:
     return blend
 
 
-def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
+class Drawing(NamedTuple):
+    """A scene, and what it was drawn from."""
+
+    scene: Scene
+    objects: tuple[Placed, ...]
+    """In the order of painting."""
+    layers: NDArray[np.uint8]
+    """(H, W): the number of the object that a pixel shows, from 1 in that order; 0 for none."""
+
+
+def draw(seed: int, split: str, index: int, size: int) -> Drawing:
     """Draw scene `index` of a split: 2 or 3 objects, painted one over the other."""
     generator = np.random.default_rng([seed, SPLITS[split], index])
     image = _texture(generator, size)
-    mask = np.zeros((size, size), dtype=np.uint8)
+    layers = np.zeros((size, size), dtype=np.uint8)
     x, y = _grid(size)
-    forms = list(FORMS.values())
-    for _ in range(int(generator.integers(2, 4))):
+    forms, objects, classes = list(FORMS), list[Placed](), [0]
+    for number in range(1, 1 + int(generator.integers(2, 4))):
         form = int(generator.integers(len(forms)))
         centre = 0.2 + 0.6 * generator.random(2)
         radius = 0.2 + 0.12 * generator.random()
         angle = np.pi / 9 * (2 * generator.random() - 1)  # tilted by up to 20 degrees
         texture = _texture(generator, size)
-        dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
-        turned_x = (np.cos(angle) * dx + np.sin(angle) * dy).astype(np.float32)
-        turned_y = (np.cos(angle) * dy - np.sin(angle) * dx).astype(np.float32)
-        pixels = forms[form](turned_x, turned_y) * radius * size  # distance to the outline
+        objects.append(Placed(forms[form], centre, radius, angle))
+        classes.append(form + 1)
+        pixels = objects[-1].distance(x, y) * size  # distance to the outline
         cover = np.clip(0.5 - pixels, 0.0, 1.0)[..., None]
         image = cover * texture + (1.0 - cover) * image
-        mask[pixels < 0] = form + 1
+        layers[pixels < 0] = number
     image = image + 0.01 * generator.standard_normal((size, size, 3), dtype=np.float32)
-    return Scene(np.clip(image, 0.0, 1.0).astype(np.float32), mask)
+    mask = np.array(classes, dtype=np.uint8)[layers]
+    scene = Scene(np.clip(image, 0.0, 1.0).astype(np.float32), mask)
+    return Drawing(scene, tuple(objects), layers)
+
+
+def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
+    """The scene of `draw` alone."""
+    return draw(seed, split, index, size).scene
+
+
+def _pixels(scene: Scene) -> Tensor:
+    """Its image, (3, S, S) uint8."""
+    pixels = np.round(scene.image * 255.0).astype(np.uint8)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def presence_labels(mask: Tensor) -> Tensor:
@@ -151,12 +136,80 @@ class ShapesDataset(Dataset[tuple[Tensor, Tensor]]):
         if not 0 <= index < self.length:
             raise IndexError(index)
         scene = draw_scene(self.seed, self.split, index, self.size)
-        pixels = np.round(scene.image * 255.0).astype(np.uint8)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(scene.mask)
+        return _pixels(scene), torch.from_numpy(scene.mask)
+
+
+class ShapesDepths(ShapesDataset):
+    """The same scenes. Items: image (3, S, S) uint8, depth (S, S) float32, see `depth_order`."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        drawing = draw(self.seed, self.split, index, self.size)
+        depths = np.array([BACKGROUND, *depth_order(drawing.objects)], dtype=np.float32)
+        return _pixels(drawing.scene), torch.from_numpy(depths[drawing.layers])
+
+
+class ShapesPairs:
+    """Pairs of scenes with an object of one form, whose corners correspond.
+
+    Pair i is of the i-th form that has corners, in turn; its two scenes are the first ones of a
+    random order that show enough of the same ones. As many pairs as scenes.
+    """
+
+    SHARED = 3  # corners that both scenes show, at least
+
+    def __init__(self, split: str, length: int, size: int, seed: int) -> None:
+        self.split, self.length, self.size, self.seed = split, length, size, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> KeypointPair:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        form = list(CORNERS)[index % len(CORNERS)]
+        generator = np.random.default_rng([self.seed, SPLITS[self.split], index, 1])
+        before: list[tuple[int, Placed, NDArray[np.bool_]]] = []
+        for scene in generator.permutation(self.length).tolist():
+            for placed, seen in self._shown(scene, form):
+                for other, source, known in before:
+                    if other != scene and (known & seen).sum() >= self.SHARED:
+                        return self._pair((other, source), (scene, placed), known & seen)
+                before.append((scene, placed, seen))
+        raise UserError(
+            f"data.options.{self.split}: no two of {self.length} scenes show a {form} each; draw "
+            "more, some hundreds"
+        )
+
+    def _shown(self, scene: int, form: str) -> list[tuple[Placed, NDArray[np.bool_]]]:
+        """The objects of a form, the foremost first, and which of their corners are seen."""
+        objects = draw(self.seed, self.split, scene, 8).objects
+        return [
+            (placed, visible(objects, number))
+            for number, placed in reversed(list(enumerate(objects)))
+            if placed.form == form
+        ]
+
+    def _pair(
+        self, one: tuple[int, Placed], other: tuple[int, Placed], shown: NDArray[np.bool_]
+    ) -> KeypointPair:
+        (first, source), (second, target) = one, other
+        ends = torch.from_numpy(target.corners() * self.size).float()
+        return KeypointPair(
+            names=(f"{self.split}/{first}", f"{self.split}/{second}"),
+            source=_pixels(draw_scene(self.seed, self.split, first, self.size)),
+            target=_pixels(draw_scene(self.seed, self.split, second, self.size)),
+            source_points=torch.from_numpy(source.corners()[shown] * self.size).float(),
+            target_points=ends[torch.from_numpy(shown)],
+            box=torch.cat([ends.amin(0), ends.amax(0)]).clamp(0, self.size),
+            category=target.form,
+        )
 
 
 class Shapes:
-    """The embedded segmentation benchmark: seven classes, background and six forms.
+    """The embedded benchmark: seven classes, background and six forms; and for the protocols of
+    `distill.geometry` corners that correspond, and a depth order.
 
     Args:
         root: Not used, there is nothing on disk.
@@ -172,6 +225,8 @@ class Shapes:
     class_names = ("background", *FORMS)
     num_classes = len(class_names)
     ignore_index = 255
+    depth_range = (0.5, 4.5)
+    depth_unit = "layers"
     palette = np.array(
         [
             [40, 40, 48],
@@ -205,6 +260,17 @@ class Shapes:
 
     def dataset(self, split: str) -> ShapesDataset:
         """The scenes of `train`, `val` or `test`."""
+        return ShapesDataset(split, self._length(split), self.size, self.seed)
+
+    def depths(self, split: str) -> ShapesDepths:
+        """The same scenes with their depth."""
+        return ShapesDepths(split, self._length(split), self.size, self.seed)
+
+    def pairs(self, split: str) -> ShapesPairs:
+        """Pairs of scenes of a split, with corners that correspond."""
+        return ShapesPairs(split, self._length(split), self.size, self.seed)
+
+    def _length(self, split: str) -> int:
         if split not in self.lengths:
             raise UserError(f"shapes has no split {split!r}; {nearest(split, self.lengths)}")
-        return ShapesDataset(split, self.lengths[split], self.size, self.seed)
+        return self.lengths[split]

@@ -14,7 +14,8 @@ from sklearn.model_selection import cross_val_score
 from sklearn.preprocessing import StandardScaler
 
 from distill.benchmarks import shapes
-from distill.benchmarks.shapes import FORMS, Shapes, draw_scene, presence_labels
+from distill.benchmarks.forms import FORMS
+from distill.benchmarks.shapes import Shapes, draw, draw_scene, presence_labels
 from distill.errors import UserError
 
 CLASS = {name: number for number, name in enumerate(Shapes.class_names)}
@@ -218,3 +219,92 @@ def test_the_class_is_the_form_and_not_the_colour() -> None:
     assert len(classes) > 500
     assert accuracy(colours) < 0.23  # chance is 1 in 6, the largest class a little more
     assert accuracy(forms) > 0.27  # the probe does learn where there is something to learn
+
+
+def test_scenes_are_those_that_they_have_always_been() -> None:
+    """A student's figures are of these very images; the numbers are of the first version."""
+    image, mask = Shapes(size=64, seed=7).dataset("test")[7]
+    assert image.float().mean((1, 2)).tolist() == pytest.approx([129.25, 169.36, 163.87], abs=0.01)
+    assert torch.bincount(mask.flatten().long(), minlength=7).tolist() == [
+        3004,
+        982,
+        0,
+        0,
+        110,
+        0,
+        0,
+    ]
+
+
+def test_depths_are_of_the_same_scenes_and_the_background_is_farthest() -> None:
+    benchmark = Shapes(size=48, val=12)
+    seen = set()
+    for index in range(12):
+        image, mask = benchmark.dataset("val")[index]
+        again, depth = benchmark.depths("val")[index]
+        assert torch.equal(image, again)
+        assert (depth.shape, depth.dtype) == ((48, 48), torch.float32)
+        assert torch.equal(depth == 4.0, mask == 0)
+        near, far = benchmark.depth_range
+        assert near < depth.min() == 1.0 <= depth.max() == 4.0 < far
+        seen |= set(depth.unique().tolist())
+    assert seen == {1.0, 2.0, 3.0, 4.0}
+    with pytest.raises(IndexError):
+        benchmark.depths("val")[12]
+
+
+def test_pairs_show_corners_of_one_form_where_the_masks_have_them() -> None:
+    benchmark = Shapes(size=128, test=40)
+    pairs, images = benchmark.pairs("test"), benchmark.dataset("test")
+    categories = [pairs[index].category for index in range(8)]
+    assert categories == ["square", "triangle", "cross", "star"] * 2
+    meets = []
+    for index in range(8):
+        pair = pairs[index]
+        assert pair.names[0] != pair.names[1]
+        assert len(pair.source_points) == len(pair.target_points) >= 3
+        sides = ((pair.names[0], pair.source, pair.source_points),)
+        for name, image, points in (*sides, (pair.names[1], pair.target, pair.target_points)):
+            scene, mask = images[int(name.removeprefix("test/"))]
+            assert torch.equal(scene, image)
+            padded = torch.nn.functional.pad(mask, (2, 2, 2, 2), value=255)
+            for x, y in points.int().tolist():  # the form and something else meet here
+                around = padded[y : y + 5, x : x + 5]
+                assert (around == CLASS[pair.category]).any()
+                meets.append(bool((around != CLASS[pair.category]).any()))
+        left, top, right, bottom = pair.box.tolist()
+        inside = (pair.target_points >= torch.tensor([left, top])) & (
+            pair.target_points <= torch.tensor([right, bottom])
+        )
+        assert inside.all()
+    assert np.mean(meets) > 0.9  # a few corners lie over another object of the form
+
+
+def test_pairs_are_a_function_of_seed_split_and_index_and_differ() -> None:
+    first, again = (Shapes(size=32, test=200).pairs("test") for _ in range(2))
+    names = [first[index].names for index in range(40)]
+    assert names[::-1] == [again[index].names for index in reversed(range(40))]
+    assert len(set(names)) >= 38
+    assert Shapes(size=32, test=200, seed=1).pairs("test")[0].names != names[0]
+
+
+def test_corners_of_a_pair_correspond() -> None:
+    """In units of its own object each is as far from the centre as the other."""
+    pairs = Shapes(size=64, test=60).pairs("test")
+    for index in range(8):
+        pair, upright = pairs[index], []
+        sides = zip(pair.names, (pair.source_points, pair.target_points), strict=True)
+        for name, points in sides:
+            drawing = draw(0, "test", int(name.removeprefix("test/")), 64)
+            fits = [
+                np.linalg.norm(points.numpy() / 64 - placed.centre, axis=1) / placed.radius
+                for placed in drawing.objects
+                if placed.form == pair.category
+            ]
+            upright.append(fits)
+        assert any(np.allclose(one, other, atol=1e-4) for one in upright[0] for other in upright[1])
+
+
+def test_too_few_scenes_for_a_pair_are_named() -> None:
+    with pytest.raises(UserError, match=r"data\.options\.val: no two of 1 scenes show a square"):
+        Shapes(val=1).pairs("val")[0]
