@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill import checkpoint
-from distill.errors import UserError
+from distill.benchmarks import IGNORE_INDEX
+from distill.errors import UserError, blame
 from students.student import Student
 
 CARD = "student.json"
@@ -40,6 +42,9 @@ class StudentCard:
     input_size: Sequence[int]
     kwargs: dict[str, Any]
     class_names: Sequence[str]
+    palette: Sequence[Sequence[int]] = ()
+    """The RGB colour of each class; empty in cards of older versions."""
+    ignore_index: int = IGNORE_INDEX
     recipe: dict[str, Any]
     """The resolved recipe of the run."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -55,10 +60,21 @@ def _version() -> str:
         return "unknown"
 
 
-def export_student(student: Student, card: StudentCard, folder: Path) -> None:
+def export_student(
+    student: Student,
+    card: StudentCard,
+    folder: Path,
+    check: Callable[[Path], object] = lambda new: None,
+) -> None:
     """Write `model.safetensors` and `config.json` (plain timm's), the head, and `student.json`.
 
     The folder appears complete or not at all; an older export of that name is replaced.
+
+    Args:
+        student: The student.
+        card: Its card.
+        folder: Where.
+        check: Called with the new folder before it takes its place; if it raises, nothing changes.
 
     Raises:
         UserError: The folder holds something else, or the disk is full.
@@ -75,6 +91,9 @@ def export_student(student: Student, card: StudentCard, folder: Path) -> None:
             if student.head is not None:
                 save_file(student.head.state_dict(), new / HEAD)
             checkpoint.write_text(new / CARD, json.dumps(asdict(card), indent=2) + "\n")
+            check(new)
+            for file in new.iterdir():
+                checkpoint.sync(file)
             old = Path(scratch, "old")
             try:
                 if folder.exists():
@@ -91,21 +110,31 @@ def load_student(path: str | Path) -> tuple[Student, StudentCard]:
     """The whole student of an exported folder or of a run, on the CPU, in eval mode."""
     folder = student_folder(path)
     card = read_card(folder)
-    student = Student(
-        card.model,
-        classes=card.classes,
-        dense=card.dense,
-        image_size=_pair(card.image_size),
-        layers=card.layers,
-        head=card.head,
-        head_layers=card.head_layers,
-        input_size=_pair(card.input_size),
-        kwargs=card.kwargs,
-    )
+    student = untrained(card, folder)
     _load(student.backbone, folder / WEIGHTS)
     if student.head is not None:
         _load(student.head, folder / HEAD)
     return student.eval(), card
+
+
+def untrained(card: StudentCard, folder: Path) -> Student:
+    """The student that a card describes, on random weights; `folder` is where the card lies.
+
+    Raises:
+        UserError: timm lacks the model, or a library its head.
+    """
+    with blame(str(folder / CARD)):
+        return Student(
+            card.model,
+            classes=card.classes,
+            dense=card.dense,
+            image_size=_pair(card.image_size),
+            layers=card.layers,
+            head=card.head,
+            head_layers=card.head_layers,
+            input_size=_pair(card.input_size),
+            kwargs=card.kwargs,
+        )
 
 
 def read_card(folder: Path) -> StudentCard:
@@ -150,6 +179,43 @@ def load_backbone(student: Student, path: str | Path) -> None:
         raise UserError(
             f"student.init_from: {folder} holds {read_card(folder).model!r}: {line}"
         ) from error
+
+
+def without_paths(card: dict[str, Any]) -> dict[str, Any]:
+    """The tree of a card that tells nobody where its maker kept data, teachers and runs.
+
+    Of a teacher the last part of its path is left, unless it is relative, as of an embedded one and
+    on the hub. Options that are paths become None.
+    """
+    kept: dict[str, Any] = _without_paths(card, False)
+    recipe = kept["recipe"]
+    recipe["output"] = "runs"
+    for section, key in (("data", "root"), ("teacher", "cache"), ("student", "init_from")):
+        if key in recipe.get(section, {}):
+            recipe[section][key] = None
+    teacher = recipe.get("teacher", {})
+    if _is_absolute(teacher.get("path", "")):
+        teacher["path"] = Path(teacher["path"]).name
+    return kept
+
+
+def _without_paths(tree: Any, options: bool) -> Any:
+    """A copy of a tree, None in place of paths among its `options`."""
+    if isinstance(tree, dict):
+        return {
+            key: _without_paths(value, options or key in ("options", "kwargs"))
+            for key, value in tree.items()
+        }
+    if isinstance(tree, list | tuple):
+        return [_without_paths(value, options) for value in tree]
+    if options and isinstance(tree, str):
+        local = os.sep in tree and os.path.exists(tree)
+        return None if local or _is_absolute(tree) else tree
+    return tree
+
+
+def _is_absolute(path: str) -> bool:
+    return os.path.isabs(path) or path.startswith(("~", ".."))
 
 
 def usage(folder: Path) -> str:

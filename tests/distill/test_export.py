@@ -122,6 +122,7 @@ def test_nothing_of_teacher_projector_or_policy_is_inside(
 def test_the_card_says_where_it_came_from(exported: Path) -> None:
     card = read_card(exported)
     assert (card.classes, card.class_names[0], card.dense) == (7, "background", True)
+    assert (len(card.palette), len(card.palette[0]), card.ignore_index) == (7, 3, 255)
     assert card.recipe["train"]["steps"] == 5
     assert card.provenance["arm"] == "distilled"
     assert card.provenance["step"] == 5
@@ -314,6 +315,14 @@ def test_a_card_of_another_model_names_the_weights(exported: Path, tmp_path: Pat
     with pytest.raises(
         UserError, match=r"head\.safetensors does not fit the student that its card"
     ):
+        load_student(folder)
+
+
+def test_a_card_of_what_is_not_installed_names_the_card(exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "other")
+    card = json.loads((folder / "student.json").read_text())
+    (folder / "student.json").write_text(json.dumps(card | {"model": "test_resnett"}))
+    with pytest.raises(UserError, match=r"student\.json: timm has no model 'test_resnett'"):
         load_student(folder)
 
 
