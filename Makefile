@@ -24,16 +24,8 @@ quickstart: install ## distil and train from scratch on embedded data, compare b
 	@$(BIN)/distill train experiments/quickstart.yaml \
 		$(if $(wildcard runs/quickstart/config.yaml),--resume)
 
-SEEDS := 0 1 2
 evidence: install ## the README's figures: more steps, three seeds, the random-weight teacher too
-	@for seed in $(SEEDS); do \
-		run=runs/evidence-$$seed; \
-		$(BIN)/distill train experiments/quickstart.yaml seed=$$seed name=evidence-$$seed \
-			train.steps=600 train.finetune_steps=200 \
-			'train.arms=[distilled, scratch, random_teacher]' \
-			$$(test -e $$run/config.yaml && echo --resume) || exit; \
-	done
-	@$(BIN)/distill report $(SEEDS:%=runs/evidence-%) --out experiments/results/quickstart.json
+	@$(BIN)/distill sweep experiments/studies/quickstart.yaml --out experiments/results
 
 test: install ## run all tests, offline
 	@$(BIN)/python -m pytest

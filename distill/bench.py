@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill import checkpoint, plots
 from distill.batch import Batch
 from distill.build import build_accelerator, build_training_set
-from distill.clock import Clock, untimed, wait
+from distill.clock import Clock, Timed, untimed, wait
 from distill.config import (
     DataConfig,
     PairConfig,
@@ -30,6 +30,7 @@ from distill.config import (
     TrainConfig,
 )
 from distill.errors import UserError
+from distill.footprint import part_memory
 from distill.naive import WholeTeacher, write_cifar10_ddpm
 from distill.tracking import commit, hardware
 from distill.train import batches
@@ -87,8 +88,10 @@ def bench(
     figures = given | figures
     if out is not None:
         checkpoint.write_text(out, json.dumps(figures, indent=2) + "\n")
-        parts = {name: figures["parts" if name == "ours" else f"parts_{name}"] for name in cases}
-        milliseconds = {n: {p: 1e3 * x for p, x in of.items()} for n, of in parts.items()}
+        milliseconds = {
+            name: {part: 1e3 * x for part, x in figures[_key("parts", name)].items()}
+            for name in cases
+        }
         plots.bars(Path(out).with_suffix(".png"), milliseconds, f"milliseconds, {batch} images")
     return _table(figures, rounds)
 
@@ -113,6 +116,8 @@ def _figures(cases: Mapping[str, Case], rounds: int) -> dict[str, Any]:
     peak = _product_rate(device)
     mine = parts["ours"]
     policy = mine["policy"] + _reward_seconds(ours, cases["ours"].batch)
+    error = _feature_error(ours, naive, cases["ours"].batch)
+    memory = {name: _memory(case) for name, case in cases.items()}  # last: it is not timed
     return {
         "images_per_second": batch / middle["ours"],
         "images_per_second_cached": batch / middle["cached"],
@@ -122,7 +127,7 @@ def _figures(cases: Mapping[str, Case], rounds: int) -> dict[str, Any]:
         "ratio_cached": middle["naive"] / middle["cached"],
         "ratios_cached": _quotients(taken["naive"], taken["cached"]),
         "policy_share": policy / sum(mine.values()),
-        "feature_error": _feature_error(ours, naive, cases["ours"].batch),
+        "feature_error": error,
         "share_of_peak": batch * (used + student) / middle["ours"] / peak,
         "share_of_peak_teacher": batch * used / mine["teacher"] / peak,
         "share_of_peak_student": batch * student / (mine["student"] + mine["backward"]) / peak,
@@ -130,13 +135,17 @@ def _figures(cases: Mapping[str, Case], rounds: int) -> dict[str, Any]:
         "teacher_gflop": used / 1e9,
         "naive_teacher_gflop": whole / 1e9,
         "student_gflop": student / 1e9,
-        "parts": mine,
-        "parts_cached": parts["cached"],
-        "parts_naive": parts["naive"],
+        **{_key("parts", name): of for name, of in parts.items()},
+        **{_key("parts_memory_mib", name): of for name, of in memory.items()},
         "memory_gib": {name: case.memory for name, case in cases.items()},
         "hardware": hardware(device),
         "commit": commit(),
     }
+
+
+def _key(figure: str, name: str) -> str:
+    """What a figure of one of the cases is called; that of ours has no ending."""
+    return figure if name == "ours" else f"{figure}_{name}"
 
 
 def _table(figures: Mapping[str, Any], rounds: int) -> str:
@@ -150,6 +159,7 @@ def _table(figures: Mapping[str, Any], rounds: int) -> str:
     of_naive, of_ours = figures["naive_teacher_gflop"], figures["teacher_gflop"]
     parts = ", ".join(f"{name} {1e3 * x:.3g}" for name, x in figures["parts"].items())
     memory = ", ".join(f"{name} {x:.2f}" for name, x in figures["memory_gib"].items())
+    held = ", ".join(f"{name} {x:.3g}" for name, x in figures["parts_memory_mib"].items())
     return "\n".join(
         [
             f"one step: {figures['batch']} images of 32 px, {figures['layer']} of "
@@ -174,6 +184,7 @@ def _table(figures: Mapping[str, Any], rounds: int) -> str:
             f"of bfloat16 products; teacher {figures['share_of_peak_teacher']:.0%}, student "
             f"{figures['share_of_peak_student']:.0%}",
             f"  memory  {memory} GiB at most so far",
+            f"          {held} MiB while that part runs, beside the weights",
             f"  error   {figures['feature_error']:.2%} of the float32 features (relative L2)",
         ]
     )
@@ -246,6 +257,21 @@ def _parts(case: Case, repeat: int) -> dict[str, float]:
         trainer.train_step(*batch)
     trainer.clock = untimed
     return {part: seconds / repeat for part, seconds in clock.seconds.items()}
+
+
+def _memory(case: Case) -> dict[str, float]:
+    """MiB that tensors hold at most in the parts of a step, above those between steps."""
+    trainer = case.trainer
+    stream = batches(trainer)
+
+    def step(part: Timed) -> None:
+        trainer.clock = part
+        with part("data"):
+            batch = next(stream)
+        trainer.train_step(*batch)
+        trainer.clock = untimed
+
+    return part_memory(step, trainer.accelerator.device)
 
 
 def _student_flops(case: Case) -> int:

@@ -6,30 +6,34 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
-from distill.build import build_accelerator, build_training_set, embedded, in_order
+from distill.benchmarks import Examples
+from distill.build import (
+    TrainingSet,
+    build_accelerator,
+    build_training_set,
+    embedded,
+    in_order,
+)
 from distill.clock import wait
 from distill.config import RunConfig, TeacherTrainConfig
 from distill.data import Draw
 from distill.errors import UserError, blame
-from distill.fit import fit_batch
+from distill.fit import check_schedule, fit_batch
 from distill.recipe import to_yaml
 from distill.registry import resolve
-from distill.run import check_schedule, held_out_examples
+from distill.scoring import held_out_examples
 from distill.teach import TeacherTraining
 from distill.train import batches
 from distill.trainer import Trainer
+from rl_policy.protocol import MixingPolicy
 from teachers import anatomy
 
 
 def dry_run(config: RunConfig) -> str:
     """Check a recipe to the last detail, with one batch of each arm, and estimate its cost."""
-    accelerator = build_accelerator(config.device)
-    data = build_training_set(config.data)
-    config = fit_batch(config, data, accelerator)
-    check_schedule(config, accelerator.num_processes)
-    held_out = held_out_examples(config, data.benchmark, data.size)
-    held_out[0]
+    config, data, held_out, accelerator = _prepare(config)
     lines = [to_yaml(config).rstrip(), ""]
     lines.append(
         f"# data: {data.benchmark.name}, {len(data.labelled_indices)} labelled and "
@@ -43,25 +47,51 @@ def dry_run(config: RunConfig) -> str:
             lines += _pairs(trainer)
         if trainer.plan is not None:
             lines.append(f"# {arm}: cache of {trainer.plan} in {config.teacher.cache}; not counted")
-        stream = batches(trainer)
-        seconds = []
-        for _ in range(2):  # the first step pays for warming up; both are thrown away
-            batch = next(stream)
-            began = time.monotonic()
-            trainer.train_step(*batch)
-            wait(accelerator.device)
-            trainer.settle()
-            seconds.append(time.monotonic() - began)
-        estimate = seconds[-1] * config.train.steps
+        seconds = _step_seconds(trainer)
+        estimate = seconds * config.train.steps
         total += estimate
         lines.append(
-            f"# {arm}: {config.train.steps} steps of {seconds[-1]:.2f} s, about {_clock(estimate)}"
+            f"# {arm}: {config.train.steps} steps of {seconds:.2f} s, about {_clock(estimate)}"
         )
     lines.append(f"# in all about {_clock(total)}, evaluation not counted; nothing was trained")
     folder = Path(config.output) / config.name
     if folder.exists():
         lines.append(f"# {folder} exists: the run would need --resume or another name=")
     return "\n".join(lines)
+
+
+def training_seconds(config: RunConfig) -> float:
+    """Check a recipe as `dry_run` does, and estimate the seconds of training all its arms."""
+    config, data, _, accelerator = _prepare(config)
+    seconds = 0.0
+    for arm in config.train.arms:
+        seconds += config.train.steps * _step_seconds(Trainer(config, arm, data, accelerator))
+        accelerator.free_memory()  # it holds on to every model that it prepared
+    return seconds
+
+
+def _prepare(config: RunConfig) -> tuple[RunConfig, TrainingSet, Examples, Accelerator]:
+    """The recipe with its batch in numbers, its training and held-out images, the device."""
+    accelerator = build_accelerator(config.device)
+    data = build_training_set(config.data)
+    config = fit_batch(config, data, accelerator)
+    check_schedule(config, accelerator.num_processes)
+    held_out = held_out_examples(config, data.benchmark, data.size)
+    held_out[0]  # it can be read
+    return config, data, held_out, accelerator
+
+
+def _step_seconds(trainer: Trainer) -> float:
+    """Seconds of a step: the second of two, as the first pays for warming up."""
+    stream = batches(trainer)
+    for _ in range(2):
+        batch = next(stream)
+        began = time.monotonic()
+        trainer.train_step(*batch)
+        wait(trainer.accelerator.device)
+        trainer.settle()
+        seconds = time.monotonic() - began
+    return seconds
 
 
 def teacher_dry_run(config: TeacherTrainConfig) -> str:
@@ -128,6 +158,12 @@ def _pairs(trainer: Trainer) -> list[str]:
         used, whole = teacher.flops(trainer.data.size)
         lines.append(
             f"#   teacher: {used / 1e9:.2f} of {whole / 1e9:.2f} GFLOP an image, stops early"
+        )
+    if isinstance(trainer.policy, MixingPolicy):
+        looks = len(trainer.timesteps)
+        lines.append(
+            f"#   {trainer.config.policy.name}: the teacher looks {looks} times at every image, "
+            "once for each of policy.bins"
         )
     return lines
 

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from distill.checkpoint import replacing
+from distill.metrics import TITLES
 
 STYLE: Any = {  # matplotlib types its keys as a literal of all of them
     "font.size": 8.5,
@@ -35,6 +36,8 @@ STYLE: Any = {  # matplotlib types its keys as a literal of all of them
     "xtick.major.size": 0.0,
     "ytick.major.size": 0.0,
     "legend.frameon": False,
+    "axes.formatter.useoffset": False,
+    "text.parse_math": False,  # names are data: a dollar sign in one is no formula
 }
 ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#7f7f7f")
 VOID_COLOUR = (232, 232, 232)
@@ -42,8 +45,7 @@ RIGHT, WRONG = "#1a7f4b", "#c0392b"
 PANELS = {
     "loss/task": "task loss",
     "loss/feature": "feature loss",
-    "miou": "mIoU",
-    "top1": "top-1",
+    **TITLES,
     "reward": "reward",
     "lr": "learning rate",
 }
@@ -78,7 +80,7 @@ def predictions(
         else:
             colours = np.asarray(palette, dtype=np.uint8)
             figure = _masked_images(pictures, true_arrays, guesses, class_names, colours)
-        _write(figure, path)
+        write_figure(figure, path)
 
 
 def _masked_images(
@@ -144,18 +146,21 @@ def _labelled_images(
     return figure
 
 
-def curves(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def curves(
+    path: str | Path, rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str] = PANELS
+) -> None:
     """Write training curves, a panel a quantity and a colour an arm.
 
     Args:
         path: A PNG.
-        rows: Lines of metrics.jsonl: `step`, `arm`, and some of the quantities in `PANELS`, under
+        rows: Lines of metrics.jsonl: `step`, `arm`, and some of the quantities in `wanted`, under
             that key or with a prefix (`val/miou`). Missing and non-finite values are left out.
+        wanted: Title of the panel of each quantity.
     """
     arms = list(dict.fromkeys(str(row.get("arm", "")) for row in rows))
     panels = [
         (key, title)
-        for key, title in PANELS.items()
+        for key, title in wanted.items()
         if any(_value(row, key) is not None for row in rows)
     ]
     columns = 3 if len(panels) > 4 else max(1, min(2, len(panels)))
@@ -173,11 +178,11 @@ def curves(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
                     for row in rows
                     if str(row.get("arm", "")) == arm and (value := _value(row, key)) is not None
                 ]
-                noisy = key.startswith(("loss", "reward"))
+                noisy = "loss" in key or "reward" in key
                 _curve(axes, series, arm, ARM_COLOURS[number % len(ARM_COLOURS)], noisy)
             axes.set_title(title)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            if key in ("miou", "top1"):
+            if key in TITLES:
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
         for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:
             axes.set_xlabel("step")
@@ -187,7 +192,7 @@ def curves(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
             figure.legend(
                 named.values(), named.keys(), loc="outside upper center", ncols=len(named)
             )
-        _write(figure, path)
+        write_figure(figure, path)
 
 
 def _value(row: Mapping[str, Any], key: str) -> float | None:
@@ -264,13 +269,8 @@ def policy(
         final.legend(loc="best")
         final.set(xlabel=f"probability at step {at[-1]:.0f}", xlim=(0.0, None))
         final.grid(visible=False, axis="y")
-        above = final.twiny()
-        above.plot(noise, rows, color="#0072b2", lw=1.4)
-        above.set(xlim=(0.0, 1.02))
-        above.grid(visible=False)
-        above.set_xlabel("noise fraction", color="#0072b2")
-        above.tick_params(axis="x", colors="#0072b2")
-        _write(figure, path)
+        _noise_axis(final, rows, noise)
+        write_figure(figure, path)
 
 
 def bars(path: str | Path, rows: Mapping[str, Mapping[str, float]], label: str) -> None:
@@ -298,7 +298,23 @@ def bars(path: str | Path, rows: Mapping[str, Mapping[str, float]], label: str) 
         axes.set_xlabel(label)
         axes.set_xlim(0, 1.1 * float(starts.max()))
         figure.legend(loc="outside upper center", ncols=len(parts), handlelength=1.0)
-        _write(figure, path)
+        write_figure(figure, path)
+
+
+def _noise_axis(axes: Axes, rows: ArrayLike, noise_fraction: ArrayLike) -> None:
+    """What the left axis' ticks, each a row, stand for as a noise fraction, on the right.
+
+    Args:
+        axes: Its y axis has a tick at some of the rows.
+        rows: (K,) where the timesteps lie.
+        noise_fraction: (K,) share of noise at each of them, in [0, 1].
+    """
+    noise = dict(zip(np.asarray(rows).tolist(), np.asarray(noise_fraction).tolist(), strict=True))
+    ticks = [tick for tick in axes.get_yticks() if tick in noise]
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(ticks, [f"{noise[tick]:.2f}" for tick in ticks])
+    right.set_ylabel("noise fraction")
+    right.spines[:].set_visible(False)
 
 
 def _coloured(mask: NDArray[Any], colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -321,6 +337,7 @@ def _bare(axes: Axes) -> None:
     axes.grid(visible=False)
 
 
-def _write(figure: Figure, path: str | Path) -> None:
+def write_figure(figure: Figure, path: str | Path) -> None:
+    """Write a PNG, whole or not at all."""
     with replacing(Path(path)) as file:
         figure.savefig(file, format="png")

@@ -6,15 +6,16 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from distill.config import RunConfig, TeacherTrainConfig
 from distill.errors import UserError, nearest
+from distill.registry import is_own
 
-Config = TypeVar("Config", RunConfig, TeacherTrainConfig)
+Config = TypeVar("Config")
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,19 +57,30 @@ def load_config(kind: type[Config], recipe: str | Path, overrides: Sequence[str]
         UserError: The file is missing or no YAML, a key is unknown, a value has the wrong type or
             lies outside its range; the line names file and key.
     """
-    path = Path(recipe)
+    tree = read_tree(recipe, "recipe")
+    for override in overrides:
+        apply_override(tree, override)
+    return build_config(kind, tree, where=str(Path(recipe)))
+
+
+def read_tree(file: str | Path, what: str) -> dict[str, Any]:
+    """The plain tree of a YAML file, with `name` taken from the file's name where it has none.
+
+    Raises:
+        UserError: The file is missing or no YAML, or holds no sections; the line begins with
+            `what` it is and its path.
+    """
+    path = Path(file)
     try:
         tree = yaml.load(path.read_text(), Loader=_Loader)
     except OSError as error:
-        raise UserError(f"recipe {path}: {error.strerror or error}") from error
+        raise UserError(f"{what} {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"recipe {path}: expected sections like `train:`, found {tree!r:.60}")
+        raise UserError(f"{what} {path}: expected sections like `train:`, found {tree!r:.60}")
     tree.setdefault("name", path.stem)
-    for override in overrides:
-        apply_override(tree, override)
-    return build_config(kind, tree, where=str(path))
+    return tree
 
 
 def build_config(kind: type[Config], tree: Mapping[str, Any], where: str = "recipe") -> Config:
@@ -89,6 +101,72 @@ def to_yaml(config: RunConfig | TeacherTrainConfig) -> str:
     tree = to_tree(config)
     text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
     return text
+
+
+class Difference(NamedTuple):
+    """A key of which two recipes say different things; None where one has no such entry."""
+
+    key: str
+    before: Any
+    now: Any
+
+
+def first_difference(before: RunConfig, now: RunConfig) -> Difference | None:
+    """The first key in which two recipes differ, but for `device`; None if there is none."""
+    old, new = flat(to_tree(before)), flat(to_tree(now))
+    for key in old | new:
+        if key != "device" and old.get(key) != new.get(key):
+            return Difference(key, old.get(key), new.get(key))
+    return None
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if isinstance(tree, dict):
+        items: Any = tree.items()
+    elif isinstance(tree, list):
+        items = enumerate(tree)
+    else:
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in items:
+        leaves |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+# The keys whose values may be `module:attribute`.
+_CODE = re.compile(
+    r"data\.benchmark|(teacher|policy)\.name|pairs\.\d+\.loss|teacher\.options\.members\..+\.name"
+)
+
+
+def refuse_foreign(config: RunConfig, overrides: Sequence[str], folder: Path) -> None:
+    """Refuse a recipe that came with weights or results where it names code of somebody else.
+
+    A run folder or an exported student may come from anybody, and looking at it must not run what
+    it names. `module:attribute` is followed where it is a file of one's own
+    (`registry.is_own`), or where an override gives that name too.
+
+    Args:
+        config: The recipe, with the overrides.
+        overrides: Those of the command line.
+        folder: What was received.
+
+    Raises:
+        UserError: It names other code; the line says how to allow it.
+    """
+    given: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(given, override)
+    trusted = flat(given).values()
+    for key, value in flat(to_tree(config)).items():
+        name = str(value)
+        if not _CODE.fullmatch(key) or ":" not in name or name in trusted or is_own(name, folder):
+            continue
+        raise UserError(
+            f"{folder}: its recipe has {key}={name}, which is no file of yours below the working "
+            f"directory and may be anybody's code; if you trust it, add {key}={name}"
+        )
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -14,17 +14,21 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from distill import checkpoint, plots
+from distill import checkpoint, plots, scoring
 from distill.benchmarks import Benchmark, Examples
 from distill.build import TrainingSet, build_accelerator, build_training_set
+from distill.comparison import main_arm
 from distill.config import Arm, RunConfig
-from distill.data import Resized, as_float
+from distill.data import as_float
 from distill.errors import Interrupted, UserError
-from distill.evaluate import evaluate, predicted_classes
-from distill.export import StudentCard, export_student, usage
-from distill.fit import fit_batch, with_batch
-from distill.recipe import load_config, to_tree, to_yaml
+from distill.evaluate import predicted_classes
+from distill.export import StudentCard, export_student
+from distill.fit import check_schedule, fit_batch, with_batch
+from distill.flops import flops
+from distill.recipe import first_difference, load_config, to_tree, to_yaml
 from distill.report import summarise
+from distill.scoring import held_out_examples
+from distill.subjects import predictor
 from distill.tracking import (
     RunLog,
     commit,
@@ -81,7 +85,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             if resume and path.exists():
                 trainer.load_state(checkpoint.load(path), path)
             try:
-                train_arm(trainer, folder, stop, observe)
+                parts = train_arm(trainer, folder, stop, observe)
             except Interrupted as error:
                 raise Interrupted(f"{error}; go on with --resume") from None
             finally:
@@ -89,7 +93,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
                     trainer.cache.flush()
             scores = score(trainer.average.module, held_out, data.benchmark, config, accelerator)
             if accelerator.is_main_process:
-                _finish_arm(trainer, folder, held_out, scores)
+                _finish_arm(trainer, folder, held_out, scores, parts)
             del trainer
             accelerator.free_memory()  # for the next arm
     accelerator.wait_for_everyone()
@@ -106,49 +110,6 @@ def _trainer(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accele
     return trainer
 
 
-def check_schedule(config: RunConfig, processes: int) -> None:
-    """Refuse combinations of the training section that have no meaning."""
-    train = config.train
-    for key, batch in (("batch", train.batch), ("unlabelled_batch", train.unlabelled_batch)):
-        if batch % processes:
-            raise UserError(f"train.{key}: {batch} does not divide over {processes} processes")
-        if batch // processes % train.accumulate:
-            raise UserError(
-                f"train.{key}: {batch // processes} images of a process do not divide into "
-                f"train.accumulate={train.accumulate} parts"
-            )
-    if train.finetune_steps > train.steps:
-        raise UserError(
-            f"train.finetune_steps: {train.finetune_steps} of train.steps {train.steps}"
-        )
-    if train.schedule == "distill_then_finetune" and not 0 < train.finetune_steps < train.steps:
-        raise UserError(
-            "train.finetune_steps: distill_then_finetune needs some of train.steps "
-            f"({train.steps}) for fine-tuning, not {train.finetune_steps}"
-        )
-    # Whether there are steps that see labelled images alone.
-    alone = "scratch" in train.arms or train.finetune_steps > 0 or config.data.unlabelled == 0
-    parts = processes * train.accumulate
-    if train.batch + (0 if alone else train.unlabelled_batch) < 2 * parts:
-        raise UserError(
-            f"train.batch: {train.batch} is too small: batch norm needs two images in every step "
-            "and process" + (" and part" if train.accumulate > 1 else "")
-        )
-
-
-def held_out_examples(
-    config: RunConfig, benchmark: Benchmark, size: tuple[int, int], split: str | None = None
-) -> Examples:
-    """The images that are scored, resized as in training; masks keep their own size."""
-    examples: Examples = Resized(
-        benchmark.dataset(split or config.evaluate.split), size, masks=False
-    )
-    if config.evaluate.images is not None:
-        count = min(config.evaluate.images, len(examples))
-        examples = torch.utils.data.Subset(examples, range(count))  # type: ignore[arg-type]
-    return examples
-
-
 def score(
     student: Student,
     examples: Examples,
@@ -160,16 +121,9 @@ def score(
     student.eval()
     for buffer in student.buffers():  # of batch norm every process has its own statistics
         broadcast(buffer)
-    return evaluate(
-        student,
-        examples,
-        benchmark,
-        device=accelerator.device,
-        batch=config.evaluate.batch,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        total=lambda counts: accelerator.reduce(counts, "sum"),
-    )
+    size = (student.image_size[0], student.image_size[1])
+    look = predictor(student)
+    return scoring.score(look, size, examples, benchmark, config, accelerator).scores
 
 
 def _observe(trainer: Trainer, log: RunLog | None, examples: Examples) -> None:
@@ -196,39 +150,32 @@ def _resumed(config: RunConfig, path: Path) -> RunConfig:
     saved = load_config(RunConfig, path)
     if not config.train.batch:  # the number that `auto` found
         config = with_batch(config, saved.train.batch)
-    before, now = _flat(to_tree(saved)), _flat(to_tree(config))
-    for key in before | now:
-        if key != "device" and before.get(key) != now.get(key):
-            raise UserError(
-                f"resume: {key} is {before.get(key)!r} in {path} and {now.get(key)!r} now; go on "
-                "with the run's own recipe, or start a new run (student.init_from takes weights)"
-            )
+    if changed := first_difference(saved, config):
+        raise UserError(
+            f"resume: {changed.key} is {changed.before!r} in {path} and {changed.now!r} now; go on "
+            "with the run's own recipe, or start a new run (student.init_from takes weights)"
+        )
     return config
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    if isinstance(tree, dict):
-        items: Any = tree.items()
-    elif isinstance(tree, list):
-        items = enumerate(tree)
-    else:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
 def _finish_arm(
-    trainer: Trainer, folder: Path, examples: Examples, scores: Mapping[str, Any]
+    trainer: Trainer,
+    folder: Path,
+    examples: Examples,
+    scores: Mapping[str, Any],
+    parts: Mapping[str, float],
 ) -> None:
-    """Write an arm's result; for the distilled one (or the first) the student and a picture."""
+    """Write an arm's result; for the main one the student and a picture."""
     config, benchmark = trainer.config, trainer.data.benchmark
-    arms = config.train.arms
     student = trainer.average.module.cpu().eval()
-    if trainer.arm == ("distilled" if "distilled" in arms else arms[0]):
-        export_student(student, make_card(trainer, student), folder / "student")
+    if trainer.arm == main_arm(config.train.arms):
+        provenance = {
+            "arm": trainer.arm,
+            "step": trainer.step,
+            "teacher": trainer.teacher.fingerprint if trainer.teacher else None,
+        }
+        card = make_card(config, benchmark, student, provenance)
+        export_student(student, card, folder / "student")
         images, truths, guesses = predict(student, examples)
         plots.predictions(
             folder / "predictions.png",
@@ -241,7 +188,10 @@ def _finish_arm(
     result = {
         "scores": scores,
         "images_per_second": trainer.images / max(trainer.seconds, 1e-9),
+        "looked": trainer.looked,
         "seconds": trainer.seconds,
+        "parts": parts,
+        "flops": flops(student, trainer.teacher, trainer.data.size),
         "hardware": hardware(trainer.accelerator.device),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
@@ -277,43 +227,30 @@ def predict(
     return images, truths, guesses
 
 
-def make_card(trainer: Trainer, student: Student) -> StudentCard:
-    """What stands beside an exported student."""
-    config = trainer.config
+def make_card(
+    config: RunConfig, benchmark: Benchmark, student: Student, provenance: Mapping[str, Any]
+) -> StudentCard:
+    """What stands beside an exported student.
+
+    Args:
+        config: The recipe.
+        benchmark: Names the classes.
+        student: Built after the recipe.
+        provenance: Its arm, step, and the teacher's fingerprint; the commit is added.
+    """
     return StudentCard(
         model=config.student.model,
-        classes=trainer.data.benchmark.num_classes,
-        dense=trainer.data.benchmark.task == "segmentation",
+        classes=benchmark.num_classes,
+        dense=benchmark.task == "segmentation",
         image_size=student.image_size,
         layers=student.layers,
         head=config.student.head,
         head_layers=student.head_layers,
         input_size=student.input_size,
         kwargs=config.student.kwargs,
-        class_names=trainer.data.benchmark.class_names,
+        class_names=benchmark.class_names,
+        palette=benchmark.palette.tolist(),
+        ignore_index=benchmark.ignore_index,
         recipe=to_tree(config),
-        provenance={
-            "arm": trainer.arm,
-            "step": trainer.step,
-            "teacher": trainer.teacher.fingerprint if trainer.teacher else None,
-            "commit": commit(),
-        },
+        provenance={**provenance, "commit": commit()},
     )
-
-
-def export_run(run_folder: str, arm: str, out: str | None) -> str:
-    """`distill export`: write the student of an arm's newest checkpoint. Returns what to print."""
-    folder = Path(run_folder)
-    config = load_config(RunConfig, folder / "config.yaml")
-    if arm not in config.train.arms:
-        raise UserError(f"--arm {arm}: {folder} has {', '.join(config.train.arms)}")
-    path = checkpoint_path(folder, arm)
-    state = checkpoint.load(path)
-    accelerator = build_accelerator("cpu")
-    trainer = Trainer(config, arm, build_training_set(config.data), accelerator)
-    trainer.load_state(state, path)
-    target = Path(out) if out else folder / "student"
-    student = trainer.average.module.eval()
-    export_student(student, make_card(trainer, student), target)
-    written = f"student of {arm} at step {trainer.step} written to {target}"
-    return f"{written}; load it with\n\n{usage(target)}"

@@ -11,6 +11,7 @@ import torch
 
 from distill import checkpoint, seeding
 from distill.batch import Batch
+from distill.clock import Clock, untimed
 from distill.data import Augmented, StepSampler, Tagged, loader
 from distill.distiller import Losses
 from distill.errors import Interrupted
@@ -18,13 +19,17 @@ from distill.tracking import Progress, RunLog, StopSignal, memory
 from distill.trainer import Trainer
 from rl_policy.summary import policy_summary
 
+# Timing makes a GPU wait, so few steps are timed. A prime number, so that steps that log or measure
+# the floor, mostly every 10th or 50th, are among them as often as among the others.
+TIMED = 11
+
 
 def train_arm(
     trainer: Trainer,
     folder: Path,
     stop: StopSignal,
     observe: Callable[[Trainer, RunLog | None], None],
-) -> None:
+) -> dict[str, float]:
     """Train an arm to its last step, with log, progress and checkpoints.
 
     Args:
@@ -32,6 +37,10 @@ def train_arm(
         folder: The run folder.
         stop: Looked at after every step.
         observe: Called every `evaluate_every` steps, and after the last.
+
+    Returns:
+        Share of the time by part of a step (`Clock`), in every `TIMED`-th step since this start;
+        empty if there were fewer.
 
     Raises:
         Interrupted: The user stopped it; the checkpoint is written.
@@ -41,11 +50,15 @@ def train_arm(
     log = RunLog(folder, trainer.arm, trainer.step) if main else None
     stream = batches(trainer)
     # A short run that ends with labels alone shows its policy all the same.
-    shown = {train.steps, train.steps - train.finetune_steps}
+    taught = train.steps - train.finetune_steps
+    shown = {train.steps, taught}
+    parts = Clock(trainer.accelerator.device)
     with Progress(trainer.arm, train.steps, trainer.step, show=main) as progress:
         while trainer.step < train.steps:
             began = time.monotonic()
-            batch = next(stream)
+            trainer.clock = parts if trainer.step % TIMED == TIMED - 1 else untimed
+            with trainer.clock("data"):
+                batch = next(stream)
             waited = time.monotonic() - began
             losses = trainer.train_step(*batch)
             images = sum(len(x) for x in (batch.labelled, batch.unlabelled) if x is not None)
@@ -60,6 +73,8 @@ def train_arm(
             if last or (train.evaluate_every and trainer.step % train.evaluate_every == 0):
                 trainer.settle()
                 observe(trainer, log)
+            if main and trainer.policy is not None and trainer.step == taught < train.steps:
+                _keep_taught(trainer, folder)
             if main and (last or stop or trainer.step % train.checkpoint_every == 0):
                 checkpoint.save(checkpoint_path(folder, trainer.arm), trainer.state())
             if stop and not last:
@@ -69,11 +84,25 @@ def train_arm(
     if log:
         log.close()
     trainer.accelerator.wait_for_everyone()
+    total = sum(parts.seconds.values())
+    return {part: seconds / total for part, seconds in parts.seconds.items()}
 
 
 def checkpoint_path(folder: Path, arm: str) -> Path:
     """Where an arm's newest checkpoint is."""
     return folder / "checkpoints" / arm / "last.pt"
+
+
+def taught_path(folder: Path, arm: str) -> Path:
+    """Where student and policy are as they were before fine-tuning, if there was any."""
+    return checkpoint_path(folder, arm).with_name("taught.pt")
+
+
+def _keep_taught(trainer: Trainer, folder: Path) -> None:
+    """Keep what the policy saw and knew when it last chose: fine-tuning changes the student."""
+    state = trainer.state()
+    kept = {key: state[key] for key in ("step", "distiller", "policy", "data")}
+    checkpoint.save(taught_path(folder, trainer.arm), kept)
 
 
 def batches(trainer: Trainer) -> Iterator[Batch]:
@@ -138,10 +167,12 @@ def _shown(figures: Mapping[str, float]) -> dict[str, float]:
 def _write(log: RunLog, trainer: Trainer, losses: Losses, rate: float) -> None:
     """One row of the log; with a policy its distribution over the timesteps too."""
     figures = {name: trainer.figures[key] for name, key in LOGGED.items() if key in trainer.figures}
+    each = (name for name in trainer.figures if name.startswith("reward/"))
+    figures |= {f"policy/{name}": trainer.figures[name] for name in each}
     figures["images_per_second"] = rate
     figures["lr"] = trainer.optimizer.param_groups[0]["lr"]
     figures |= memory(trainer.accelerator.device)
-    if not len(losses.rewards) or trainer.policy is None:
+    if trainer.policy is None or not len(losses.bins):  # the step had no teacher
         log.scalars(trainer.step, figures)
         return
     summary = policy_summary(trainer.policy.probabilities(losses.context.float().cpu()))

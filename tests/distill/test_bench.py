@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,20 @@ PARTS = {"data", "policy", "teacher", "student", "backward", "optimizer"}
 
 
 @pytest.fixture(scope="module")
-def figures(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def told() -> StringIO:
+    """What the run of `figures` printed."""
+    return StringIO()
+
+
+@pytest.fixture(scope="module")
+def figures(
+    teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory, told: StringIO
+) -> dict[str, object]:
     """Of one short run of the verb."""
     out = tmp_path_factory.mktemp("bench") / "bench.json"
-    arguments = ["--batch", "4", "--rounds", "1", "--layer", "up_blocks.0"]
-    assert main(["bench", "--teacher", str(teacher_folder), "--out", str(out), *arguments]) == 0
+    words = ["bench", "--teacher", str(teacher_folder), "--out", str(out)]
+    with redirect_stdout(told):
+        assert main([*words, "--batch", "4", "--rounds", "1", "--layer", "up_blocks.0"]) == 0
     with Image.open(out.with_suffix(".png")) as chart:
         assert chart.width > 2 * chart.height > 0
     read: dict[str, object] = json.loads(out.read_text())
@@ -46,6 +57,27 @@ def test_all_rates_ratios_and_shares_are_there(figures: dict[str, float]) -> Non
 def test_the_parts_of_every_case_are_timed(figures: dict[str, dict[str, float]], case: str) -> None:
     assert set(figures[f"parts{case}"]) == PARTS
     assert all(seconds > 0 for seconds in figures[f"parts{case}"].values())
+
+
+@pytest.mark.parametrize("case", ["", "_cached", "_naive"])
+def test_the_memory_of_the_parts_of_every_case_is_told(
+    figures: dict[str, dict[str, float]], case: str
+) -> None:
+    memory = figures[f"parts_memory_mib{case}"]
+    assert set(memory) == PARTS
+    # Four images of 32 px in float32; the maps of a resnet18, kept for the gradients.
+    assert 4 * 3 * 32 * 32 * 4 / 2**20 <= memory["data"] < memory["student"]
+    # Gradients of 11 million weights, where the optimiser finds them.
+    weights = 11.2e6 * 4 / 2**20
+    assert memory["optimizer"] > weights > memory["data"]
+
+
+def test_the_table_tells_the_memory_of_every_part(
+    figures: dict[str, dict[str, float]], told: StringIO
+) -> None:
+    (line,) = (line for line in told.getvalue().splitlines() if "MiB" in line)
+    for part, held in figures["parts_memory_mib"].items():
+        assert f"{part} {held:.3g}" in line
 
 
 def test_our_features_are_near_those_of_the_naive_way(figures: dict[str, float]) -> None:

@@ -28,7 +28,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_help_loads_no_heavy_library() -> None:
     code = (
         "import sys\n"
-        "from distill.cli import build_parser\n"
+        "from distill.arguments import build_parser\n"
         "text = build_parser().format_help()\n"
         "assert 'evaluate' in text and 'examples:' in text\n"
         "heavy = {'torch', 'numpy', 'diffusers', 'timm', 'stable_baselines3', 'matplotlib'}\n"
@@ -63,7 +63,7 @@ def test_mistakes_on_the_command_line_are_one_line(
         (["train"], "the following arguments are required: RECIPE.yaml"),
         (["train", "a.yaml", "--resum"], "recipe a.yaml: No such file"),
         (["train", "a.yaml", "--fast"], "unrecognised argument '--fast'"),
-        (["export", "run", "seed=1"], "unrecognised argument 'seed=1'"),
+        (["bench", "seed=1"], "unrecognised argument 'seed=1'"),
         (["list", "teacher"], "invalid choice: 'teacher' (choose from"),
         (["teacher"], "the following arguments are required: VERB"),
         (["teacher", "layers", "/none"], "teacher: '/none' is not a folder"),

@@ -110,6 +110,20 @@ def test_the_random_teacher_is_an_arm_of_its_own(recipe: Path) -> None:
     assert (run / "student" / "model.safetensors").exists()
 
 
+def test_policy_and_floor_of_the_summary_are_of_one_arm(recipe: Path) -> None:
+    assert main(["train", str(recipe), "train.arms=[scratch, random_teacher]"]) == 0
+    folder = recipe.parent / "runs" / "tiny"
+    summary = json.loads((folder / "summary.json").read_text())
+    results = [
+        json.loads((folder / "checkpoints" / arm / "result.json").read_text())
+        for arm in ("scratch", "random_teacher")
+    ]
+    assert summary["policy"]["timesteps"] == results[1]["policy"]["timesteps"]
+    assert summary["noise_floor"] == results[1]["noise_floor"]
+    assert summary["noise_floor"]["mean"]
+    assert summary["images_per_second"] == results[0]["images_per_second"]  # of the student there
+
+
 def test_scratch_alone_needs_no_teacher(recipe: Path, tmp_path: Path) -> None:
     arms = "train.arms=[scratch]"
     assert main(["train", str(recipe), arms, f"teacher.path={tmp_path / 'none'}"]) == 0
