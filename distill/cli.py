@@ -5,32 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
 
+from distill.arguments import parse, without_overrides
 from distill.errors import Interrupted, UserError
 from distill.registry import TABLES
-
-EXAMPLES = """examples:
-  distill train experiments/quickstart.yaml
-  distill train experiments/camvid.yaml data.root=DATA/camvid data.labelled=46 name=camvid46
-  distill train runs/camvid46/config.yaml --resume
-  distill evaluate runs/camvid46 data.root=DATA/camvid
-  distill teacher train experiments/teachers/images.yaml data.root=MY_IMAGES
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     try:
-        options = _parse(arguments)
-        code: int = options.verb(options)
-        return code
+        options = parse(arguments)
+        return VERBS[options.verb](options)
     except UserError as error:
         print(f"distill: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -40,155 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options and overrides in any order, which argparse alone refuses within a verb."""
-    options, rest = build_parser().parse_known_args(arguments)
-    for argument in rest:
-        if argument.startswith("-") or "=" not in argument or not hasattr(options, "overrides"):
-            raise UserError(f"unrecognised argument {argument!r} (see distill --help)")
-    if rest:
-        options.overrides = [*options.overrides, *rest]
-    return options
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """All verbs and their options."""
-    parser = _Parser(
-        prog="distill",
-        description="Distil a diffusion model into a small, fast, label-efficient vision backbone.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-
-    train = verbs.add_parser("train", help="distil a teacher into a student, as a recipe says")
-    _add_recipe(train)
-    train.set_defaults(verb=_train)
-
-    evaluate = verbs.add_parser("evaluate", help="score a student on a benchmark")
-    evaluate.add_argument("student", metavar="STUDENT", help="an exported student, or a run folder")
-    evaluate.add_argument(
-        "--head",
-        choices=("own", "linear"),
-        default="own",
-        help="its own head, or a new linear one fitted on the frozen backbone (default: own)",
-    )
-    evaluate.add_argument("--out", metavar="JSON", help="where the scores go (default: none)")
-    _add_overrides(evaluate)
-    evaluate.set_defaults(verb=_evaluate)
-
-    export = verbs.add_parser("export", help="write a run's student as a folder that timm opens")
-    export.add_argument("run", metavar="RUN", help="a run folder")
-    export.add_argument("--arm", default="distilled", help="which arm (default: distilled)")
-    export.add_argument("--out", metavar="FOLDER", help="where (default: RUN/student)")
-    export.set_defaults(verb=_export)
-
-    report = verbs.add_parser("report", help="compare finished runs with different seeds")
-    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
-    report.add_argument("--out", metavar="JSON", help="where the figures go (default: none)")
-    report.set_defaults(verb=_report)
-
-    bench = verbs.add_parser("bench", help="time a distillation step against the naive one")
-    bench.add_argument(
-        "--out", metavar="JSON", help="where the figures go, with a chart beside (default: none)"
-    )
-    bench.add_argument("--batch", type=int, default=64, help="images a step (default: 64)")
-    bench.add_argument("--rounds", type=int, default=5, help="rounds, in turn (default: 5)")
-    bench.add_argument("--layer", default="mid_block", help="teacher layer (default: mid_block)")
-    bench.add_argument(
-        "--teacher", metavar="PATH", help="a UNet (default: CIFAR-10's DDPM, random weights)"
-    )
-    bench.add_argument("--compile", action="store_true", help="with torch.compile")
-    bench.set_defaults(verb=_bench)
-
-    probe = verbs.add_parser(
-        "probe", help="map what a teacher's layers and timesteps know of the labels"
-    )
-    probe.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe; its student plays no part")
-    _add_overrides(probe)
-    probe.add_argument(
-        "--layers", metavar="LAYER", nargs="+", default=[], help="of the teacher (default: all)"
-    )
-    probe.add_argument("--timesteps", type=int, default=12, help="how many (default: 12)")
-    probe.add_argument("--images", type=int, help="of train and of val at most (default: all)")
-    probe.add_argument("--seeds", type=int, default=1, help="repetitions (default: 1)")
-    probe.add_argument(
-        "--probe", choices=("ridge", "logistic"), default="ridge", help="kind (default: ridge)"
-    )
-    probe.add_argument("--out", metavar="FOLDER", help="where (default: the run's, with -probe)")
-    probe.add_argument("--resume", action="store_true", help="go on where it was stopped")
-    probe.set_defaults(verb=_probe)
-
-    teacher = verbs.add_parser("teacher", help="train a teacher, or look into one")
-    inner = teacher.add_subparsers(title="verbs", metavar="VERB", required=True)
-    teach = inner.add_parser("train", help="train a diffusion model on unlabelled images")
-    _add_recipe(teach)
-    teach.set_defaults(verb=_teacher_train)
-    extract = inner.add_parser(
-        "extract", help="fill the feature cache (teacher.cache) of a recipe before it is trained"
-    )
-    extract.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
-    _add_overrides(extract)
-    extract.set_defaults(verb=_teacher_extract)
-    layers = inner.add_parser("layers", help="a teacher's layers: channels, reduction, cost")
-    layers.add_argument("path", metavar="TEACHER", help="what a recipe gives as teacher.path")
-    layers.add_argument(
-        "--name", default="diffusers_unet", help="its teacher.name (default: diffusers_unet)"
-    )
-    layers.add_argument("--size", type=int, help="side of the images (default: its own)")
-    layers.set_defaults(verb=_teacher_layers)
-
-    policy = verbs.add_parser("policy", help="try a timestep policy without training a student")
-    inner = policy.add_subparsers(title="verbs", metavar="VERB", required=True)
-    fit = inner.add_parser(
-        "fit", help="train a policy on a recorded table of rewards, and report its regret"
-    )
-    fit.add_argument(
-        "--table", metavar="FILE", required=True, help="a table.safetensors of `distill probe`"
-    )
-    fit.add_argument("--policy", default="a2c", help="its policy.name (default: a2c)")
-    fit.add_argument("--steps", type=int, default=300, help="steps of training (default: 300)")
-    fit.add_argument("--batch", type=int, default=64, help="images a step (default: 64)")
-    fit.add_argument(
-        "--seed", type=int, nargs="+", default=[0], help="a training each (default: 0)"
-    )
-    fit.add_argument("--out", metavar="JSON", help="where the figures go (default: none)")
-    fit.add_argument(
-        "overrides",
-        metavar="option=value",
-        nargs="*",
-        default=[],
-        help="options of the policy, for instance learning_rate=1e-3",
-    )
-    fit.set_defaults(verb=_policy_fit)
-
-    names = verbs.add_parser("list", help="the names that recipes may use")
-    names.add_argument("table", nargs="?", choices=tuple(TABLES), help="one kind of them")
-    names.set_defaults(verb=_list)
-    return parser
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe, or a run's config.yaml")
-    _add_overrides(parser)
-    parser.add_argument("--resume", action="store_true", help="go on where the run was stopped")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="resolve and check everything, try one batch, estimate the cost; train nothing",
-    )
-
-
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        default=[],
-        help="change the recipe, for instance train.steps=1000",
-    )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -213,25 +50,116 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from distill.rescore import rescore
 
-    print(rescore(options.student, options.overrides, head=options.head, out=options.out))
+    print(
+        rescore(
+            options.subject,
+            options.overrides,
+            protocol=options.protocol,
+            benchmark=options.benchmark,
+            out=options.out,
+        )
+    )
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from distill.compare import compare
+
+    subjects, early = without_overrides(options.words)
+    print(
+        compare(
+            subjects,
+            [*early, *options.overrides],
+            protocol=options.protocol,
+            benchmark=options.benchmark,
+            out=options.out,
+            batch=options.batch,
+            rounds=options.rounds,
+        )
+    )
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    from distill.run import export_run
+    from distill.deploy import export_run
 
-    print(export_run(options.run, options.arm, options.out))
+    print(
+        export_run(
+            options.run,
+            arm=options.arm,
+            out=options.out,
+            format=options.format,
+            what=options.what,
+            precision=options.precision,
+            push=options.push,
+            overrides=options.overrides,
+        )
+    )
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from distill.predict import predict
+
+    print(
+        predict(
+            options.model,
+            options.images,
+            out=options.out,
+            force=options.force,
+            trust=options.trust,
+        )
+    )
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from distill.demo import demo
+
+    demo(options.model, port=options.port, trust=options.trust)
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
-    from distill.report import compare
+    from distill.report_page import write_report
 
-    print(compare(options.runs, options.out))
+    runs, early = without_overrides(options.runs)
+    print(
+        write_report(
+            runs,
+            [*early, *options.overrides],
+            html=options.html,
+            probe=options.probe,
+            out=options.out,
+        )
+    )
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from distill.sweep import sweep
+
+    only, late = without_overrides(options.only)
+    seeds, later = without_overrides(options.seeds)
+    for seed in seeds:
+        if not seed.isdigit():
+            raise UserError(f"--seeds: {seed!r} is no seed, which is a whole number")
+    print(
+        sweep(
+            options.study,
+            [*options.overrides, *late, *later],
+            only=only,
+            seeds=[int(seed) for seed in seeds],
+            out=options.out,
+            dry_run=options.dry_run,
+        )
+    )
     return 0
 
 
 def _bench(options: argparse.Namespace) -> int:
+    # Torch warns of tensors older than the trace of allocations, which are not to be counted.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from distill.bench import bench
 
     print(
@@ -252,12 +180,11 @@ def _probe(options: argparse.Namespace) -> int:
     from distill.recipe import load_config
     from distill.survey import survey
 
-    # Overrides that follow --layers; no layer has an equals sign in its name.
-    late = [word for word in options.layers if "=" in word]
+    layers, late = without_overrides(options.layers)
     print(
         survey(
             load_config(RunConfig, options.recipe, [*options.overrides, *late]),
-            layers=[word for word in options.layers if "=" not in word],
+            layers=layers,
             timesteps=options.timesteps,
             images=options.images,
             seeds=options.seeds,
@@ -330,6 +257,25 @@ def _list(options: argparse.Namespace) -> int:
     if options.table in (None, "students"):
         print("  (any timm model with feature maps; these are checked)")
     return 0
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "export": _export,
+    "predict": _predict,
+    "demo": _demo,
+    "report": _report,
+    "sweep": _sweep,
+    "bench": _bench,
+    "probe": _probe,
+    "teacher_train": _teacher_train,
+    "teacher_extract": _teacher_extract,
+    "teacher_layers": _teacher_layers,
+    "policy_fit": _policy_fit,
+    "list": _list,
+}
 
 
 if __name__ == "__main__":

@@ -16,14 +16,22 @@ ROOMS = ("teachers", "students", "rl_policy")
 PACKAGES = (*ROOMS, "distill")
 VERBS = frozenset(
     f"distill.{name}"
-    for name in ("run", "rescore", "teach", "extract", "dry_run", "bench", "policy_fit", "survey")
+    for name in (
+        *("run", "rescore", "teach", "extract", "dry_run", "bench", "policy_fit", "survey"),
+        *("compare", "deploy", "predict", "demo", "report_page", "sweep"),
+    )
 )
 LEAVES = frozenset(
     f"distill.{name}"
     for name in (
         *("benchmarks", "cache", "checkpoint", "data", "distiller", "errors", "evaluate", "export"),
         *("losses", "measures", "metrics", "plots", "probe", "registry", "seeding", "tracking"),
-        *("head_room", "layer_map", "map_picture", "map_report"),
+        *("footprint", "inference", "linear", "neighbours", "score_pictures", "subjects"),
+        *("head_room", "intervals", "layer_map", "map_picture", "map_report"),
+        *("feedback", "lesson"),
+        *("flops", "page", "report_pictures"),
+        *("correspondence", "depth", "geometry_pictures"),
+        *("formats", "hub", "overlays", "parity", "runtimes"),
     )
 )
 
@@ -159,6 +167,7 @@ def test_only_training_loops_and_policies_compute_gradients():
         "distill.trainer",
         "distill.teach",
         "distill.bench",
+        "distill.linear",  # all learning rates at once, on frozen features
     }
 
 

@@ -12,14 +12,25 @@ import torch
 from diffusers import DDPMScheduler
 from torchvision.utils import save_image
 
-from distill.cli import build_parser, main
+from distill.arguments import build_parser
+from distill.cli import main
 from distill.config import RunConfig, TeacherTrainConfig
 from distill.recipe import apply_override, load_config
+from distill.study import load_study, run_folder
 from teachers.ddpm import build_unet, save_pipeline
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "experiments/README.md", "docs/train-a-teacher.md")
-RECIPES = sorted((CHECKOUT / "experiments").rglob("*.yaml"))
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "experiments/README.md",
+    "docs/train-a-teacher.md",
+    "docs/export.md",
+    "docs/evaluate.md",
+    "docs/benchmarks.md",
+)
+STUDIES = sorted((CHECKOUT / "experiments" / "studies").glob("*.yaml"))
+RECIPES = sorted({*(CHECKOUT / "experiments").rglob("*.yaml")} - {*STUDIES})
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -46,6 +57,13 @@ def test_recipe_loads(recipe):
     load_config(kind_of(recipe), recipe)
 
 
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
+def test_study_loads(study):
+    loaded = load_study(study)
+    # No recipe has its own run where a study has its runs.
+    assert loaded.folder not in {run_folder(load_config(kind_of(path), path)) for path in RECIPES}
+
+
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_command_in_a_document_is_understood(words, tmp_path):
     options, rest = build_parser().parse_known_args(words)
@@ -55,6 +73,8 @@ def test_command_in_a_document_is_understood(words, tmp_path):
     if hasattr(options, "recipe") and options.recipe.startswith("experiments/"):
         recipe = CHECKOUT / options.recipe
         load_config(kind_of(recipe), recipe, overrides)
+    if hasattr(options, "study"):
+        load_study(CHECKOUT / options.study, overrides)
 
 
 def test_documents_have_commands():
