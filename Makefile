@@ -28,7 +28,7 @@ evidence: install ## the README's figures: more steps, three seeds, the random-w
 	@$(BIN)/distill sweep experiments/studies/quickstart.yaml --out experiments/results
 
 test: install ## run all tests, offline
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: install ## check style and types
 	@$(BIN)/python -m ruff check

@@ -264,10 +264,11 @@ class Trainer:
 
     def _measures_floor(self) -> bool:
         """Whether this step measures the target-noise floor; without noise there is none."""
-        assert self.teacher is not None
         every, clean = self.config.train.floor_every, self.config.teacher.input == "clean"
-        noisy = self.cache is None and not clean and self.teacher.noise_schedule.has_noise
-        return noisy and every > 0 and self.step % every == 0
+        if every == 0 or self.step % every or clean or self.cache is not None:
+            return False
+        assert self.teacher is not None
+        return self.teacher.noise_schedule.has_noise
 
     def _progress(self, batch: Batch) -> AbstractContextManager[None]:
         """Around an update: what it does to the task losses of the labelled images, if asked."""

@@ -93,7 +93,7 @@ def test_an_interrupt_outside_of_training_is_one_line_too(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_list", stop)
+    monkeypatch.setitem(cli.VERBS, "list", stop)
     assert main(["list"]) == 130
     assert capsys.readouterr().err == "distill: stopped\n"
 
