@@ -254,8 +254,8 @@ def _list(options: argparse.Namespace) -> int:
             print(f"{table}:")
         for name, target in TABLES[table].items():
             print(f"  {name:24} {target}")
-    if options.table in (None, "students"):
-        print("  (any timm model with feature maps; these are checked)")
+        if table == "students":
+            print("  (any timm model with feature maps; these are checked)")
     return 0
 
 

@@ -134,7 +134,7 @@ def _check_options(
     if push and format != "hub":
         raise UserError(f"--push goes with --format hub, not {format}")
     if out and format in SUFFIXES and Path(out).suffix != SUFFIXES[format]:
-        raise UserError(f"--out {out}: the name of a {format} file ends in {SUFFIXES[format]}")
+        raise UserError(f"--out {out}: {format} files end in {SUFFIXES[format]}")
 
 
 def _source(path: Path, arm: str | None, overrides: Sequence[str]) -> Source:

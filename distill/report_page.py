@@ -77,6 +77,8 @@ def write_report(
         )
     if html is not None and Path(html).suffix not in (".html", ".htm"):
         raise UserError(f"--html: {html} is a page, such as report.html")
+    if out is not None and Path(out).suffix != ".json":
+        raise UserError(f"--out: {out} is for the figures, such as report.json; the page is --html")
     configs = {} if html is None else _opened(groups, overrides)
     known = None if probe is None else _read_probe(probe)
     text = compare(groups, out)

@@ -169,7 +169,7 @@ class Trainer:
                 self.distiller.parameters(), math.inf if train.clip is None else train.clip
             )
             self.settle()
-            figures = {"task_loss": losses.task}
+            figures = {"task_loss": losses.task} if phase.task_weight else {}
             if phase.teach:
                 figures["feature_loss"] = losses.feature
                 figures["reward_head_loss"] = losses.reward_head

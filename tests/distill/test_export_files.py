@@ -249,7 +249,7 @@ def test_a_file_that_is_not_the_student_never_appears(
         ("--format torchexport --precision int8", "torchexport is written in fp32, fp16; for int8"),
         ("--precision fp16", "timm is written in fp32; for fp16 take --format onnx or torchexport"),
         ("--what backbone", "the timm folder always holds the whole student; leave it out"),
-        ("--format onnx --out x.pt2", "the name of a onnx file ends in .onnx"),
+        ("--format onnx --out x.pt2", "onnx files end in .onnx"),
         ("--format onnx --what classifier", "the student is a segmenter; choose that, or backbone"),
         ("--push me/student", "--push goes with --format hub, not timm"),
         ("--format onxx", "invalid choice: 'onxx'"),
