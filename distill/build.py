@@ -108,7 +108,8 @@ def training_examples(
         examples = Resized(examples, size, masks=True)
     if data.memory_gb:
         examples = InMemory(examples, data.memory_gb * 1e9 / max(1, data.workers))
-    return Augmented(examples, augmentation(data.augment, benchmark.task, size))
+    change = augmentation(data.augment, benchmark.task, size, patch_scale=data.patch_scale)
+    return Augmented(examples, change)
 
 
 class TrainingSet(NamedTuple):

@@ -47,6 +47,8 @@ class DataConfig:
     augment: Literal["none", "flip", "crop", "strong", "patch"] = "crop"
     """Strength of the augmentation of training images. `patch`: flipped random patches of `size` px
     in place of whole images resized to it, to train a teacher on large images."""
+    patch_scale: tuple[Positive, Positive] = (1.0, 1.0)
+    """Smallest and largest scale of patches; 1 is the image's own, 0.5 shows twice as much."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read data; with 0 the training process does."""
     memory_gb: NonNegative = 4.0

@@ -92,6 +92,7 @@ def augmentation(
     task: Task | None,
     size: tuple[int, int],
     scale: tuple[float, float] = (0.35, 1.0),
+    patch_scale: tuple[float, float] = (1.0, 1.0),
 ) -> Augmentation:
     """Random changes to one uint8 image and its target, drawn from torch's default CPU generator.
 
@@ -118,7 +119,7 @@ def augmentation(
         margins = [width // 8, height // 8]
         steps.append(v2.RandomCrop(size, padding=margins, padding_mode="reflect"))
     elif strength == "patch":
-        steps.append(v2.RandomCrop(size))
+        steps.append(RandomPatch(size, patch_scale))
     if strength != "none":
         steps.append(v2.RandomHorizontalFlip())
     if strength == "strong":
@@ -126,9 +127,6 @@ def augmentation(
     transform = v2.Compose(steps)
 
     def apply(image: Tensor, target: Tensor | int) -> Item:
-        if strength == "patch":
-            image = _mirrored(image, size)
-            target = _mirrored(target, size) if isinstance(target, Tensor) else target
         if isinstance(target, int):
             return transform(tv_tensors.Image(image)).as_subclass(Tensor), target
         changed, mask = transform(tv_tensors.Image(image), tv_tensors.Mask(target))
@@ -137,14 +135,42 @@ def augmentation(
     return apply
 
 
-def _mirrored(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """x: (..., h, w), continued as by mirrors on all sides until it is at least of `size`."""
-    missing = [max(0, wanted - side) for wanted, side in zip(size, x.shape[-2:], strict=True)]
-    if not any(missing):
-        return x
-    borders = [(0, 0)] * (x.ndim - 2) + [(m // 2, m - m // 2) for m in missing]
+class RandomPatch:
+    """A random part of an image (and of its mask), at a random scale.
+
+    Args:
+        size: (H, W) of the patch.
+        scale: Smallest and largest size of the patch relative to the part that it shows, drawn
+            evenly on a logarithmic scale. Images smaller than that part are mirrored at their
+            borders.
+    """
+
+    def __init__(self, size: tuple[int, int], scale: tuple[float, float]) -> None:
+        self.size, self.scale = size, scale
+
+    def __call__(self, *views: tv_tensors.TVTensor) -> Any:
+        low, high = self.scale
+        scale = low * (high / low) ** float(torch.rand(()))
+        part = [max(1, round(side / scale)) for side in self.size]
+        sides = views[0].shape[-2:]
+        borders = [max(0, wanted - side) for wanted, side in zip(part, sides, strict=True)]
+        room = [max(0, side - wanted) for wanted, side in zip(part, sides, strict=True)]
+        corner = [int(torch.randint(most + 1, ())) for most in room]
+        cut = [
+            F.resized_crop(_mirrored(view, borders), *corner, *part, list(self.size))
+            for view in views
+        ]
+        return cut[0] if len(cut) == 1 else tuple(cut)
+
+
+def _mirrored(image: tv_tensors.TVTensor, borders: Sequence[int]) -> tv_tensors.TVTensor:
+    """image: (..., h, w), continued as by mirrors by so many rows and columns in all."""
+    if not any(borders):
+        return image
+    pad = [(0, 0)] * (image.ndim - 2) + [(border // 2, border - border // 2) for border in borders]
     # torch reflects no further than the image is wide; numpy goes on.
-    return torch.from_numpy(np.pad(x.numpy(), borders, mode="reflect"))
+    mirrored = torch.from_numpy(np.pad(image.numpy(), pad, mode="reflect"))
+    return tv_tensors.wrap(mirrored, like=image)
 
 
 class Draw(NamedTuple):

@@ -141,7 +141,8 @@ def _batches(
     patches = data.augment == "patch"
     sized = examples if patches else Resized(examples, size, masks=True)
     strength = "patch" if patches else "none"
-    views = Augmented(sized, augmentation(strength, benchmark.task, size))
+    change = augmentation(strength, benchmark.task, size, patch_scale=data.patch_scale)
+    views = Augmented(sized, change)
     targets = getattr(examples, "targets", None)
     chosen = choose_labelled(len(examples), min(count, len(examples)), SEED, targets)
     for start in range(0, len(chosen), BATCH):

@@ -1,4 +1,4 @@
-"""`data.augment: patch`: random parts of images of any size, at their own scale."""
+"""`data.augment: patch`: random parts of images of any size, at a chosen scale."""
 
 from __future__ import annotations
 
@@ -52,6 +52,37 @@ def test_a_mask_is_cut_and_mirrored_as_its_image() -> None:
         patch, mask = views[Draw(0, seed)]
         assert isinstance(mask, Tensor)
         assert torch.equal(patch[2].mul(255).round().long(), mask)
+
+
+def test_a_patch_at_half_the_scale_shows_twice_as_much() -> None:
+    image = ramp(80, 90)
+    spans = set()
+    for low, high in ((0.5, 0.5), (0.5, 1.0)):
+        change = augmentation("patch", "segmentation", (16, 24), patch_scale=(low, high))
+        views = Augmented([(image, image[2])], change)
+        for seed in range(20):
+            patch, mask = views[Draw(0, seed)]
+            assert patch.shape == (3, 16, 24)
+            assert isinstance(mask, Tensor)
+            assert torch.allclose(patch[2] * 255, mask.float(), atol=2.5)  # the nearest pixel
+            step = (patch[0, -1, 0] - patch[0, 0, 0]) * 255 / 15  # rows of the image a row
+            spans.add((low, high, round(float(step), 1)))
+    halves = {step for low, high, step in spans if low == high}
+    assert all(1.8 <= step <= 2.1 for step in halves)
+    between = {step for low, high, step in spans if low < high}
+    assert min(between) < 1.3
+    assert max(between) > 1.7
+
+
+def test_a_small_image_is_mirrored_for_a_patch_that_shows_more_than_it_has() -> None:
+    views = Augmented(
+        [(ramp(20, 20), 255)], augmentation("patch", None, (16, 16), patch_scale=(0.5, 0.5))
+    )
+    patch, _ = views[Draw(0, 0)]
+    rows = patch[0, :, 0] * 255
+    assert patch.shape == (3, 16, 16)
+    assert rows.max() > 15
+    assert rows.diff().min() < 0 < rows.diff().max()
 
 
 def test_patches_are_cut_before_anything_is_resized() -> None:
