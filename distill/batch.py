@@ -15,7 +15,7 @@ class Batch(NamedTuple):
     labelled: Tensor
     """(L, 3, H, W) in [0, 1]."""
     targets: Tensor
-    """Their classes (L,) or masks (L, H, W), int64."""
+    """Their classes (L,) or masks (L, H, W), int64, or landmarks (L, K, 2) float32."""
     unlabelled: Tensor | None = None
     """(U, 3, H, W)."""
     tags: Tensor | None = None

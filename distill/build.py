@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
 from distill.benchmarks import IGNORE_INDEX, Benchmark, Examples
@@ -28,7 +29,10 @@ from distill.errors import UserError, blame, nearest
 from distill.losses import FeatureLoss
 from distill.policies import build_rewards, reward_layer
 from distill.registry import resolve
+from distill.tasks import traits
+from students.student import LayerError as StudentLayerError
 from students.student import Student
+from teachers.anatomy import LayerError as TeacherLayerError
 from teachers.protocol import Teacher
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -75,7 +79,7 @@ def check_options(
     known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(given)
     for option in options:
         if option not in known:
-            near = nearest(option, known) if known else "there are none"
+            near = nearest(option, known, f"{key}.") if known else "there are none"
             raise UserError(f"unknown key '{key}.{option}'; {near}")
 
 
@@ -85,6 +89,20 @@ def image_size(data: DataConfig, examples: Examples) -> tuple[int, int]:
         return data.size
     height, width = examples[0][0].shape[-2:]
     return int(height), int(width)
+
+
+@contextmanager
+def blame_layer(asked: Mapping[str, str]) -> Iterator[None]:
+    """Blame a layer that is not to be had on the recipe's key that asked for it.
+
+    `asked` maps layers to keys; what else asked for one is left to `blame` around this.
+    """
+    try:
+        yield
+    except (TeacherLayerError, StudentLayerError) as error:
+        if error.layer not in asked:
+            raise
+        raise UserError(f"{asked[error.layer]}: {error}") from error
 
 
 class Unlabelled:
@@ -105,10 +123,16 @@ def training_examples(
 ) -> Augmented:
     """Resized (unless to be cut), kept in memory as far as there is room, augmented."""
     if data.augment != "patch":
-        examples = Resized(examples, size, masks=True)
+        examples = Resized(examples, size, masks=benchmark.task == "segmentation")
     if data.memory_gb:
         examples = InMemory(examples, data.memory_gb * 1e9 / max(1, data.workers))
-    change = augmentation(data.augment, benchmark.task, size, patch_scale=data.patch_scale)
+    change = augmentation(
+        data.augment,
+        benchmark.task,
+        size,
+        patch_scale=data.patch_scale,
+        mirrored=getattr(benchmark, "mirrored", ()),
+    )
     return Augmented(examples, change)
 
 
@@ -164,8 +188,10 @@ def build_teacher(
     """The frozen teacher, with these layers, or those that the pairs and the reward ask for."""
     teacher = config.teacher
     factory = resolve("teachers", teacher.name, "teacher.name")
-    asked = dict.fromkeys(pair.teacher for pair in config.pairs)
-    asked.setdefault(reward_layer(config))
+    asked: dict[str, str] = {}
+    for index, pair in enumerate(config.pairs):
+        asked.setdefault(pair.teacher, f"pairs.{index}.teacher")
+    asked.setdefault(reward_layer(config), "policy.reward_layer")
     given = {
         "layers": list(layers or asked),
         "input": teacher.input,
@@ -176,7 +202,7 @@ def build_teacher(
         "compile": teacher.compile,
     }
     check_options(teacher.options, factory, "teacher.options", given)
-    with blame("teacher"):
+    with blame("teacher"), blame_layer({} if layers else asked):
         built: Teacher = factory(embedded(teacher.path), **given, **teacher.options)
     return built
 
@@ -190,11 +216,14 @@ def embedded(path: str) -> str:
 def build_student(config: RunConfig, benchmark: Benchmark, size: tuple[int, int]) -> Student:
     """The student for a benchmark's classes; weights from torch's default generator."""
     student = config.student
-    with blame("student"):
+    asked = dict.fromkeys(student.head_layers, "student.head_layers")
+    for index, pair in reversed(list(enumerate(config.pairs))):  # so that the first one counts
+        asked |= dict.fromkeys(pair.student, f"pairs.{index}.student")
+    with blame("student"), blame_layer(asked):
         return Student(
             student.model,
             classes=benchmark.num_classes,
-            dense=benchmark.task == "segmentation",
+            dense=traits(benchmark).dense,
             image_size=size,
             layers=[layer for pair in config.pairs for layer in pair.student],
             head=student.head,
@@ -215,9 +244,14 @@ def build_distiller(
 ) -> Distiller:
     """The trainable module; without a teacher the student alone."""
     student, policy = build_student(config, benchmark, size), config.policy
-    seen: dict[str, Any] = {"context": policy.context, "image_size": policy.image_size}
+    given: dict[str, Any] = {
+        "auxiliary_weight": config.train.auxiliary,
+        "context": policy.context,
+        "image_size": policy.image_size,
+        "ignore_index": benchmark.ignore_index,
+    }
     if teacher is None:
-        return Distiller(student, ignore_index=benchmark.ignore_index, **seen)
+        return Distiller(student, auxiliary=_auxiliary(config, student, benchmark), **given)
     losses = []
     for index, pair in enumerate(config.pairs):
         measure = pair.loss
@@ -247,7 +281,28 @@ def build_distiller(
         reward_head=reward_head,
         label_free=label_free,
         reward_layer=reward_layer(config),
+        auxiliary=_auxiliary(config, student, benchmark),  # last: what else is drawn stays the same
         feature_weight=config.train.feature_weight,
-        ignore_index=benchmark.ignore_index,
-        **seen,
+        **given,
     )
+
+
+def _auxiliary(config: RunConfig, student: Student, benchmark: Benchmark) -> nn.Module | None:
+    """A second head, if asked for: torchvision's, on the last but one of the head's maps."""
+    if not config.train.auxiliary:
+        return None
+    from torchvision.models.segmentation.fcn import FCNHead
+
+    if student.head is None:
+        raise UserError(
+            f"train.auxiliary: a second head predicts at every position, and {benchmark.name} has "
+            f"{traits(benchmark).labels}; leave it at 0"
+        )
+    if len(student.head_layers) < 2:
+        raise UserError(
+            "train.auxiliary: a second head reads the last but one of student.head_layers, and "
+            f"there is only {student.head_layers[0]}; name two or more, or leave it at 0"
+        )
+    channels = {info["module"]: info["num_chs"] for info in student.backbone.feature_info}
+    head: nn.Module = FCNHead(channels[student.head_layers[-2]], benchmark.num_classes)
+    return head

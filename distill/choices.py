@@ -19,6 +19,7 @@ from distill.distiller import Distiller
 from distill.errors import UserError, blame
 from distill.losses import class_shares
 from distill.policies import policy_over
+from distill.tasks import traits
 from distill.train import checkpoint_path, taught_path
 from rl_policy.protocol import MixingPolicy, TimestepPolicy
 
@@ -36,7 +37,7 @@ class Choices:
     examples: Examples
     """The N images, (3, H, W) uint8."""
     shares: Tensor
-    """(N, L): share of each class in an image's label."""
+    """(N, L): share of each class in an image's label; 0 where labels are no classes."""
     class_names: tuple[str, ...]
     probabilities: Tensor
     """(N, K)."""
@@ -139,7 +140,7 @@ def _examples(data: TrainingSet) -> tuple[str, Examples]:
             indices = data.labelled_indices
     count = min(IMAGES, len(indices))
     chosen = [indices[place * len(indices) // count] for place in range(count)]
-    resized = Resized(examples, data.size, masks=True)
+    resized = Resized(examples, data.size, masks=data.benchmark.task == "segmentation")
     return f"{count} {split}", torch.utils.data.Subset(resized, chosen)  # type: ignore[arg-type]
 
 
@@ -154,6 +155,9 @@ def _look(
         images = as_float(torch.stack([image for image, _ in items]))
         _, maps = distiller.student(images, labelled=0)
         contexts.append(distiller.contexts(images, maps))
+        if not traits(data.benchmark).classes:
+            shares.append(torch.zeros(len(items), data.benchmark.num_classes))
+            continue
         targets = torch.stack([torch.as_tensor(target).long() for _, target in items])
         shares.append(
             class_shares(targets, data.benchmark.num_classes, data.benchmark.ignore_index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from distill import checkpoint, score_pictures
 from distill.backbones import open_backbone
 from distill.comparison import NOT_THE_RECIPE
 from distill.config import RunConfig
-from distill.errors import UserError
+from distill.errors import UserError, blame
 from distill.footprint import Footprint, measure
 from distill.intervals import Interval
-from distill.metrics import ERRORS, figure_text
-from distill.recipe import build_config, refuse_foreign
-from distill.rescore import evaluate_subject, one_process
+from distill.metrics import ERRORS, LOWER_IS_BETTER, figure_text, in_points
+from distill.recipe import build_config, refuse_foreign, to_tree
+from distill.rescore import evaluate_subject, one_process, subject_recipe
 from distill.subjects import parse_subject
 from distill.tracking import hardware
 
@@ -49,28 +50,52 @@ def compare(
 
     Returns:
         The table to print.
+
+    Raises:
+        UserError: A mistake; other images are refused before anything is fitted.
     """
     if len(subjects) < 2 or batch < 1 or rounds < 1:
         raise UserError("compare: name two results or subjects or more; one image and round each")
     if out is not None:
-        try:
-            Path(out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out: {out} is no folder to write to: {error.strerror}") from error
+        _check_folder(Path(out))
+    given = {word: _read(Path(word), overrides) for word in subjects if word.endswith(".json")}
+    planned = [
+        given[word] if word in given else _plan(word, overrides, protocol, benchmark)
+        for word in subjects
+    ]
+    _check(planned, subjects)
     results = [
-        _read(Path(word), overrides)
-        if word.endswith(".json")
-        else evaluate_subject(word, overrides, protocol, benchmark)[0]
+        given[word] if word in given else evaluate_subject(word, overrides, protocol, benchmark)[0]
         for word in subjects
     ]
     _check(results, subjects)
     costs, machine = _measure(results, batch, rounds)
     rows = [_row(result, cost) for result, cost in zip(results, costs, strict=True)]
-    notes = [*_differences(results), f"{machine}, {batch} images a pass, median of {rounds} rounds"]
+    told = f"{batch} images a pass, median and range of {rounds} rounds in turn"
+    notes = [*_differences(results), f"{machine}, {told}"]
     table = _markdown(rows)
     if out is not None:
         _write(Path(out), results, costs, rows, table, notes)
     return "\n".join([_title(results), "", table, "", *notes])
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse what cannot become a folder; it is made when there is something to write."""
+    there = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out: {out} is no folder to write to: {there} is none")
+
+
+def _plan(
+    text: str, overrides: Sequence[str], protocol: str, benchmark: str | None
+) -> dict[str, Any]:
+    """What the result of a subject will say of the images that are scored."""
+    _, config = subject_recipe(text, overrides, protocol, benchmark)
+    return {
+        "benchmark": config.data.benchmark,
+        "split": config.evaluate.split,
+        "recipe": to_tree(config),
+    }
 
 
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -93,19 +118,20 @@ def _check(results: Sequence[Mapping[str, Any]], words: Sequence[str]) -> None:
     for word, result in zip(words, results, strict=True):
         mine, first = _scored_on(result), _scored_on(results[0])
         for key in mine:
-            if mine[key] != first[key]:
+            if key in first and mine[key] != first[key]:
                 raise UserError(
                     f"compare: {word} has {key} {mine[key]!r}, {words[0]} {first[key]!r}"
                 )
 
 
 def _scored_on(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What says which images are scored, and by what."""
+    """What says which images are scored, and by what; the metric once it is known."""
     of_recipe = {
         f"{section}.{key}": result["recipe"].get(section, {}).get(key)
         for section, key in (("data", "options"), ("evaluate", "images"))
     }
-    return {**{key: result[key] for key in ("benchmark", "split", "metric")}, **of_recipe}
+    keys = ("benchmark", "split", "metric")
+    return {key: result[key] for key in keys if key in result} | of_recipe
 
 
 def _differences(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -171,9 +197,14 @@ def _row(result: Mapping[str, Any], cost: Footprint) -> dict[str, str]:
         cost.images_per_second,
         cost.memory,
     )
-    for name, figure in zip(COSTS, figures, strict=True):
-        cells[name] = "" if figure is None else f"{figure:.3g}" if figure < 100 else f"{figure:.0f}"
+    cells |= {name: _short(figure) for name, figure in zip(COSTS, figures, strict=True)}
+    cells["images/s"] += f" ({_short(cost.slowest)} to {_short(cost.fastest)})"
     return cells
+
+
+def _short(figure: float | None) -> str:
+    """Three digits; empty where nothing tells."""
+    return "" if figure is None else f"{figure:.3g}" if figure < 100 else f"{figure:.0f}"
 
 
 def _columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
@@ -194,7 +225,7 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _title(results: Sequence[Mapping[str, Any]]) -> str:
     metric = results[0]["metric"]
-    told = metric if metric in ERRORS else f"{metric} in points"
+    told = metric if metric in ERRORS else f"{metric} {in_points(metric)}"
     return f"{told} on {results[0]['benchmark']} {results[0]['split']}"
 
 
@@ -208,6 +239,8 @@ def _write(
 ) -> None:
     """The table as Markdown, CSV and JSON, and the plot."""
     text = "\n".join([_title(results), "", table, "", *notes, ""])
+    with blame("--out"):
+        folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(folder / "table.md", text)
     sheet = io.StringIO()
     writer = csv.DictWriter(sheet, _columns(rows), lineterminator="\n")
@@ -225,4 +258,7 @@ def _write(
         if name in result["figures"]
     ]
     names, speeds, scores = zip(*points, strict=True)
-    score_pictures.against_speed(folder / "speed.png", names, speeds, scores, f"{name}, points")
+    falling = name.partition(" at ")[0] in LOWER_IS_BETTER
+    score_pictures.against_speed(
+        folder / "speed.png", names, speeds, scores, f"{name}, points", falling=falling
+    )

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple, TypeVar
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.intervals import interval
+from distill.metrics import worth
 from distill.recipe import flat, load_config, to_tree
+from distill.tasks import TASKS
 from distill.tracking import read_metrics
 from distill.train import checkpoint_path
 
 Name = TypeVar("Name", bound=str)
 
-METRICS = {"classification": "top1", "segmentation": "miou"}
+METRICS = {task: traits.metric for task, traits in TASKS.items()}
 
 # What two runs of one recipe may differ in: the seeds, names and places, and how fast it went.
 NOT_THE_RECIPE = frozenset(
@@ -207,9 +209,13 @@ def _labels(groups: Sequence[Sequence[FinishedRun]]) -> list[str]:
     return names if len({*names}) == len(names) else [str(group[0].folder) for group in groups]
 
 
-def gains(values: Mapping[int, float], base: Mapping[int, float]) -> dict[int, float]:
-    """Differences to `base` of the seeds that both have, by seed."""
-    return {seed: values[seed] - base[seed] for seed in values if seed in base}
+def gains(metric: str, values: Mapping[int, float], base: Mapping[int, float]) -> dict[int, float]:
+    """By how much scores are better than `base`, of the seeds that both have, by seed."""
+    return {
+        seed: worth(metric, values[seed]) - worth(metric, base[seed])
+        for seed in values
+        if seed in base
+    }
 
 
 def estimate(values: Mapping[int, float]) -> dict[str, float | None] | None:
@@ -226,7 +232,8 @@ def figures(group: Group) -> dict[str, Any]:
         values = group.values(arm)
         rows[arm] = {"values": list(values.values()), group.metric: estimate(values)}
         if arm != "scratch" and "scratch" in arms:
-            rows[arm]["gain_over_scratch"] = estimate(gains(values, group.values("scratch")))
+            paired = gains(group.metric, values, group.values("scratch"))
+            rows[arm]["gain_over_scratch"] = estimate(paired)
     return {
         "benchmark": group.first.summary["benchmark"],
         "split": group.first.summary["split"],
@@ -250,7 +257,7 @@ def compare_groups(groups: Sequence[Group]) -> dict[str, Any]:
         if group is not groups[0]:
             for arm, row in mine["arms"].items():
                 if arm in groups[0].first.summary["metrics"]:
-                    paired = gains(group.values(arm), groups[0].values(arm))
+                    paired = gains(groups[0].metric, group.values(arm), groups[0].values(arm))
                     row["difference_to_first"] = estimate(paired)
         described.append(mine)
     return {"groups": described}

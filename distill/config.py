@@ -111,10 +111,10 @@ class StudentConfig:
     freeze: bool = False
     """Train the head alone, on a frozen backbone."""
     head: Literal["fpn", "linear", "upernet", "deeplabv3plus", "segformer"] = "fpn"
-    """Segmentation head; classification takes timm's own. The last three need the extra
-    `segmentation`."""
+    """Head of segmentation, and of landmarks, where it gives a heat map a point; classification
+    takes timm's own. The last three need the extra `segmentation`."""
     head_layers: list[str] = Field(default_factory=list)
-    """Feature maps the segmentation head reads; by default all stages."""
+    """Feature maps that this head reads; by default all stages."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -153,12 +153,21 @@ class RewardHeadConfig:
     standardised: bool = True
     """Standardise the feature's channels with a running mean and variance."""
     beyond_bin: bool = True
-    """Take off what the choice of the timestep alone tells of the label; otherwise the reward is
-    minus the head's loss."""
+    """Take off what the choice of the timestep alone tells of the label; otherwise, and always for
+    landmarks, the reward is minus the head's loss."""
     hidden: Count = 64
     """Width of its hidden layers."""
     layers: Count = 2
     """Its linear layers."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LabelFreeConfig:
+    """The clusters that stand for labels in the reward `label_free`."""
+
+    clusters: Annotated[int, Field(ge=2, le=512)] = 16
+    """Their number. The last 512 images have equal shares of them: about as many as the images
+    have kinds, where that is known."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -191,6 +200,7 @@ class PolicyConfig:
     reward_layer: str | None = None
     """Teacher layer whose feature the rewards read; by default the first pair's."""
     reward_head: RewardHeadConfig = Field(default_factory=RewardHeadConfig)
+    label_free: LabelFreeConfig = Field(default_factory=LabelFreeConfig)
     options: Options = Field(default_factory=dict)
     """Further arguments of the policy."""
 
@@ -218,6 +228,10 @@ class TrainConfig:
     of a batch (`rkd`, `infonce`) see a part at a time."""
     feature_weight: NonNegative = 1.0
     """Weight of the feature loss beside the task loss."""
+    auxiliary: NonNegative = 0.0
+    """Weight of the task loss of a second head, FCN's, on the last but one of the maps that the
+    head reads, beside the task loss; it is dropped after training. 0 for none; 0.4 in PSPNet (Zhao
+    et al. 2017)."""
     optimizer: Literal["adamw", "sgd", "momentum"] = "adamw"
     """AdamW; `sgd`: SGD with Nesterov momentum 0.9; `momentum`: SGD with plain momentum 0.9."""
     lr: Positive = 1e-3

@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as F
 
 from distill.benchmarks import Examples, Task
 from distill.errors import UserError, nearest
+from distill.landmarks import RandomMirror, RandomTurn
 
 Item = tuple[Tensor, Tensor | int]
 Augmentation = Callable[[Tensor, Tensor | int], Item]
@@ -93,18 +94,22 @@ def augmentation(
     size: tuple[int, int],
     scale: tuple[float, float] = (0.35, 1.0),
     patch_scale: tuple[float, float] = (1.0, 1.0),
+    mirrored: Sequence[int] = (),
 ) -> Augmentation:
     """Random changes to one uint8 image and its target, drawn from torch's default CPU generator.
 
     Args:
         strength: `none`; `flip`: left to right; `crop`: a random part too, for segmentation of a
-            random scale, otherwise shifted by up to an eighth of the side (borders mirrored: a
-            teacher has never seen black ones); `strong`: brightness, contrast and colour too;
+            random scale, for landmarks a `RandomTurn`, otherwise shifted by up to an eighth of the
+            side (borders mirrored: a teacher has never seen black ones); `strong`: brightness,
+            contrast and colour too;
             `patch`: a random part of `size` px at the image's own scale, flipped.
         task: Decides which crop is meant.
         size: (H, W) of the images; a crop comes out at this size again. For `patch`, images may
             have any size; smaller ones are mirrored at their borders.
         scale: Smallest and largest share of the image's area that a segmentation crop keeps.
+        patch_scale: See `RandomPatch`.
+        mirrored: Which point each landmark becomes in the mirror image.
     """
     if strength not in STRENGTHS:
         raise UserError(
@@ -115,13 +120,15 @@ def augmentation(
     if strength in ("crop", "strong") and task == "segmentation":
         aspect = width / height
         steps.append(v2.RandomResizedCrop(size, scale, ratio=(0.8 * aspect, 1.25 * aspect)))
+    elif strength in ("crop", "strong") and task == "landmarks":
+        steps.append(RandomTurn())
     elif strength in ("crop", "strong"):
         margins = [width // 8, height // 8]
         steps.append(v2.RandomCrop(size, padding=margins, padding_mode="reflect"))
     elif strength == "patch":
         steps.append(RandomPatch(size, patch_scale))
     if strength != "none":
-        steps.append(v2.RandomHorizontalFlip())
+        steps.append(RandomMirror(mirrored) if task == "landmarks" else v2.RandomHorizontalFlip())
     if strength == "strong":
         steps.append(v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05))
     transform = v2.Compose(steps)
@@ -129,8 +136,9 @@ def augmentation(
     def apply(image: Tensor, target: Tensor | int) -> Item:
         if isinstance(target, int):
             return transform(tv_tensors.Image(image)).as_subclass(Tensor), target
-        changed, mask = transform(tv_tensors.Image(image), tv_tensors.Mask(target))
-        return changed.as_subclass(Tensor), mask.as_subclass(Tensor)
+        kept = target if task == "landmarks" else tv_tensors.Mask(target)
+        changed, moved = transform(tv_tensors.Image(image), kept)
+        return changed.as_subclass(Tensor), moved.as_subclass(Tensor)
 
     return apply
 
@@ -199,7 +207,7 @@ class Augmented(Dataset[Item]):
             torch.default_generator.manual_seed(seed)
             image, target = self.augment(image, target)
         if isinstance(target, Tensor) and not target.is_floating_point():
-            target = target.long()  # classes; a depth stays what it is
+            target = target.long()  # classes; depths and landmarks stay what they are
         return as_float(image), target
 
 

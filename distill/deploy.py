@@ -107,6 +107,11 @@ def export_run(
     token = hub.token_for(push) if push else None
     source = _source(Path(path), arm, overrides)
     task: What = "classifier" if source.student.head is None else "segmenter"
+    if source.card.task == "landmarks" and format not in ("timm", "hub") and what != "backbone":
+        raise UserError(
+            f"--format {format}: a student of landmarks leaves whole as timm or hub; choose one of "
+            "these, or --what backbone"
+        )
     target = Path(out) if out else source.default(format, what or task, precision)
     if format in ("timm", "hub"):
         text = _export_folder(source, target, format, push)

@@ -91,9 +91,11 @@ class Distiller(nn.Module):
         reward_head: Light head on the teacher's map `reward_layer`, for `teacher_task`.
         label_free: The same for clusters in place of labels, for `label_free`.
         reward_layer: Which map that is.
+        auxiliary: Second head, on the last but one of the maps that the student's head reads.
         context: What the policy sees: the student's last map, pooled, or the small image.
         image_size: Side in px of that image.
         feature_weight: Weight of the feature loss beside the task loss.
+        auxiliary_weight: The same of the second head's task loss (Zhao et al. 2017, section 3.3).
         ignore_index: Target value without label.
     """
 
@@ -106,14 +108,17 @@ class Distiller(nn.Module):
         reward_head: TeacherTaskReward | None = None,
         label_free: LabelFreeReward | None = None,
         reward_layer: str = "",
+        auxiliary: nn.Module | None = None,
         context: Literal["student", "image"] = "student",
         image_size: int = SMALL,
         feature_weight: float = 1.0,
+        auxiliary_weight: float = 0.0,
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
         self.student, self.losses = student, nn.ModuleList(losses)
         self.reward_head, self.label_free = reward_head, label_free
+        self.auxiliary, self.auxiliary_weight = auxiliary, auxiliary_weight
         self.matches, self.reward_layer = tuple(matches), reward_layer
         self.context, self.image_size = context, image_size
         self.feature_weight, self.ignore_index = feature_weight, ignore_index
@@ -129,17 +134,23 @@ class Distiller(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [0, 1], the labelled ones first.
-            targets: Of the labelled images: classes (L,), or masks (L, H, W), int64; L <= B.
+            targets: Of the labelled images, L <= B, as for `losses.task_loss`.
             teach: From the policy's contexts (B, D) to what the teacher shows; None: labels alone.
             task_weight: 0 while only features are distilled.
         """
         labelled = len(targets)
-        logits, maps = self.student(images, labelled=labelled if task_weight else 0)
+        logits, maps = self.student(
+            images, labelled if task_weight else 0, head_maps=self.auxiliary is not None
+        )
         zero = images.new_zeros(())
         task = self._task(logits, targets).mean() if task_weight else zero
+        supervised = task
+        if self.auxiliary is not None and task_weight:
+            second = self.auxiliary(maps[self.student.head_layers[-2]][:labelled])
+            supervised = task + self.auxiliary_weight * self._task(second, targets).mean()
         if teach is None:
             nothing = images.new_zeros(0)
-            return Losses(task, task, zero, zero, {}, nothing, nothing, nothing)
+            return Losses(supervised, task.detach(), zero, zero, {}, nothing, nothing, nothing)
         context = self.contexts(images, maps)
         lesson = teach(context)
         feature, floor = zero, []
@@ -152,7 +163,7 @@ class Distiller(nn.Module):
             if lesson.again is not None:
                 floor.append(loss.noise_floor(students[0], target, lesson.again[match.teacher]))
         heads, rewards = self._rewards(lesson, maps, targets)
-        total = task_weight * task + self.feature_weight * feature + heads
+        total = task_weight * supervised + self.feature_weight * feature + heads
         return Losses(
             total,
             task.detach(),

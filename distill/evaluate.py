@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.benchmarks import Benchmark, Examples
+from distill.benchmarks import Benchmark, Examples, LandmarkBenchmark
 from distill.clock import Timed, untimed
 from distill.data import Item, as_float
 from distill.errors import UserError
+from distill.landmarks import LandmarkTally, peaks
 from distill.metrics import (
     BoundaryMatrix,
     ConfusionMatrix,
@@ -21,6 +22,7 @@ from distill.metrics import (
     classification_scores,
     segmentation_scores,
 )
+from distill.tasks import traits
 
 Total = Callable[[Tensor], Tensor]
 LARGEST_LOGITS = 2**26  # values of one image that are resized at once, 256 MiB
@@ -40,7 +42,7 @@ class Tally:
     """
 
     def __init__(self, benchmark: Benchmark, device: torch.device | str) -> None:
-        self.benchmark = benchmark
+        self.benchmark, self.device = benchmark, device
         self.matrix = ConfusionMatrix(benchmark.num_classes, benchmark.ignore_index, device)
         self.boundary = BoundaryMatrix(benchmark.num_classes, benchmark.ignore_index, device)
         self.each: list[Tensor] = []
@@ -55,8 +57,8 @@ class Tally:
         """
         if truth.ndim:
             guess = guess.to(torch.uint8)  # small integers are counted several times faster
-            counts = self.matrix.update(guess, truth)
-            self.boundary.update(guess, truth)
+            counts = self.boundary.update(guess, truth)
+            self.matrix.counts += counts
             self.each.append(counts.diagonal().sum() / counts.sum())
         else:
             self.matrix.update(guess, truth)
@@ -103,7 +105,7 @@ def count(
     world: int = 1,
     progress: Callable[[int], object] = lambda images: None,
     timed: Timed = untimed,
-) -> list[Tally]:
+) -> list[Tally | LandmarkTally]:
     """Predict a split and count, for several predictors at once that share their features.
 
     Args:
@@ -124,7 +126,7 @@ def count(
     Returns:
         One a candidate.
     """
-    tallies = [Tally(benchmark, device) for _ in range(candidates)]
+    tallies = [new_tally(benchmark, device) for _ in range(candidates)]
     indices = range(rank, len(examples), world)
     for start in range(0, len(indices), batch):
         with timed("read"):
@@ -139,7 +141,7 @@ def count(
             truth = torch.as_tensor(target, device=device)
             for tally, logits in zip(tallies, looked.pop(place), strict=True):
                 with timed("predict"):
-                    guess = predicted_classes(logits, tuple(truth.shape))
+                    guess = predicted(logits, truth)
                 with timed("score"):
                     tally.update(logits, guess, truth)
         progress(len(items))
@@ -151,6 +153,18 @@ def _by_size(items: Sequence[Item]) -> Iterator[list[int]]:
     sizes = [tuple(image.shape) for image, _ in items]
     for size in dict.fromkeys(sizes):
         yield [place for place, other in enumerate(sizes) if other == size]
+
+
+def new_tally(benchmark: Benchmark, device: torch.device | str) -> Tally | LandmarkTally:
+    """What counts for a benchmark's task."""
+    if traits(benchmark).classes:
+        return Tally(benchmark, device)
+    return LandmarkTally(cast(LandmarkBenchmark, benchmark), device)
+
+
+def predicted(logits: Tensor, truth: Tensor) -> Tensor:
+    """What the logits of one image say, in the form of its truth: a class, classes, or points."""
+    return peaks(logits) if truth.is_floating_point() else predicted_classes(logits, truth.shape)
 
 
 def predicted_classes(logits: Tensor, size: tuple[int, ...]) -> Tensor:

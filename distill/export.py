@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill import checkpoint
-from distill.benchmarks import IGNORE_INDEX
+from distill.benchmarks import IGNORE_INDEX, Task
 from distill.errors import UserError, blame
 from students.student import Student
 
@@ -45,6 +45,8 @@ class StudentCard:
     palette: Sequence[Sequence[int]] = ()
     """The RGB colour of each class; empty in cards of older versions."""
     ignore_index: int = IGNORE_INDEX
+    task: Task | None = None
+    """None in cards of older versions, which are of classes, of pixels if `dense`."""
     recipe: dict[str, Any]
     """The resolved recipe of the run."""
     provenance: dict[str, Any] = field(default_factory=dict)

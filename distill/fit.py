@@ -12,6 +12,7 @@ from accelerate.utils import find_executable_batch_size
 from distill.build import TrainingSet
 from distill.config import RunConfig
 from distill.errors import UserError
+from distill.tasks import blank_targets
 from distill.trainer import Trainer
 
 
@@ -37,8 +38,7 @@ def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) ->
     def step(batch: int) -> None:
         trainer = Trainer(with_batch(config, batch), arm, data, accelerator)
         labelled = torch.zeros(batch // processes, 3, *data.size, device=device)
-        shape = (len(labelled), *(data.size if data.benchmark.task == "segmentation" else ()))
-        targets = torch.zeros(shape, dtype=torch.int64, device=device)
+        targets = blank_targets(data.benchmark, len(labelled), data.size).to(device)
         count = config.train.unlabelled_batch // processes if data.unlabelled_indices else 0
         unlabelled = torch.zeros(count, 3, *data.size, device=device) if count else None
         for _ in range(2):

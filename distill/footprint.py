@@ -30,6 +30,11 @@ class Footprint(NamedTuple):
     flops: int | None
     """Of one image, two a multiply-add; None where nothing tells."""
     images_per_second: float
+    """The median of the rounds."""
+    slowest: float
+    """Images a second in the slowest round."""
+    fastest: float
+    """The same in the fastest."""
     memory: float
     """MiB that tensors take at most during the pass of a batch, weights not counted."""
 
@@ -49,7 +54,7 @@ def measure(
         sizes: (H, W) of the images that each one sees.
         device: Where.
         batch: Images a pass.
-        rounds: How often all take their turn; speed is the median's.
+        rounds: How often all take their turn, so that a disturbed moment strikes all alike.
     """
     inputs = [torch.rand(batch, 3, *size, device=device) for size in sizes]
     pairs = list(zip(backbones, inputs, strict=True))
@@ -67,6 +72,8 @@ def measure(
             backbone.parameters,
             backbone.flops(size),
             batch / statistics.median(taken),
+            batch / max(taken),
+            batch / min(taken),
             memory,
         )
         for backbone, size, taken, memory in zip(backbones, sizes, seconds, memories, strict=True)

@@ -100,13 +100,13 @@ class Deployed(nn.Module):
         x = ((x - self.mean) / self.std).to(self.dtype)
         if self.head is not None:
             maps = self.backbone.forward_intermediates(
-                x, self.taken, output_fmt="NCHW", stop_early=True, intermediates_only=True
+                x, indices=self.taken, output_fmt="NCHW", stop_early=True, intermediates_only=True
             )
             return resize_logits(self.head(maps), (images.shape[-2], images.shape[-1]))
         if self.what == "classifier":
             logits: Tensor = self.backbone(x).float()
             return logits
-        final, maps = self.backbone.forward_intermediates(x, 1, output_fmt="NCHW")
+        final, maps = self.backbone.forward_intermediates(x, indices=1, output_fmt="NCHW")
         return maps[-1].float(), self.backbone.forward_head(final, pre_logits=True).float()
 
 
@@ -183,9 +183,13 @@ def write(
                 torch.export.save(program, str(path), extra_files={METADATA: text})
                 return
             _write_onnx(program, example, model, path, text)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"torch cannot export this student as {path.suffix}: {reason}") from error
+    except UserError:
+        raise
+    except Exception as error:  # architectures fail under tracing in any way at all
+        raise UserError(
+            f"torch cannot export this student as {path.suffix}: {_reason(error)}; another "
+            "--format may do"
+        ) from error
     if calibration is not None:
         try:
             _quantise(path, text, calibration)
@@ -194,6 +198,13 @@ def write(
         except Exception as error:  # onnxruntime has its own, some of them bare Exceptions
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"onnxruntime cannot turn this student into int8: {reason}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """A line of the first cause: what exporters wrap around it tells of their own steps."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _captured(model: Deployed, example: Tensor) -> ExportedProgram:

@@ -19,6 +19,7 @@ METRICS = {
     "miou": ("mean_iou", "mIoU"),
     "pixel_accuracy": ("pixel_accuracy", "pixel accuracy"),
     "top1": ("accuracy", "top-1 accuracy"),
+    "nme": ("nme", "NME (lower is better)"),
 }
 
 TEXT = """
@@ -74,6 +75,8 @@ def write_card(folder: Path, card: StudentCard, scores: Mapping[str, Any], sourc
     recipe = card.recipe
     data, split = recipe["data"], recipe.get("evaluate", {}).get("split", "test")
     task = "image-segmentation" if card.dense else "image-classification"
+    if card.task == "landmarks":
+        task = "keypoint-detection"
     shown = [name for name in METRICS if isinstance(scores.get(name), float)]
     name = f"{recipe.get('name', 'student')}-{card.model}"
     fields = ModelCardData(
@@ -123,7 +126,7 @@ def write_card(folder: Path, card: StudentCard, scores: Mapping[str, Any], sourc
         )
         or "The run has not been scored.",
         source=source,
-        head=HEAD if card.dense else "",
+        head=HEAD if card.dense and card.task != "landmarks" else "",
     )
     document = ModelCard(f"---\n{fields.to_yaml()}\n---\n{text}")
     checkpoint.write_text(folder / README, str(document))

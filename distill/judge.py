@@ -11,10 +11,12 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from distill.benchmarks import Benchmark, Examples
+from distill.build import Unlabelled
 from distill.config import DataConfig
 from distill.data import Augmented, Draw, Resized, augmentation, choose_labelled
 from distill.errors import UserError
 from distill.probe import linear_probe
+from distill.tasks import traits
 from teachers.ddpm import loss_by_timestep
 from teachers.diffusers_unet import PixelUNet, diffusers_unet
 
@@ -103,6 +105,8 @@ def judge_features(
     """
     if benchmark.task is None or count == 0:
         return "the data have no labels" if count else "none was asked for"
+    if not traits(benchmark).classes:
+        return f"the data have {traits(benchmark).labels}, and it tells classes"
     split, val = held_out(benchmark)
     if split != "val":
         return "there is no val split to score it on"
@@ -138,6 +142,8 @@ def _batches(
     size: tuple[int, int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Some examples in the size of training, each as the same one view of it every time."""
+    if benchmark.task == "landmarks":
+        examples = Unlabelled(examples)  # points do not follow patches, and nobody asks for them
     patches = data.augment == "patch"
     sized = examples if patches else Resized(examples, size, masks=True)
     strength = "patch" if patches else "none"

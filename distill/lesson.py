@@ -54,7 +54,7 @@ def choose(
         timesteps: (K,) int64, what its bins stand for.
         context: (B, D) float32, what it sees.
         generator: Its randomness.
-        progress: Share of training that is done.
+        progress: Share of the policy's steps that are done.
     """
     if not isinstance(policy, MixingPolicy):
         bins = policy.act(context, generator, progress)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.errors import UserError, blame, nearest
+from distill.landmarks import landmark_loss
 from distill.measures import MEASURES, Measure
 from distill.projectors import PROJECTORS, resize_map
+from rl_policy.processes import moments_of_all
 from students.heads import resize_logits
 
 
@@ -51,8 +53,10 @@ class Standardise(nn.Module):
         return (self.variance + 1e-5).rsqrt()[:, None, None]
 
     def _update(self, x: Tensor) -> None:
-        """Mix the batch's moments in (Chan et al. 1979): exact, also where mean >> deviation."""
+        """Mix the batch's moments, those of all processes, in (Chan et al. 1979): exact, also where
+        mean >> deviation."""
         variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        mean, variance = moments_of_all(mean, variance)
         self.batches += 1
         share = 1 / self.batches.clamp(max=self.window)
         shift = mean - self.mean
@@ -187,16 +191,18 @@ class FeatureLoss(nn.Module):
 
 
 def task_loss(logits: Tensor, targets: Tensor, ignore_index: int = 255) -> Tensor:
-    """Cross-entropy, one number an image.
+    """Cross-entropy, or of landmarks `landmark_loss`, one number an image.
 
     Args:
         logits: (B, C), or (B, C, h, w), which is resized to the masks.
-        targets: Classes (B,) int64, or masks (B, H, W) int64.
+        targets: Classes (B,) int64, masks (B, H, W) int64, or landmarks (B, K, 2) floating.
         ignore_index: Mask value that does not count.
 
     Returns:
         (B,) float32: of masks the mean over valid pixels, 0 if none is valid.
     """
+    if targets.is_floating_point():
+        return landmark_loss(logits, targets)
     if targets.ndim == 1:
         return F.cross_entropy(logits.float(), targets, reduction="none")
     height, width = targets.shape[-2:]

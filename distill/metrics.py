@@ -7,14 +7,25 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from distill.benchmarks import IGNORE_INDEX
 
-TITLES = {"miou": "mIoU", "top1": "top-1"}
+TITLES = {"miou": "mIoU", "top1": "top-1", "nme": "NME"}
 """The main scores, as tables and pictures call them."""
 ERRORS = frozenset({"rmse", "abs_rel"})
-"""Figures that are better when they are small; they are no shares."""
+"""Errors in a unit of their own; all other figures are shares."""
+LOWER_IS_BETTER = ERRORS | {"nme", "failure_rate"}
+"""The direction of a score; whatever ranks or compares asks here, or `worth`."""
+
+
+def worth(metric: str, value: float) -> float:
+    """The figure, or of one that is better when it is lower its negative: more is better."""
+    return -value if metric in LOWER_IS_BETTER else value
+
+
+def in_points(metric: str) -> str:
+    """What tables say of a share's unit, and of its direction where that is not the usual one."""
+    return "in points (lower is better)" if metric in LOWER_IS_BETTER else "in points"
 
 
 def figure_text(name: str, value: float) -> str:
@@ -51,48 +62,54 @@ class ConfusionMatrix:
         Raises:
             ValueError: The shapes differ, or a value is not a class.
         """
-        if predictions.shape != targets.shape:
-            raise ValueError(
-                f"predictions {tuple(predictions.shape)}, targets {tuple(targets.shape)}"
-            )
-        self._check("prediction", predictions, self.num_classes)
-        self._check("target", targets, None)
+        _check_shapes(predictions, targets)
+        _check_classes("prediction", predictions, self.num_classes)
         # Rows for values that are no classes too: faster than to leave these pixels out before.
         rows = max(self.num_classes, int(targets.max()) + 1 if targets.numel() else 0)
-        counts = _joint_counts(targets, predictions, rows, self.num_classes)
+        _check_classes("target", targets, self.num_classes, rows)
+        # The fewest bytes in the fewest copies: at a megabyte memory takes most of the time.
+        cells = targets.to(
+            torch.int16 if rows * self.num_classes < 2**15 else torch.int32, copy=True
+        )
+        cells = cells.mul_(self.num_classes).add_(predictions).flatten()
+        counts = torch.bincount(cells, minlength=rows * self.num_classes).reshape(rows, -1)
         if 0 <= self.ignore_index < rows:
             counts[self.ignore_index] = 0
         stray = counts.sum(1).nonzero().flatten()
-        self._check("target", stray, self.num_classes)
+        _check_classes("target", stray, self.num_classes)
         counts = counts[: self.num_classes]
         self.counts += counts
         return counts
 
-    def _check(self, name: str, values: Tensor, limit: int | None) -> None:
-        """Unchecked, a stray value would be counted in another class's cell."""
-        if values.numel() and (values.min() < 0 or (limit is not None and values.max() >= limit)):
-            wrong = int(values.min() if values.min() < 0 else values.max())
-            raise ValueError(f"{name} {wrong} is not a class, 0 to {self.num_classes - 1}")
+
+def _check_shapes(predictions: Tensor, targets: Tensor) -> None:
+    if predictions.shape != targets.shape:
+        raise ValueError(f"predictions {tuple(predictions.shape)}, targets {tuple(targets.shape)}")
 
 
-def _joint_counts(first: Tensor, second: Tensor, rows: int, columns: int) -> Tensor:
-    """How often each pair of values occurs, (rows, columns) int64. Integers of one shape."""
-    # The fewest bytes in the fewest copies: at a megabyte the memory's pages take most of the time.
-    cells = first.to(torch.int16 if rows * columns < 2**15 else torch.int32, copy=True)
-    cells = cells.mul_(columns).add_(second).flatten()
-    return torch.bincount(cells, minlength=rows * columns).reshape(rows, columns)
+def _check_classes(name: str, values: Tensor, num_classes: int, rows: int | None = None) -> None:
+    """Unchecked, a stray value would be counted in another class's cell; of `rows` rows, all that
+    lies in one of them shows afterwards."""
+    if not values.numel():
+        return
+    least = 0 if values.dtype == torch.uint8 else int(values.min())
+    most = int(values.max())
+    if least < 0 or most >= (rows or num_classes):
+        wrong = least if least < 0 else most
+        raise ValueError(f"{name} {wrong} is not a class, 0 to {num_classes - 1}")
 
 
 class BoundaryMatrix:
-    """Counts for the boundary IoU of every class (Cheng et al., CVPR 2021).
+    """Counts for the boundary IoU of every class (Cheng et al., CVPR 2021), with all pixels.
 
     The boundary of a class is its pixels that erosion with a 3x3 square takes away in d steps; what
     lies outside of the image counts as another class. d is 2% of the image's diagonal (the paper's
     dilation ratio, 0.02), at least 1. All classes are eroded at once: a pixel is left where its
     square of side 2 d + 1 holds one class alone.
 
-    `counts[1 + truth, 1 + prediction]`, (C + 1, C + 1) int64; row and column 0 stand for all that
-    is no boundary. Add those of several processes and score the sum.
+    `counts[truth, prediction, on]`, (C, C, 4) int64; `on` is 1 on the boundary of the true class
+    alone, 2 on that of the predicted one alone, 3 on both, 0 on none. Their sum over `on` is the
+    confusion matrix. Add those of several processes and score the sum.
 
     Args:
         num_classes: C, at most 255.
@@ -108,46 +125,84 @@ class BoundaryMatrix:
         device: torch.device | str = "cpu",
     ) -> None:
         self.num_classes, self.ignore_index = num_classes, ignore_index
-        side = num_classes + 1
-        self.counts = torch.zeros(side, side, dtype=torch.int64, device=device)
+        shape = (num_classes, num_classes, 4)
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
 
-    def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Count one image. predictions, targets: (H, W), classes."""
+    def update(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Count one image. predictions, targets: (H, W), classes.
+
+        Returns:
+            The confusion matrix of this image alone, (C, C) int64.
+
+        Raises:
+            ValueError: The shapes differ, or a value is not a class.
+        """
+        _check_shapes(predictions, targets)
+        # Rows for values that are no classes too: faster than to leave these pixels out before.
+        rows, columns = 256, 4 * self.num_classes
+        _check_classes("prediction", predictions, self.num_classes)
+        if targets.dtype != torch.uint8:
+            _check_classes("target", targets, self.num_classes, rows)
         predicted, truth = predictions.to(torch.uint8), targets.to(torch.uint8)
         # Beside a tensor, a comparison takes an eighth of the time that it takes beside a number.
-        known = truth != torch.full_like(truth, self.ignore_index)
+        void = truth == truth.new_full(truth.shape[-1:], self.ignore_index)
         # What is predicted there is nobody's concern: else its edges would count beside it.
-        predicted = torch.where(known, predicted, truth)
-        truth = (truth + 1) * (boundary(truth) & known)
-        predicted = (predicted + 1) * (boundary(predicted) & known)
-        side = self.num_classes + 1
-        self.counts += _joint_counts(truth, predicted, side, side)
+        on = boundaries(truth, void.view(torch.uint8).neg_().bitwise_or_(predicted))
+        # The fewest bytes in the fewest passes: most of the time goes to memory.
+        places = on.to(torch.uint8 if columns <= 2**8 else torch.int16).add_(predicted, alpha=4)
+        cells = truth.to(torch.int16 if rows * columns <= 2**15 else torch.int32)
+        cells = cells.mul_(columns).add_(places).flatten()
+        counts = torch.bincount(cells, minlength=rows * columns).view(rows, self.num_classes, 4)
+        if 0 <= self.ignore_index < rows:
+            counts[self.ignore_index] = 0
+        confusion = counts.sum(2)
+        if confusion[self.num_classes :].any():
+            stray = confusion.sum(1).nonzero().flatten()
+            _check_classes("target", stray, self.num_classes)
+        self.counts += counts[: self.num_classes]
+        return confusion[: self.num_classes]
 
 
 def boundary_iou(counts: Tensor) -> Tensor:
     """The boundary IoU of each class, (C,) float64, from the counts of a `BoundaryMatrix`."""
     matrix = counts.double().cpu()
-    right, truth, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    return (right / (truth + predicted - right))[1:]
+    right = matrix[..., 3].diagonal()
+    truth, predicted = matrix[..., [1, 3]].sum((1, 2)), matrix[..., [2, 3]].sum((0, 2))
+    return right / (truth + predicted - right)
 
 
-def boundary(mask: Tensor, ratio: float = 0.02) -> Tensor:
-    """The pixels of all classes' boundaries. mask: (H, W) integers -> (H, W) bool."""
-    reach = max(1, round(ratio * math.hypot(*mask.shape)))
-    # A square holds two classes where four neighbours in it do; beyond the border is another.
-    in_row, in_column = mask[:, 1:] != mask[:, :-1], mask[1:] != mask[:-1]
-    corners = in_row[1:] | in_column[:, 1:] | in_column[:, :-1]
-    corners = F.pad(corners, (1, 1, 1, 1), value=True)  # (H + 1, W + 1)
-    return _any_within(_any_within(corners, 2 * reach, 1), 2 * reach, 0)
+def boundaries(first: Tensor, second: Tensor, ratio: float = 0.02) -> Tensor:
+    """The pixels of all classes' boundaries, of two masks in the passes of one.
+
+    first, second: (H, W) integers -> (H, W) uint8: 1 on a boundary of `first`, 2 of `second`, or
+    their sum.
+    """
+    height, width = first.shape
+    reach = max(1, round(ratio * math.hypot(height, width)))
+    on = torch.full_like(first, 3, dtype=torch.uint8)  # beyond the border is another class
+    if min(height, width) > 2 * reach:
+        # Elsewhere a square holds two classes where four neighbours in it do.
+        in_row, in_column = _changes(first, second, 1), _changes(first, second, 0)
+        corners = (in_row[1:] | in_column[:, 1:]).bitwise_or_(in_column[:, :-1])
+        within = _any_within(_any_within(corners, 2 * reach, 1), 2 * reach, 0)
+        on[reach : height - reach, reach : width - reach] = within
+    return on
+
+
+def _changes(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    """Where neighbours along `dim` differ: bits as in `boundaries`, one place less along `dim`."""
+    size = first.shape[dim] - 1
+    one, two = (
+        (mask.narrow(dim, 1, size) != mask.narrow(dim, 0, size)).view(torch.uint8)
+        for mask in (first, second)
+    )
+    return one.add_(two, alpha=2)
 
 
 def _any_within(x: Tensor, length: int, dim: int) -> Tensor:
-    """Whether any of `length` neighbours along `dim` is set, by doubling; outside none is.
-
-    x: bool; length even -> one place less along `dim`, between those of x.
+    """The bits that any of `length` neighbours has, `length` - 1 places less along `dim`: uint8,
+    by doubling.
     """
-    pad = length // 2 - 1
-    x = F.pad(x, (pad, pad) if dim == 1 else (0, 0, pad, pad))
     reached = 1
     while reached < length:
         step = min(reached, length - reached)

@@ -9,6 +9,7 @@ from distill.benchmarks import Benchmark
 from distill.config import RunConfig
 from distill.errors import UserError, blame, nearest
 from distill.registry import TABLES, resolve
+from distill.tasks import traits
 from rl_policy.bins import timestep_bins
 from rl_policy.label_free import LabelFreeReward
 from rl_policy.options import create
@@ -32,19 +33,21 @@ def build_rewards(
     head = config.policy.reward_head
     reward_head = label_free = None
     if "teacher_task" in config.policy.rewards:
+        task = traits(benchmark)
         reward_head = TeacherTaskReward(
             channels,
             bins,
-            benchmark.num_classes,
-            dense=benchmark.task == "segmentation",
+            benchmark.num_classes * (1 if task.classes else 2),  # landmarks have x and y
+            dense=task.dense and task.classes,
             hidden=head.hidden,
             conditioned=head.conditioned and not mixes(config),
             layers=head.layers,
             standardised=head.standardised,
-            beyond_bin=head.beyond_bin,
+            beyond_bin=head.beyond_bin and task.classes,
         )
     if "label_free" in config.policy.rewards:
-        label_free = LabelFreeReward(channels, student.channels[student.layers[-1]], bins)
+        seen, clusters = student.channels[student.layers[-1]], config.policy.label_free.clusters
+        label_free = LabelFreeReward(channels, seen, bins, clusters)
     return reward_head, label_free
 
 

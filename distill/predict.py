@@ -100,6 +100,11 @@ def open_model(path: str, *, trust: bool = False) -> ModelFile:
     """
     if Path(path).is_dir():
         student, card = load_student(path)
+        if card.task == "landmarks":
+            raise UserError(
+                f"{path} finds landmarks, and predictions are masks or classes; `distill evaluate "
+                f"{path} --out scores.json` draws its points"
+            )
         model = Deployed(student, "classifier" if student.head is None else "segmenter")
         return ModelFile(describe(model, card, "fp32"), torch_run(model, 0))
     opened = load(Path(path), trust=trust)

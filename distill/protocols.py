@@ -28,9 +28,11 @@ from distill.fit import check_schedule, fit_batch
 from distill.inference import Predictor
 from distill.linear import LinearProbe, fit
 from distill.losses import task_loss
+from distill.metrics import worth
 from distill.neighbours import NearestNeighbours
 from distill.scoring import metric_of
 from distill.subjects import Backbone, Subject, predictor
+from distill.tasks import traits
 from distill.tracking import Progress, stop_on_signals
 from distill.train import checkpoint_path, train_arm
 from distill.trainer import Trainer
@@ -46,6 +48,7 @@ FINETUNE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "finetune_steps": 0,
             "batch": 16,
             "unlabelled_batch": 0,
+            "auxiliary": 0.0,
             "lr": 5e-4,
             "lr_schedule": "poly",
             "warmup": 50,
@@ -126,7 +129,7 @@ def fit_linear(
         backbone,
         options.lrs,
         benchmark.num_classes,
-        benchmark.task == "segmentation",
+        traits(benchmark).dense,
         seeding.derive_seed(config.seed, "network"),
     ).to(device)
     with Progress(label, options.steps, show=accelerator.is_main_process) as progress:
@@ -147,7 +150,7 @@ def fit_linear(
     )
     metric = metric_of(benchmark)
     found = [tally.scores()[metric] for tally in tallies]
-    best = max(range(len(found)), key=found.__getitem__)
+    best = max(range(len(found)), key=lambda index: worth(metric, found[index]))
     chosen = {
         "lr": options.lrs[best],
         "chosen_on": "val",
@@ -161,8 +164,8 @@ def knn(subject: Subject, config: RunConfig, data: TrainingSet, accelerator: Acc
     """Votes of the most similar labelled images (`distill.neighbours`); trains nothing."""
     if data.benchmark.task != "classification":
         raise UserError(
-            f"--protocol knn: {data.benchmark.name} has masks, and knn votes on whole images; "
-            "choose linear"
+            f"--protocol knn: {data.benchmark.name} has {traits(data.benchmark).labels}, and knn "
+            "votes on whole images; choose linear"
         )
     backbone = open_backbone(subject, config, data.size, accelerator.device)
     classifier = NearestNeighbours(

@@ -66,6 +66,7 @@ TABLES: dict[str, dict[str, str]] = {
         "coco_stuff": "distill.benchmarks.coco_stuff:coco_stuff",
         "oxford_pets": "distill.benchmarks.oxford_pets:oxford_pets",
         "celebamask_hq": "distill.benchmarks.celebamask_hq:celebamask_hq",
+        "wflw": "distill.benchmarks.wflw:wflw",
         "cifar10": "distill.benchmarks.cifar10:cifar10",
         "cifar100": "distill.benchmarks.cifar100:cifar100",
         "tiny_imagenet": "distill.benchmarks.tiny_imagenet:tiny_imagenet",

@@ -23,7 +23,7 @@ from distill.comparison import (
 from distill.config import Arm, RunConfig
 from distill.export import usage
 from distill.intervals import Interval
-from distill.metrics import TITLES
+from distill.metrics import TITLES, in_points, worth
 from distill.tracking import read_metrics
 from rl_policy.summary import policy_summary
 
@@ -91,7 +91,7 @@ def report(summary: Mapping[str, Any]) -> str:
     scores = {arm: scores[metric] for arm, scores in summary["metrics"].items()}
     rows = [(f"{title} {spoken(arm)}", f"{100 * x:.1f}") for arm, x in scores.items()]
     if {"distilled", "scratch"} <= scores.keys():
-        gain = 100 * (scores["distilled"] - scores["scratch"])
+        gain = 100 * (worth(metric, scores["distilled"]) - worth(metric, scores["scratch"]))
         rows.append(("gain over scratch", f"{gain:+.1f} points"))
     if policy := summary["policy"]:
         best = sorted(zip(policy["probabilities"], policy["timesteps"], strict=True), reverse=True)
@@ -155,7 +155,8 @@ def _several(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _heading(result: Mapping[str, Any]) -> str:
     return (
-        f"{result['metric']} in points on {result['benchmark']} {result['split']}, seeds "
+        f"{result['metric']} {in_points(result['metric'])} on {result['benchmark']} "
+        f"{result['split']}, seeds "
         f"{', '.join(map(str, result['seeds']))}: mean (95% confidence interval)"
     )
 

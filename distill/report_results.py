@@ -9,7 +9,7 @@ from pathlib import Path
 from distill import report_pictures
 from distill.comparison import Group, differences, gains, spoken
 from distill.intervals import Interval, interval
-from distill.metrics import TITLES
+from distill.metrics import LOWER_IS_BETTER, TITLES, in_points
 from distill.page import Block, Code, Finding, Heading, Picture, Section, Table, Text
 from distill.recipe import to_yaml
 
@@ -39,7 +39,8 @@ def results(groups: Sequence[Group], pictures: Path) -> Section:
     """The scores of every recipe, arm and class."""
     section = Section("results", "Results")
     title, first = TITLES[groups[0].metric], groups[0].first.summary
-    scored = f"{title} in points on {first['benchmark']} ({first['split']} split)"
+    unit = in_points(groups[0].metric)
+    scored = f"{title} {unit} on {first['benchmark']} ({first['split']} split)"
     if len(groups) > 1:
         section.blocks.append(_recipes(groups))
         path = pictures / "recipes.png"
@@ -101,18 +102,20 @@ def _arms(groups: Sequence[Group], group: Group, caption: str) -> Table:
         values = group.values(arm)
         row = [spoken(arm), ", ".join(f"{100 * value:.1f}" for value in values.values())]
         row += [str(interval(list(values.values())))] if len(group.runs) > 1 else []
-        row += [_gain(values, group.values(base)) if arm != base else "" for base in bases]
+        row += [
+            _gain(group.metric, values, group.values(base)) if arm != base else "" for base in bases
+        ]
         if compared:
             others = groups[0].first.summary["metrics"]
-            row.append(_gain(values, groups[0].values(arm)) if arm in others else "")
+            row.append(_gain(group.metric, values, groups[0].values(arm)) if arm in others else "")
         rows.append(row)
     seeds = ", ".join(str(run.seed) for run in group.runs)
     return Table(f"{caption}, seed{'s'[: len(group.runs) - 1]} {seeds}", head, rows)
 
 
-def _gain(values: dict[int, float], base: dict[int, float]) -> str:
-    """The paired difference in points, with its interval where there are several seeds."""
-    paired = gains(values, base)
+def _gain(metric: str, values: dict[int, float], base: dict[int, float]) -> str:
+    """The paired gain in points, with its interval where there are several seeds."""
+    paired = gains(metric, values, base)
     return str(interval(list(paired.values()))) if paired else "no seed in common"
 
 
@@ -153,21 +156,25 @@ def _mean(points: list[float]) -> str:
 def _findings(groups: Sequence[Group], group: Group) -> list[str]:
     """How the main arm stands to the others, and to that of the first recipe."""
     main, metrics = group.first.arm, group.first.summary["metrics"]
-    found = [
-        _compared(spoken(main), spoken(base), gains(group.values(main), group.values(base)))
-        for base in ("scratch", "random_teacher")
-        if base in metrics and base != main
-    ]
+
+    def compared(other: str, base: Mapping[int, float]) -> list[str]:
+        paired = gains(group.metric, group.values(main), base)
+        return [_compared(group.metric, spoken(main), other, paired)] if paired else []
+
+    found: list[str] = []
+    for base in ("scratch", "random_teacher"):
+        if base in metrics and base != main:
+            found += compared(spoken(base), group.values(base))
     if group is not groups[0] and main in groups[0].first.summary["metrics"]:
-        paired = gains(group.values(main), groups[0].values(main))
-        if paired:
-            found.append(_compared(spoken(main), f"that of {groups[0].label}", paired))
+        found += compared(f"that of {groups[0].label}", groups[0].values(main))
     return found
 
 
-def _compared(mine: str, other: str, paired: Mapping[int, float]) -> str:
+def _compared(metric: str, mine: str, other: str, paired: Mapping[int, float]) -> str:
     found = interval(list(paired.values()))
-    side = "above" if found.mean >= 0 else "below"
+    lower = metric in LOWER_IS_BETTER
+    sides = ("better than", "worse than") if lower else ("above", "below")
+    side = sides[found.mean < 0]
     if found.bounds is None:
         points = f"{100 * abs(found.mean):.1f} points"
         return f"{mine} is {points} {side} {other}; with one seed it is not known how sure that is"

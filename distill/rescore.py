@@ -21,7 +21,7 @@ from distill.build import build_accelerator, build_benchmark, build_training_set
 from distill.config import RunConfig
 from distill.data import as_float
 from distill.errors import UserError
-from distill.evaluate import predicted_classes
+from distill.evaluate import Tally, predicted
 from distill.geometry import correspondence, depth
 from distill.intervals import Interval, interval
 from distill.metrics import figure_text
@@ -36,7 +36,7 @@ from distill.protocols import (
 )
 from distill.recipe import to_tree
 from distill.score_pictures import Shown
-from distill.scoring import Scored, held_out_examples, metric_of, score
+from distill.scoring import Scored, check_looks, held_out_examples, metric_of, score
 from distill.subjects import Subject, parse_subject
 from distill.tracking import commit, hardware
 
@@ -81,9 +81,8 @@ def evaluate_subject(
     """The result of one subject as JSON takes it, and what writes the pictures beside a JSON file;
     the arguments are those of `rescore`. Of `label_efficient`, which fits many, the latter is
     None."""
-    subject, began = parse_subject(text), time.monotonic()
-    chosen = [f"data.benchmark={benchmark}", *overrides] if benchmark else overrides
-    config = subject_config(subject, chosen, FINETUNE if protocol == "finetune" else {})
+    began = time.monotonic()
+    subject, config = subject_recipe(text, overrides, protocol, benchmark)
     accelerator = one_process(config.device)
     result: dict[str, Any] = {"subject": text, "protocol": protocol}
     draw: Callable[[Path], None] | None = None
@@ -112,6 +111,15 @@ def evaluate_subject(
     }, draw
 
 
+def subject_recipe(
+    text: str, overrides: Sequence[str], protocol: str, benchmark: str | None
+) -> tuple[Subject, RunConfig]:
+    """A subject, and the recipe that it is evaluated with; the arguments are those of `rescore`."""
+    subject = parse_subject(text)
+    chosen = [f"data.benchmark={benchmark}", *overrides] if benchmark else overrides
+    return subject, subject_config(subject, chosen, FINETUNE if protocol == "finetune" else {})
+
+
 def one_process(device: str) -> Accelerator:
     """The device. Protocols fit, write and draw in a single process."""
     accelerator = build_accelerator(device)
@@ -129,23 +137,14 @@ def _fit(
     """The predictor of a protocol, its benchmark, and how many labelled images it has seen."""
     if protocol == "own":
         benchmark = build_benchmark(config.data)
-        _check_window(config, benchmark)
+        check_looks(config.evaluate, benchmark)
         return own(subject, config, benchmark, accelerator), benchmark, None
     data = build_training_set(config.data)
-    _check_window(config, data.benchmark)
+    check_looks(config.evaluate, data.benchmark)
     fitted = {"linear": linear, "knn": knn, "finetune": finetune}[protocol](
         subject, config, data, accelerator
     )
     return fitted, data.benchmark, len(data.labelled_indices)
-
-
-def _check_window(config: RunConfig, benchmark: Benchmark) -> None:
-    """Refuse windows where they have no meaning, before anything is fitted."""
-    if config.evaluate.window is not None and benchmark.task == "classification":
-        raise UserError(
-            f"evaluate.window: {benchmark.name} has classes of whole images, and windows are for "
-            "masks; leave it out"
-        )
 
 
 def _score(
@@ -159,7 +158,7 @@ def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -
     """Scores by number of labels, each with its choices of images."""
     data = build_training_set(dataclasses.replace(config.data, labelled=None))
     benchmark = data.benchmark
-    _check_window(config, benchmark)
+    check_looks(config.evaluate, benchmark)
     metric, rows = metric_of(benchmark), dict[int, list[dict[str, Any]]]()
     setting: dict[str, Any] = {}
     for choice in label_efficient(subject, config, data, accelerator):
@@ -198,14 +197,15 @@ def _setting(
 
 
 def _write_pictures(scored: Scored, out: Path) -> None:
-    """The confusion matrix, and the best and the worst images, beside the JSON file."""
+    """The confusion matrix of classes, and the best and the worst images, beside the JSON file."""
     benchmark, tally = scored.benchmark, scored.tally
-    score_pictures.confusion(
-        out.with_name(f"{out.stem}-confusion.png"), tally.matrix.counts, benchmark.class_names
-    )
+    if isinstance(tally, Tally):
+        matrix = out.with_name(f"{out.stem}-confusion.png")
+        score_pictures.confusion(matrix, tally.matrix.counts, benchmark.class_names)
     each = [float(value) for value in tally.each]
     known = [index for index, value in enumerate(each) if not math.isnan(value)]
-    ranked = sorted(known, key=each.__getitem__, reverse=True)
+    # Of classes it is told how much is right, of points how far they are off.
+    ranked = sorted(known, key=each.__getitem__, reverse=isinstance(tally, Tally))
     best = ranked[:SHOWN]
     worst = [index for index in reversed(ranked[-SHOWN:]) if index not in best]
     shown = []
@@ -214,10 +214,12 @@ def _write_pictures(scored: Scored, out: Path) -> None:
             image, target = scored.examples[index]
             pixels, truth = as_float(image), torch.as_tensor(target)
             with torch.no_grad():
-                logits = scored.predict(pixels[None].to(tally.matrix.counts.device))[0].float()
-            guess = predicted_classes(logits, tuple(truth.shape))
-            told = "of pixels right" if truth.ndim else "for its class"
-            shown.append(Shown(f"{kind}: {each[index]:.0%} {told}", pixels, truth, guess))
+                logits = scored.predict(pixels[None].to(tally.device))[0].float()
+            guess = predicted(logits, truth)
+            told = f"{each[index]:.1%} NME"
+            if isinstance(tally, Tally):
+                told = f"{each[index]:.0%} {'of pixels right' if truth.ndim else 'for its class'}"
+            shown.append(Shown(f"{kind}: {told}", pixels, truth, guess))
     score_pictures.overlays(
         out.with_name(f"{out.stem}-overlays.png"), shown, benchmark.class_names, benchmark.palette
     )

@@ -14,21 +14,23 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from distill import checkpoint, plots, scoring
+from distill import checkpoint, plots, score_pictures, scoring
 from distill.benchmarks import Benchmark, Examples
 from distill.build import TrainingSet, build_accelerator, build_training_set
 from distill.comparison import main_arm
 from distill.config import Arm, RunConfig
 from distill.data import as_float
 from distill.errors import Interrupted, UserError
-from distill.evaluate import predicted_classes
+from distill.evaluate import predicted
 from distill.export import StudentCard, export_student
 from distill.fit import check_schedule, fit_batch, with_batch
 from distill.flops import flops
 from distill.recipe import first_difference, load_config, to_tree, to_yaml
 from distill.report import summarise
+from distill.score_pictures import Shown
 from distill.scoring import held_out_examples
 from distill.subjects import predictor
+from distill.tasks import traits
 from distill.tracking import (
     RunLog,
     commit,
@@ -176,15 +178,7 @@ def _finish_arm(
         }
         card = make_card(config, benchmark, student, provenance)
         export_student(student, card, folder / "student")
-        images, truths, guesses = predict(student, examples)
-        plots.predictions(
-            folder / "predictions.png",
-            images,
-            truths,
-            guesses,
-            benchmark.class_names,
-            benchmark.palette,
-        )
+        _draw(folder / "predictions.png", predict(student, examples), benchmark)
     result = {
         "scores": scores,
         "images_per_second": trainer.images / max(trainer.seconds, 1e-9),
@@ -220,11 +214,20 @@ def predict(
     with torch.no_grad():
         logits = student(torch.stack(images).to(device))[0].cpu()
     truths = [torch.as_tensor(target) for _, target in items]
-    guesses = [
-        predicted_classes(one, tuple(truth.shape))
-        for one, truth in zip(logits, truths, strict=True)
-    ]
+    guesses = [predicted(one, truth) for one, truth in zip(logits, truths, strict=True)]
     return images, truths, guesses
+
+
+def _draw(
+    path: Path, predictions: tuple[list[Tensor], list[Tensor], list[Tensor]], benchmark: Benchmark
+) -> None:
+    """What `predict` gives, as a picture."""
+    names, palette = benchmark.class_names, benchmark.palette
+    if traits(benchmark).classes:
+        plots.predictions(path, *predictions, names, palette)
+    else:
+        shown = [Shown("", *item) for item in zip(*predictions, strict=True)]
+        score_pictures.overlays(path, shown, names, palette)
 
 
 def make_card(
@@ -241,7 +244,7 @@ def make_card(
     return StudentCard(
         model=config.student.model,
         classes=benchmark.num_classes,
-        dense=benchmark.task == "segmentation",
+        dense=traits(benchmark).dense,
         image_size=student.image_size,
         layers=student.layers,
         head=config.student.head,
@@ -251,6 +254,7 @@ def make_card(
         class_names=benchmark.class_names,
         palette=benchmark.palette.tolist(),
         ignore_index=benchmark.ignore_index,
+        task=benchmark.task,
         recipe=to_tree(config),
         provenance={**provenance, "commit": commit()},
     )

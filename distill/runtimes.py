@@ -136,7 +136,7 @@ def plain_timm(folder: Path, threads: int = 0) -> ModelFile:
         images = (images - mean) / std
         if model.num_classes:
             return model(images)
-        return model.forward_intermediates(images, 1, intermediates_only=True)[0]
+        return model.forward_intermediates(images, indices=1, intermediates_only=True)[0]
 
     return ModelFile({}, torch_run(forward, threads))
 

@@ -8,11 +8,13 @@ from accelerate import Accelerator
 from torch.utils.data import Subset
 
 from distill.benchmarks import Benchmark, Examples
-from distill.comparison import METRICS
-from distill.config import RunConfig
+from distill.config import EvaluateConfig, RunConfig
 from distill.data import Resized
+from distill.errors import UserError
 from distill.evaluate import Tally, count
 from distill.inference import Predictor, several_looks
+from distill.landmarks import LandmarkTally
+from distill.tasks import traits
 
 
 class Scored(NamedTuple):
@@ -22,7 +24,7 @@ class Scored(NamedTuple):
     """With all the looks that the recipe asks for."""
     examples: Examples
     benchmark: Benchmark
-    tally: Tally
+    tally: Tally | LandmarkTally
     """Of this process's share."""
     scores: dict[str, Any]
     """Over all processes, see `Tally.scores`."""
@@ -30,8 +32,23 @@ class Scored(NamedTuple):
 
 def metric_of(benchmark: Benchmark) -> str:
     """The score that is chosen and compared by."""
-    assert benchmark.task is not None, "what has no labels is refused before"
-    return METRICS[benchmark.task]
+    return traits(benchmark).metric
+
+
+def check_looks(options: EvaluateConfig, benchmark: Benchmark) -> None:
+    """Refuse looks at images that have no meaning for a benchmark, before anything is computed."""
+    task = traits(benchmark)
+    if options.window is not None and not (task.dense and task.classes):
+        raise UserError(
+            f"evaluate.window: {benchmark.name} has {task.labels}, and windows are for masks; "
+            "leave it out"
+        )
+    if not task.classes and (options.flip or options.scales != [1.0]):
+        key = "flip" if options.flip else "scales"
+        raise UserError(
+            f"evaluate.{key}: heat maps of landmarks are not averaged over several looks; leave it "
+            "out"
+        )
 
 
 def held_out_examples(
@@ -47,6 +64,7 @@ def held_out_examples(
         size: (H, W).
         split: None: `evaluate.split`.
     """
+    check_looks(config.evaluate, benchmark)
     examples = benchmark.dataset(split or config.evaluate.split)
     if config.evaluate.window is None:
         examples = Resized(examples, size, masks=False)

@@ -13,7 +13,7 @@ from distill.comparison import METRICS, estimate, gains, spoken
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
 from distill.intervals import Interval
-from distill.metrics import TITLES
+from distill.metrics import LOWER_IS_BETTER, TITLES, in_points
 from distill.study import Cell, Study, run_folder
 from distill.train import checkpoint_path
 
@@ -91,7 +91,8 @@ def write_results(study: Study, folder: Path) -> str:
 def _draw(path: Path, results: Mapping[str, Any]) -> None:
     """A panel of the scores, and one of the paired gains over each baseline."""
     metric, arms = results["metric"], results["arms"]
-    found = {f"{TITLES[metric]}, {results['benchmark']} {results['split']}": arms}
+    title = TITLES[metric] + " (lower is better)" * (metric in LOWER_IS_BETTER)
+    found = {f"{title}, {results['benchmark']} {results['split']}": arms}
     for baseline in results["baselines"]:
         key = f"gain_over_{baseline}"
         if over := {arm: row[key] for arm, row in arms.items() if key in row}:
@@ -149,7 +150,7 @@ def _row(study: Study, arm: str, scores: Mapping[Cell, Score], metric: str) -> d
     }
     for baseline in study.config.baselines:
         base = {seed: score.value for seed, score in _of(scores, baseline).items()}
-        paired = gains(values, base)
+        paired = gains(metric, values, base)
         if baseline != arm and (found := estimate(paired)):
             row[f"gain_over_{baseline}"] = {
                 "seeds": list(paired),
@@ -177,8 +178,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         *("seconds", "images/s"),
     ]
     lines = [
-        f"{TITLES[metric]} in points on {results['benchmark']} {results['split']}: means over "
-        "seeds (95% confidence intervals); gains are paired by seed",
+        f"{TITLES[metric]} {in_points(metric)} on {results['benchmark']} {results['split']}: means "
+        "over seeds (95% confidence intervals); gains are paired by seed",
         "",
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),

@@ -28,6 +28,7 @@ from distill.map_report import Column, LayerMap
 from distill.probe import Batches, Logistic, Ridge
 from distill.recipe import to_tree
 from distill.survey_files import Columns, Images, write_map
+from distill.tasks import traits
 from distill.tracking import Progress, commit, hardware, open_run_folder, stop_on_signals
 from teachers.noise import NoiseSchedule
 from teachers.protocol import Teacher
@@ -74,6 +75,11 @@ def survey(
             raise UserError(f"--{option}: {value} is none; give 1 or more")
     device = build_accelerator(config.device).device
     data, train, val = _images(config, images)
+    if not traits(data.benchmark).classes:
+        raise UserError(
+            f"probe: {data.benchmark.name} has {traits(data.benchmark).labels}, and linear probes "
+            "tell classes; use a benchmark of masks or classes"
+        )
     dense = data.benchmark.task == "segmentation"
     if probe == "logistic" and dense:
         raise UserError("--probe logistic: masks have too many positions to keep; use ridge")

@@ -31,6 +31,7 @@ from distill.lesson import Lesson, choose, mixture
 from distill.optim import build_optimizer, freeze_backbone, stage_lr_factor
 from distill.policies import build_policy
 from distill.recipe import to_tree
+from distill.tasks import traits
 from students.student import Student
 
 REMEDY = "a smaller train.lr, or train.precision=no"
@@ -68,9 +69,10 @@ class Trainer:
         self.plan: Plan | None = None
         self.cache: FeatureCache | None = None
         if config.teacher.labels and data.benchmark.task != "classification":
+            label = "a mask" if traits(data.benchmark).classes else "a set of points"
             raise UserError(
-                "teacher.labels: a mask is no class that a teacher could be told; leave it false "
-                "for segmentation"
+                f"teacher.labels: {label} is no class that a teacher could be told; leave it false "
+                f"for {data.benchmark.task}"
             )
         if arm != "scratch":
             random_weights = config.seed if arm == "random_teacher" else None
@@ -291,8 +293,9 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the arm's steps that are done."""
-        return self.step / self.config.train.steps
+        """Share that is done of the steps in which the policy acts: those before fine-tuning."""
+        train = self.config.train
+        return min(1.0, self.step / max(1, train.steps - train.finetune_steps))
 
     def settle(self) -> None:
         """Read the newest step's `figures`. Raises UserError if one of them is not finite."""

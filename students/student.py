@@ -28,6 +28,19 @@ HEADS: Mapping[str, Callable[[Sequence[int], int], nn.Module]] = MappingProxyTyp
 )
 
 
+class LayerError(ValueError):
+    """A feature map that a student does not have.
+
+    Args:
+        layer: Its name, as it was asked for.
+        problem: One line, which names it too.
+    """
+
+    def __init__(self, layer: str, problem: str) -> None:
+        super().__init__(problem)
+        self.layer = layer
+
+
 class Student(nn.Module):
     """A timm model that returns logits and named feature maps from one forward pass.
 
@@ -59,7 +72,8 @@ class Student(nn.Module):
         reductions: Pixels that the backbone sees for one position of each feature map returned.
 
     Raises:
-        ValueError: On an unknown model, layer, head or argument, or a size that does not fit.
+        LayerError: On an unknown layer.
+        ValueError: On an unknown model, head or argument, or a size that does not fit.
         OSError: If the pretrained weights cannot be read.
     """
 
@@ -97,19 +111,17 @@ class Student(nn.Module):
         channels = {name: int(info["num_chs"]) for name, info in feature_info.items()}
         _check_size(self.input_size, list(reductions.values()), self.backbone, model)
 
-        self.layers = _in_order(layers, available, model)
+        self.layers = _in_order(layers, available)
         self.channels = {name: channels[name] for name in self.layers}
         self.reductions = {name: reductions[name] for name in self.layers}
         self.head: nn.Module | None = None
         self.head_layers: tuple[str, ...] = ()
         if dense:
-            self.head_layers = _in_order(head_layers or _spread(reductions), available, model)
+            self.head_layers = _in_order(head_layers or _spread(reductions), available)
             self.head = HEADS[head]([channels[name] for name in self.head_layers], classes)
         self._available = available
         # timm asks for one map at least; the last is there anyway.
-        self._taken = _in_order(
-            (*self.layers, *self.head_layers) or available[-1:], available, model
-        )
+        self._taken = _in_order((*self.layers, *self.head_layers) or available[-1:], available)
 
         for name in ("mean", "std"):
             values = torch.tensor(self.backbone.pretrained_cfg[name])
@@ -117,7 +129,7 @@ class Student(nn.Module):
             self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
 
     def forward(
-        self, images: Tensor, labelled: int | None = None
+        self, images: Tensor, labelled: int | None = None, head_maps: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Predict, and return the maps in `layers`.
 
@@ -125,6 +137,7 @@ class Student(nn.Module):
             images: (B, 3, *image_size) in [0, 1].
             labelled: Predict only the first so many images, L of B; the others give maps alone.
                 0: the backbone stops after the last of `layers`. None: all.
+            head_maps: Return the maps that the dense head reads too, if it predicts.
 
         Returns:
             Logits in float32, (L, classes), or (L, classes, h, w) at the finest map that the head
@@ -143,7 +156,7 @@ class Student(nn.Module):
         classify = self.head is None and labelled != 0
         output = self.backbone.forward_intermediates(
             self._normalise(images),
-            [self._available.index(name) for name in taken],
+            indices=[self._available.index(name) for name in taken],  # not second in all models
             output_fmt="NCHW",
             stop_early=not classify,
             intermediates_only=not classify,
@@ -155,7 +168,7 @@ class Student(nn.Module):
             logits = self.head([named[name][:labelled] for name in self.head_layers])
         else:
             logits = images.new_zeros(0)
-        return logits.float(), {name: named[name] for name in self.layers}
+        return logits.float(), named if head_maps else {name: named[name] for name in self.layers}
 
     def backbone_config(self) -> dict[str, Any]:
         """What `timm.models.save_for_hf(student.backbone, folder, **config)` needs.
@@ -208,12 +221,12 @@ def _create_backbone(
     return backbone
 
 
-def _in_order(names: Sequence[str], available: list[str], model: str) -> tuple[str, ...]:
-    """The names, shallowest first, each once; ValueError if the model lacks one."""
+def _in_order(names: Sequence[str], available: list[str]) -> tuple[str, ...]:
+    """The names, shallowest first, each once; LayerError if the model lacks one."""
     for name in names:
         if name not in available:
             near = _nearest(name, available)
-            raise ValueError(f"layer {name!r} is not a feature map of {model!r}; {near}")
+            raise LayerError(name, f"no layer {name!r}; {near}")
     return tuple(name for name in available if name in names)
 
 

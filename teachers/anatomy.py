@@ -31,6 +31,19 @@ class TracedLayer(NamedTuple):
     flops: int
 
 
+class LayerError(ValueError):
+    """A layer that is not to be had.
+
+    Args:
+        layer: its name, as it was asked for.
+        problem: one line, which names it too.
+    """
+
+    def __init__(self, layer: str, problem: str) -> None:
+        super().__init__(problem)
+        self.layer = layer
+
+
 class LayerInfo(NamedTuple):
     """A line of the table of layers.
 
@@ -113,7 +126,7 @@ def find_layer(name: str, layers: Sequence[TracedLayer]) -> TracedLayer:
     """The one call of the module `name`.
 
     Raises:
-        ValueError: no such module ran, it ran twice, or its output is no (B, C, H, W) map.
+        LayerError: no such module ran, it ran twice, or its output is no (B, C, H, W) map.
     """
     calls = [layer for layer in layers if layer.name == name]
     maps = [layer.name for layer in layers if len(layer.shape) == 4]
@@ -121,13 +134,16 @@ def find_layer(name: str, layers: Sequence[TracedLayer]) -> TracedLayer:
         close = difflib.get_close_matches(name, maps, n=1)
         blocks = ", ".join(known for known in maps if BLOCK.fullmatch(known))
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {blocks}"
-        raise ValueError(f"layer {name!r} is not in this teacher; {hint}")
+        raise LayerError(name, f"no layer {name!r}; {hint}")
     if len(calls) > 1:
-        raise ValueError(
-            f"layer {name!r} runs {len(calls)} times in one forward pass; name one that runs once"
+        raise LayerError(
+            name,
+            f"layer {name!r} runs {len(calls)} times in one forward pass; name one that runs once",
         )
     if name not in maps:
-        raise ValueError(
-            f"layer {name!r} gives {len(calls[0].shape)} dimensions, not a (B, C, H, W) feature map"
+        raise LayerError(
+            name,
+            f"layer {name!r} gives {len(calls[0].shape)} dimensions, not a (B, C, H, W) feature "
+            "map",
         )
     return calls[0]

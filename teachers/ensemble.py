@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from teachers.anatomy import LayerError
 from teachers.diffusion import Flops, View
 from teachers.noise import Randomness
 
@@ -83,7 +84,12 @@ def ensemble(
         with _blame(f"member {name!r}"):
             if not asked[name]:
                 raise ValueError("no layer is asked of it; leave it out")
-            built[name] = _build(member, {**view, "layers": list(asked[name])})
+            try:
+                built[name] = _build(member, {**view, "layers": list(asked[name])})
+            except LayerError as error:
+                part = Part(name, error.layer)
+                whole = next(layer for layer, parts in layers.items() if part in parts)
+                raise LayerError(whole, f"member {name!r}: {error}") from error
     return Ensemble(built, layers)
 
 
@@ -183,9 +189,9 @@ def _parts(layer: str, members: Mapping[str, Any]) -> tuple[Part, ...]:
     for part in parts:
         if part.member not in members or not part.layer:
             choices = ", ".join(f"{name}/LAYER" for name in members)
-            raise ValueError(f"layer {layer!r} is not in this teacher; choose from {choices}")
+            raise LayerError(layer, f"no layer {layer!r}; choose from {choices}")
     if len(set(parts)) < len(parts):
-        raise ValueError(f"layer {layer!r} joins a layer with itself")
+        raise LayerError(layer, f"layer {layer!r} joins a layer with itself")
     return parts
 
 
@@ -227,6 +233,8 @@ def _blame(who: str) -> Iterator[None]:
     """Say which member an error is about."""
     try:
         yield
+    except LayerError:  # says so itself
+        raise
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from error
     except OSError as error:

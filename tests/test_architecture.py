@@ -28,6 +28,7 @@ LEAVES = frozenset(
         *("losses", "measures", "metrics", "plots", "probe", "registry", "seeding", "tracking"),
         *("footprint", "inference", "linear", "neighbours", "score_pictures", "subjects"),
         *("head_room", "intervals", "layer_map", "map_picture", "map_report"),
+        *("landmarks", "tasks"),
         *("feedback", "lesson"),
         *("flops", "page", "report_pictures"),
         *("correspondence", "depth", "geometry_pictures"),

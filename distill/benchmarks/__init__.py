@@ -22,14 +22,16 @@ IGNORE_INDEX = 255
 """The target of a pixel, or of an image, that has no label."""
 
 Entry = TypeVar("Entry")
-Task = Literal["segmentation", "classification"]
+Task = Literal["segmentation", "classification", "landmarks"]
 
 
 class Examples(Protocol):
     """Images with their targets, read by index: what torch calls a map-style dataset.
 
     An image is (3, H, W) uint8 at its file's own size. Its target is a mask (H, W) uint8 for
-    segmentation, an `int` for classification; `IGNORE_INDEX` says that there is no label.
+    segmentation, an `int` for classification; `IGNORE_INDEX` says that there is no label. For
+    landmarks the image is square and the target (K, 2) float32, the x and y of each point as shares
+    of the image's side, from its upper left corner; a point may lie outside.
     Two attributes are used where they exist: `names`, one an example, in the fingerprint of a run,
     and `targets`, one class an example, to choose labelled images that cover all classes.
     """
@@ -68,6 +70,18 @@ class Benchmark(Protocol):
 
     def dataset(self, split: str, /) -> Examples:
         """The examples of "train", "val" or "test"; a UserError where there is no such split."""
+
+
+class LandmarkBenchmark(Benchmark, Protocol):
+    """What the task "landmarks" asks for besides: its classes are the K points of every image."""
+
+    @property
+    def mirrored(self) -> tuple[int, ...]:
+        """(K,), which point each becomes in the mirror image."""
+
+    @property
+    def eyes(self) -> tuple[int, int]:
+        """The points whose distance is the unit of errors: the outer corners of the eyes."""
 
 
 def notice(line: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill import compare
+from distill import compare, footprint
 from distill.cli import main
 from distill.footprint import measure
 
@@ -46,7 +48,9 @@ def test_results_and_subjects_stand_in_one_table(
         assert row["miou"] == f"{100 * of['scores']['miou']:.1f}"
         assert float(row["parameters (M)"]) == pytest.approx(of["cost"]["parameters"] / 1e6, 0.01)
         assert of["cost"]["flops"] > 0
-        assert of["cost"]["images_per_second"] > 0
+        speed, spread = row["images/s"].split(" ", 1)
+        assert float(speed) == pytest.approx(of["cost"]["images_per_second"], 0.01)
+        assert re.fullmatch(r"\(\S+ to \S+\)", spread)
         assert of["cost"]["memory"] > 0
     assert json.loads(written.read_text())["scores"] == figures[0]["scores"]
     table = (out / "table.md").read_text()
@@ -84,6 +88,24 @@ def test_memory_is_each_backbones_own_whatever_was_measured_before() -> None:
     assert costs[0].flops is None
 
 
+def test_speed_is_the_median_and_range_of_rounds_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of the first takes 1, 4 and 2 seconds, one of the second 2, 8 and 2."""
+    seconds = iter([0, 1, 1, 3, 3, 7, 7, 15, 15, 17, 17, 19])
+    monkeypatch.setattr(footprint, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    passes: list[int] = []
+
+    class Noted(Widening):
+        def maps(self, images: Tensor) -> dict[str, Tensor]:
+            passes.append(self.factor)
+            return super().maps(images)
+
+    pair: list[Any] = [Noted(1), Noted(2)]
+    costs = measure(pair, [(8, 8)] * 2, torch.device("cpu"), batch=8, rounds=3)
+    assert passes[-6:] == [1, 2, 1, 2, 1, 2]
+    speeds = [(cost.slowest, cost.images_per_second, cost.fastest) for cost in costs]
+    assert speeds == [(2, 4, 8), (1, 4, 4)]
+
+
 def notes(*results: dict[str, Any]) -> list[str]:
     return compare._differences(results)
 
@@ -107,6 +129,24 @@ def test_whatever_of_the_setting_differs_is_named() -> None:
     assert notes(*heads) == ["note: student.head differs: fpn, linear"]
     trained = [result("own", data={"labelled": labelled}) for labelled in (6, None)]
     assert notes(*trained) == ["note: data.labelled differs: 6, None"]
+
+
+def test_other_images_are_refused_before_anything_is_fitted(
+    finished_run: Path, tmp_path: Path, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fitted(*arguments: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(compare, "evaluate_subject", fitted)
+    out = tmp_path / "deep" / "table"
+    words = ("--benchmark", "shapes", "--protocol", "linear", "--out", out)
+    line = refuse("compare", "timm:test_resnet:scratch", finished_run, *words)
+    assert line == (
+        f"compare: {finished_run} has data.options {{'size': 32, 'test': 5, 'train': 16, 'val': 3}}"
+        ", timm:test_resnet:scratch {}"
+    )
+    assert not (tmp_path / "deep").exists()
+    assert f"{finished_run}-1 holds no" in refuse("compare", finished_run, f"{finished_run}-1")
 
 
 def test_mistakes_are_one_line(

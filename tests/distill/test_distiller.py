@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from distill.build import build_accelerator, build_training_set
-from distill.config import RunConfig
+from distill.config import Arm, RunConfig
 from distill.errors import UserError
+from distill.export import export_student, load_student
+from distill.run import make_card
 from distill.train import batches
 from distill.trainer import Trainer
+from rl_policy.simple import LinearDecay
 
 Load = Callable[..., RunConfig]
 
 
-def build(config: RunConfig) -> Trainer:
+def build(config: RunConfig, arm: Arm = "distilled") -> Trainer:
     data = build_training_set(config.data)
-    return Trainer(config, "distilled", data, build_accelerator(config.device))
+    return Trainer(config, arm, data, build_accelerator(config.device))
 
 
 def steps(trainer: Trainer, count: int = 1) -> list[Any]:
@@ -190,3 +193,59 @@ def test_the_reward_may_be_minus_the_loss_of_the_head(load: Load) -> None:
     assert rewards.mean().item() == pytest.approx(-losses.reward_head.item(), rel=1e-6)
     assert not rewards.requires_grad
     assert head.seen.sum() == 0
+
+
+@pytest.mark.parametrize("arm", ["scratch", "distilled"])
+def test_a_second_head_adds_its_weighted_task_loss_and_learns(load: Load, arm: Arm) -> None:
+    plain, second = build(load(), arm), build(load("train.auxiliary=0.4"), arm)
+    doubled = build(load("train.auxiliary=0.8"), arm)
+    head = second.distiller.auxiliary
+    assert plain.distiller.auxiliary is None
+    assert head is not None
+    assert head[0].in_channels == second.student.backbone.feature_info[-2]["num_chs"]
+    before = [weight.clone() for weight in head.parameters()]
+    one, two, twice = (steps(trainer)[0] for trainer in (plain, second, doubled))
+    assert one.task == pytest.approx(two.task.item(), abs=1e-6)  # that of the head that leaves
+    more = (two.total - one.total).item()
+    assert more > 0.1
+    assert (twice.total - one.total).item() == pytest.approx(2 * more, rel=1e-4)
+    after = list(head.parameters())
+    assert not any(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_a_second_head_stays_behind_at_export(load: Load, tmp_path: Path) -> None:
+    config = load("train.auxiliary=0.4")
+    trainer = build(config, "scratch")
+    steps(trainer)
+    assert any(name.startswith("auxiliary") for name in trainer.state()["distiller"])  # to resume
+    student = trainer.average.module
+    card = make_card(config, trainer.data.benchmark, student, {"arm": "scratch"})
+    export_student(student, card, tmp_path / "student")
+    loaded, _ = load_student(tmp_path / "student")
+    assert loaded.state_dict().keys() == build(load(), "scratch").student.state_dict().keys()
+
+
+def test_a_second_head_needs_a_second_map_of_masks(load: Load) -> None:
+    with pytest.raises(UserError, match=r"train.auxiliary: .* there is only layer4; name two"):
+        build(load("train.auxiliary=0.4", "student.head_layers=[layer4]"))
+
+
+def test_progress_runs_over_the_steps_in_which_the_policy_acts(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(
+        load(
+            "policy.name=linear_decay",
+            "train.schedule=distill_then_finetune",
+            "train.steps=6",
+            "train.finetune_steps=2",
+        )
+    )
+    assert isinstance(trainer.policy, LinearDecay)
+    told: list[float] = []
+    act, learn = trainer.policy.act, trainer.policy.learn
+    monkeypatch.setattr(trainer.policy, "act", lambda *x: (told.append(x[-1]), act(*x))[1])
+    monkeypatch.setattr(trainer.policy, "learn", lambda *x: (told.append(x[-1]), learn(*x))[1])
+    steps(trainer, 6)
+    assert told == [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1]
+    assert trainer.policy.allowed == 1  # of 4 bins: the decay comes to its end

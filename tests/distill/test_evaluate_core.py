@@ -112,11 +112,11 @@ def test_processes_share_the_examples_and_sum_their_counts() -> None:
     examples = [halves(16, 16), halves(32, 24), halves(8, 8)]
     examples[1][1][5] = 0
     kind = benchmark("segmentation", 3)
-    counts: dict[int, Tensor] = {}  # of the matrix, and of the larger one of boundaries
+    counts: dict[int, Tensor] = {}  # of the matrix, and of the one with boundaries
 
     def collect(part: Tensor) -> Tensor:
-        counts[len(part)] = counts.get(len(part), 0) + part
-        return counts[len(part)]
+        counts[part.ndim] = counts.get(part.ndim, 0) + part
+        return counts[part.ndim]
 
     evaluate(bright_or_dark, examples, kind, rank=0, world=2, total=collect)
     together = evaluate(bright_or_dark, examples, kind, rank=1, world=2, total=collect)

@@ -222,6 +222,46 @@ def test_without_data_a_file_is_compared_on_noise(exported: Path, tmp_path: Path
     assert (tmp_path / "student-classifier.ts").is_file()
 
 
+@torch.no_grad()
+def test_a_hiera_student_leaves_as_any_other(
+    exported: Path, images: Tensor, tmp_path: Path
+) -> None:
+    """Hiera's maps are not asked for by the second argument, as those of other models are."""
+    torch.manual_seed(0)
+    kwargs = {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 1, 1]}
+    student = Student(
+        "hiera_tiny_224", classes=7, dense=True, image_size=(32, 32), kwargs=kwargs
+    ).eval()
+    card = dataclasses.replace(
+        read_card(exported), model="hiera_tiny_224", kwargs=kwargs, layers=(),
+        head_layers=student.head_layers,
+    )  # fmt: skip
+    export_student(student, card, tmp_path / "student")
+    deploy.export_run(str(tmp_path / "student"), format="timm", out=str(tmp_path / "again"))
+    assert torch.equal(load_student(tmp_path / "again")[0](images)[0], student(images)[0])
+    assert Deployed(student, "segmenter")(images).shape == (3, 7, 32, 32)
+    assert Deployed(student, "backbone")(images)[0].shape == (3, 128, 1, 1)
+
+
+def test_whatever_the_exporter_fails_with_is_its_first_cause_in_one_line(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        try:
+            raise AssertionError("only 4D queries\nare supported")
+        except AssertionError as error:
+            raise LookupError("step 3 of 3") from error
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(UserError) as caught:
+        deploy.export_run(str(exported), format="torchexport", out=str(tmp_path / "a.pt2"))
+    assert str(caught.value) == (
+        "torch cannot export this student as .pt2: only 4D queries are supported; another "
+        "--format may do"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_is_not_the_student_never_appears(
     exported: Path, tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from distill.metrics import (
     BoundaryMatrix,
     ConfusionMatrix,
-    boundary,
+    boundaries,
     boundary_iou,
     classification_scores,
     segmentation_scores,
@@ -129,16 +129,18 @@ def test_frequency_weighted_iou_by_hand() -> None:
 @pytest.mark.parametrize("shape", [(23, 31), (120, 90), (5, 200)])
 def test_boundaries_are_those_of_the_papers_erosion(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(shape[0])
-    coarse = torch.randint(0, 4, (1, 1, 4, 5), generator=generator).float()
-    mask = F.interpolate(coarse, shape)[0, 0].to(torch.uint8)
+    coarse = torch.randint(0, 4, (2, 1, 4, 5), generator=generator).float()
+    first, second = F.interpolate(coarse, shape)[:, 0].to(torch.uint8)
     steps = max(1, round(0.02 * math.hypot(*shape)))
-    expected = np.zeros(shape, dtype=bool)
-    for value in range(4):
-        inside = mask.numpy() == value
-        kept = ndimage.binary_erosion(inside, np.ones((3, 3)), iterations=steps, border_value=0)
-        expected |= inside & ~kept
-    assert np.array_equal(boundary(mask).numpy(), expected)
-    assert 0 < expected.mean() <= 1
+    found = boundaries(first, second).numpy()
+    for bit, mask in ((1, first), (2, second)):
+        expected = np.zeros(shape, dtype=bool)
+        for value in range(4):
+            inside = mask.numpy() == value
+            kept = ndimage.binary_erosion(inside, np.ones((3, 3)), iterations=steps, border_value=0)
+            expected |= inside & ~kept
+        assert np.array_equal(found & bit != 0, expected)
+        assert 0 < expected.mean() <= 1
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -176,6 +178,37 @@ def test_a_perfect_prediction_scores_1_beside_void_too() -> None:
     matrix = BoundaryMatrix(2)
     matrix.update(prediction, targets)
     assert boundary_iou(matrix.counts).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("classes", "ignored"), [(11, 255), (40, 255), (150, 255), (5, 3), (4, -1)]
+)
+def test_boundary_counts_hold_the_confusion_matrix(classes: int, ignored: int) -> None:
+    """Few, more and many classes are counted in integers of other widths."""
+    generator = torch.Generator().manual_seed(classes)
+    predictions, targets = torch.randint(0, classes, (2, 40, 50), generator=generator)
+    if ignored == 255:
+        targets[:9, :20] = 255
+    plain, edges = ConfusionMatrix(classes, ignored), BoundaryMatrix(classes, ignored)
+    for _ in range(2):
+        alone = edges.update(predictions.to(torch.uint8), targets.to(torch.uint8))
+        assert torch.equal(alone, plain.update(predictions, targets))
+    assert torch.equal(edges.counts.sum(2), plain.counts)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "name"),
+    [(2, 0, "prediction 2"), (-1, 0, "prediction -1"), (0, 2, "target 2"), (0, 300, "target 300")],
+)
+def test_a_stray_value_is_not_counted_in_another_classes_boundary(
+    prediction: int, target: int, name: str
+) -> None:
+    matrix = BoundaryMatrix(2)
+    masks = torch.zeros(2, 6, 6, dtype=torch.int64)
+    masks[0, 2, 2], masks[1, 3, 3] = prediction, target
+    with pytest.raises(ValueError, match=f"{name} is not a class, 0 to 1"):
+        matrix.update(masks[0], masks[1])
+    assert not matrix.counts.any()
 
 
 def test_boundary_iou_by_hand() -> None:

@@ -159,6 +159,18 @@ def test_what_fine_tuning_cannot_do_is_refused_before_it_starts() -> None:
         evaluated("timm:test_resnet:scratch,layers=layer3", "finetune", *small)
 
 
+def test_fine_tuning_with_a_second_head_gives_another_student(classes: str) -> None:
+    changes = (SHAPES, "train.steps=2", "train.batch=2", "train.warmup=1")
+    results = [
+        evaluated("timm:test_resnet:scratch", "finetune", *changes, f"train.auxiliary={weight}")
+        for weight in (0, 5)
+    ]
+    assert results[0].scores != results[1].scores
+    other = ("finetune", f"data.benchmark={classes}", "train.batch=2", "train.auxiliary=0.4")
+    with pytest.raises(UserError, match=r"train.auxiliary: .* colours has classes of whole images"):
+        evaluated("timm:test_resnet:scratch", *other)
+
+
 def test_windows_and_flips_are_no_matter_of_fine_tuning() -> None:
     changes = (SHAPES, "train.steps=1", "train.batch=2", "train.warmup=1", "evaluate.window=16")
     assert evaluated("timm:test_resnet:scratch", "finetune", *changes).scores

@@ -14,6 +14,7 @@ from timm.models import save_for_hf
 
 from students.student import Student
 
+HIERA = {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}
 # Model, image size, further arguments, a layer with its channels and reduction, its map's size.
 CASES = [
     ("resnet18", (64, 96), {}, "layer3", 256, 16, (4, 6)),
@@ -21,6 +22,7 @@ CASES = [
     ("resnet18", (32, 32), {"output_stride": 8}, "layer4", 512, 8, (4, 4)),
     ("vit_tiny_patch16_224", (96, 128), {}, "blocks.11", 192, 16, (6, 8)),
     ("vit_small_patch16_224", (32, 32), {"patch_size": 4}, "blocks.5", 384, 4, (8, 8)),
+    ("hiera_tiny_224", (64, 96), HIERA, "blocks.2", 64, 16, (4, 6)),
     ("convnext_atto", (64, 96), {}, "stages.2", 160, 16, (4, 6)),
     ("convnext_atto", (32, 32), {"output_stride": 8}, "stages.3", 320, 8, (4, 4)),
 ]
@@ -114,6 +116,13 @@ def test_only_labelled_images_are_predicted_and_all_give_maps(dense):
     assert len(maps["layer2"]) == 3
 
 
+def test_the_maps_of_a_dense_head_are_there_for_the_asking():
+    student = build("resnet18", (64, 64), dense=True, layers=["layer1"], head_layers=["layer3"])
+    assert list(student(images((64, 64)))[1]) == ["layer1"]
+    assert list(student(images((64, 64)), head_maps=True)[1]) == ["layer1", "layer3"]
+    assert list(student(images((64, 64)), labelled=0, head_maps=True)[1]) == ["layer1"]
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_without_labelled_images_the_backbone_stops_after_the_maps(dense):
     student = build("resnet18", (64, 64), dense=dense, layers=["layer2"])
@@ -143,7 +152,7 @@ def test_same_seed_gives_the_same_weights():
         ({"model": "resnet19"}, "timm has no model 'resnet19'; did you mean 'resnet1"),
         (
             {"layers": ["layr4"]},
-            "layer 'layr4' is not a feature map of 'resnet18'; did you mean 'layer4'?",
+            "no layer 'layr4'; did you mean 'layer4'?",
         ),
         (
             {"dense": True, "head_layers": ["mid_block"]},

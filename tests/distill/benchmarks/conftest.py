@@ -20,6 +20,7 @@ from torchvision import datasets
 from distill.benchmarks import Benchmark
 from distill.errors import UserError
 from distill.registry import resolve
+from tests.distill.benchmarks import faces
 
 WIDTH = 8
 # What the rows of every mask hold, in the file's own convention.
@@ -238,6 +239,13 @@ MINIATURES = {
         (
             *(f"{FACES}/{part}" for part in ("CelebA-HQ-img", "CelebA-HQ-img/2.jpg")),
             f"{FACES}/CelebAMask-HQ-mask-anno/1",
+        ),
+    ),
+    "wflw": Miniature(
+        faces.wflw,
+        (
+            *("WFLW_images", "WFLW_images/train--Event/1.png"),
+            *(faces.LISTS.format(split) for split in ("train", "test")),
         ),
     ),
     "cifar10": Miniature(cifar10, ("cifar-10-batches-py",), {"val": 15}),

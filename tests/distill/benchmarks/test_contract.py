@@ -24,7 +24,7 @@ PUBLISHED = [name for name in ON_DISK if name != "folder"]
 def test_attributes_agree_with_each_other(name: str, build: Callable[..., Any]) -> None:
     benchmark = build(name)
     assert benchmark.name == name
-    assert benchmark.task in ("segmentation", "classification")
+    assert benchmark.task in ("segmentation", "classification", "landmarks")
     assert len(benchmark.class_names) == benchmark.num_classes >= 2
     assert len(set(benchmark.class_names)) == benchmark.num_classes
     assert all(name and name == name.strip() for name in benchmark.class_names)
@@ -49,6 +49,11 @@ def test_items_are_images_with_targets_in_range(name: str, build: Callable[..., 
             assert target.shape == image.shape[1:]
             allowed = {*range(benchmark.num_classes), benchmark.ignore_index}
             assert set(target.flatten().tolist()) <= allowed
+        elif benchmark.task == "landmarks":
+            assert target.dtype == torch.float32
+            assert target.shape == (benchmark.num_classes, 2)
+            assert image.shape[1] == image.shape[2]
+            assert 0 <= target.min() < target.max() <= 1
         else:
             assert type(target) is int
             assert 0 <= target < benchmark.num_classes
