@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from distill import checkpoint, plots
 from distill.batch import Batch
@@ -30,6 +29,7 @@ from distill.config import (
     TrainConfig,
 )
 from distill.errors import UserError
+from distill.flops import operations
 from distill.footprint import part_memory
 from distill.naive import WholeTeacher, write_cifar10_ddpm
 from distill.tracking import commit, hardware
@@ -277,14 +277,16 @@ def _memory(case: Case) -> dict[str, float]:
 def _student_flops(case: Case) -> int:
     """Of the student's forward and backward pass for the case's images."""
     student, train = case.trainer.student, case.trainer.config.train
-    with FlopCounterMode(display=False) as counter:
+    assert train.unlabelled_batch == 0
+
+    def step() -> None:
         logits, maps = student(case.batch.labelled, labelled=len(case.batch.labelled))
         total = logits.sum() + sum(x.float().sum() for x in maps.values())
         total.backward()
+
+    counted = operations(step)
     student.zero_grad()
-    assert train.unlabelled_batch == 0
-    flops: int = counter.get_total_flops()
-    return flops
+    return counted
 
 
 def _feature_error(ours: Trainer, naive: Trainer, batch: Batch) -> float:

@@ -15,11 +15,14 @@ class Interrupted(Exception):
     """The user stopped long work; everything is saved, and the text says how to go on."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """The end of an error line about an unknown name: the closest choice, or all of them."""
+def nearest(name: str, choices: Iterable[str], section: str = "") -> str:
+    """The end of an error line about an unknown name: the closest choice, or all of them.
+
+    `section` is what stands before the closest one (`train.`), so that a key is given whole.
+    """
     known = sorted(choices)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+    return f"did you mean {section + close[0]!r}?" if close else f"choose from {', '.join(known)}"
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -9,10 +11,18 @@ from students.student import Student
 from teachers.protocol import Teacher
 
 
+def operations(run: Callable[[], object]) -> int:
+    """Floating-point operations of the products and convolutions in `run`, two a multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    total: int = counter.get_total_flops()
+    return total
+
+
 def flops(
     student: Student, teacher: Teacher | None, size: tuple[int, int]
 ) -> dict[str, int | None]:
-    """Floating-point operations of products and convolutions for one image, two a multiply-add.
+    """The `operations` of one image.
 
     Args:
         student: In eval mode, on the CPU.
@@ -23,7 +33,7 @@ def flops(
         `student`, `teacher`, and `teacher_whole` without the early end; None where there is no
         teacher or it cannot tell.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        student(torch.zeros(1, 3, *size))
+    with torch.no_grad():
+        forward = operations(lambda: student(torch.zeros(1, 3, *size)))
     used, whole = getattr(teacher, "flops", lambda size: (None, None))(size)
-    return {"student": counter.get_total_flops(), "teacher": used, "teacher_whole": whole}
+    return {"student": forward, "teacher": used, "teacher_whole": whole}

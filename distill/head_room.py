@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,19 @@ class Estimate(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+def written(estimates: Iterable[Estimate]) -> list[str]:
+    """As `mean (low to high)`, in columns, with the decimals that the narrowest interval needs.
+
+    Three, or more where a width would vanish in rounding; equal ends need none.
+    """
+    rows = list(estimates)
+    widths = [row.high - row.low for row in rows if row.high - row.low > 1e-6]
+    digits = max(3, math.ceil(-math.log10(min(widths, default=1.0))))
+    texts = [[f"{value:.{digits}f}" for value in row] for row in rows]
+    widest = max((len(text) for row in texts for text in row), default=0)
+    return [f"{mean:>{widest}} ({low:>{widest}} to {high:>{widest}})" for mean, low, high in texts]
 
 
 class HeadRoom(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.head_room import HeadRoom, head_room
+from distill.head_room import HeadRoom, head_room, written
 from distill.layer_map import Cell
 from teachers.noise import NoiseSchedule
 
@@ -158,16 +158,19 @@ class LayerMap:
             f"head-room of {self.best_layer}, minus the cross-entropy in nats, mean of "
             f"{room.images} images (95%):",
         ]
-        for name, told in (
-            ("uniform", "every t alike"),
-            ("fixed", f"t={int(self.timesteps[room.fixed])} for all, as the training images say"),
-            ("learnt", "by a linear rule on the 8x8 image, from other images"),
-            ("honest", "best t of each image by other draws of the noise; it knows the label"),
-            ("oracle", "best t of each image and draw"),
-            ("chance", "oracle over honest: what it takes the noise for"),
-            ("learnt_gain", "over fixed: what choosing by image brings at least"),
-            ("honest_gain", "over fixed: and at most, up to the noise of its choice"),
-        ):
-            mean, low, high = room.estimates[name]
-            lines.append(f"  {name:11} {mean:7.3f} ({low:.3f} to {high:.3f})  {told}")
+        told = {
+            "uniform": "every t alike",
+            "fixed": f"t={int(self.timesteps[room.fixed])} for all, as the training images say",
+            "learnt": "by a linear rule on the 8x8 image, from other images",
+            "honest": "best t of each image by other draws of the noise; it knows the label",
+            "oracle": "best t of each image and draw",
+            "chance": "oracle over honest: what it takes the noise for",
+            "learnt_gain": "over fixed: what choosing by image brings at least",
+            "honest_gain": "over fixed: and at most, up to the noise of its choice",
+        }
+        figures = written(room.estimates[name] for name in told)
+        lines += [
+            f"  {name:11} {figure}  {means}"
+            for (name, means), figure in zip(told.items(), figures, strict=True)
+        ]
         return "\n".join(lines)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 VOID = (232, 232, 232)
 SMALLEST = 256  # the longer side of an overlay: smaller images are enlarged
+ALPHA = 0.5  # of a class's colour over the image; its outline has it pure
+BRIGHT = 0.6  # mean of the grey image below, 1 being white: dark ones are lifted to it
 FONT = 13
 ROW = 20
 MARGIN = 10
@@ -53,14 +56,53 @@ def overlay(
     return picture
 
 
-def blend(
-    image: NDArray[np.uint8], mask: NDArray[np.uint8], palette: Sequence[Sequence[int]]
-) -> Image.Image:
-    """The image (H, W, 3) under the colours of its classes (H, W); small ones are enlarged."""
-    colours = np.array(_padded(palette), dtype=np.uint8).reshape(256, 3)
-    mixed = Image.fromarray(((image.astype(np.uint16) + colours[mask]) // 2).astype(np.uint8))
-    scale = max(1, -(-SMALLEST // max(mixed.size)))
-    return mixed.resize((scale * mixed.width, scale * mixed.height), Image.Resampling.NEAREST)
+def blend(image: NDArray[np.uint8], mask: NDArray[np.uint8], palette: ArrayLike) -> Image.Image:
+    """The image in bright grey under the colours of its classes, each with its outline.
+
+    A pixel of no class keeps the grey. Small images are enlarged.
+
+    Args:
+        image: (H, W, 3) RGB.
+        mask: (H, W) class numbers.
+        palette: (C, 3) RGB of each class.
+    """
+    scale = max(1, -(-SMALLEST // max(mask.shape)))
+    grey, classes = (
+        np.repeat(np.repeat(array, scale, axis=0), scale, axis=1)
+        for array in (_bright(image), mask)
+    )
+    below = 255 * grey[..., None]
+    colours = np.asarray(palette, dtype=np.float64)
+    known = classes < len(colours)
+    above = colours[np.where(known, classes, 0)]
+    outline = _outline(classes, max(1, round(max(classes.shape) / 400)))
+    weight = np.where(outline, 1.0, ALPHA) * known
+    mixed = below + weight[..., None] * (above - below)
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def _bright(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Grey values (H, W) of an image (H, W, 3), from 0 to 1, the dark parts of it lifted."""
+    grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float64) / 255
+    low, high = np.percentile(grey, (1, 99))
+    if high - low < 0.01:  # no contrast to stretch
+        return grey
+    grey = ((grey - low) / (high - low)).clip(0, 1)
+    lifted: NDArray[np.float64] = grey ** min(1.0, math.log(BRIGHT) / math.log(grey.mean()))
+    return lifted
+
+
+def _outline(mask: NDArray[np.uint8], width: int) -> NDArray[np.bool_]:
+    """Which pixels (H, W) of a mask are within `width` of another class, along an axis."""
+    near = np.zeros(mask.shape, dtype=np.bool_)
+    for step in range(1, width + 1):
+        below = mask[step:] != mask[:-step]
+        beside = mask[:, step:] != mask[:, :-step]
+        near[step:] |= below
+        near[:-step] |= below
+        near[:, step:] |= beside
+        near[:, :-step] |= beside
+    return near
 
 
 def shares(mask: NDArray[np.uint8]) -> dict[int, float]:

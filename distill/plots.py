@@ -181,7 +181,7 @@ def curves(
                 noisy = "loss" in key or "reward" in key
                 _curve(axes, series, arm, ARM_COLOURS[number % len(ARM_COLOURS)], noisy)
             axes.set_title(title)
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
             if key in TITLES:
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
         for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:
@@ -254,7 +254,7 @@ def policy(
         over_time, final = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1.0))
         edges = np.concatenate([[at[0]], (at[1:] + at[:-1]) / 2, [at[-1] + (len(at) == 1)]])
         mesh = over_time.pcolormesh(
-            edges, np.arange(len(bins) + 1) - 0.5, shares.T, cmap="magma_r", vmin=0.0
+            edges, np.arange(len(bins) + 1) - 0.5, shares.T, **shades(shares)
         )
         over_time.set(title="preferred timesteps", xlabel="step", ylabel="timestep t")
         over_time.grid(visible=False)
@@ -266,11 +266,17 @@ def policy(
 
         final.barh(rows, shares[-1], height=0.8, color="#8c2981")
         final.axvline(1.0 / len(bins), color="0.45", lw=0.9, ls="--", label="uniform")
-        final.legend(loc="best")
+        figure.legend(loc="outside upper right")
         final.set(xlabel=f"probability at step {at[-1]:.0f}", xlim=(0.0, None))
         final.grid(visible=False, axis="y")
         _noise_axis(final, rows, noise)
         write_figure(figure, path)
+
+
+def shades(probabilities: NDArray[np.float64]) -> dict[str, Any]:
+    """How probabilities (..., K) of K choices are coloured: all alike they are pale, not dark."""
+    strong = min(1.0, 4.0 / probabilities.shape[-1])
+    return {"cmap": "magma_r", "vmin": 0.0, "vmax": max(strong, float(probabilities.max()))}
 
 
 def bars(path: str | Path, rows: Mapping[str, Mapping[str, float]], label: str) -> None:

@@ -29,11 +29,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         keys = [self.construct_object(key, deep=deep) for key in own]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice in the section at line {line}", None
+                    None, None, f"key {key!r} stands twice in its section", own[place].start_mark
                 )
         return super().construct_mapping(node, deep=deep)
 
@@ -76,11 +75,26 @@ def read_tree(file: str | Path, what: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{what} {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{what} {path} is not YAML: {_syntax(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{what} {path}: expected sections like `train:`, found {tree!r:.60}")
     tree.setdefault("name", path.stem)
     return tree
+
+
+def _syntax(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What YAML found wrong, and where: one line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    found = f"{_place(error.problem_mark)}: {error.problem}"
+    begun = error.context_mark
+    if error.context is None or begun is None or begun.line == error.problem_mark.line:
+        return found
+    return f"{found}, {error.context} that begins at {_place(begun)}"
+
+
+def _place(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
 def build_config(kind: type[Config], tree: Mapping[str, Any], where: str = "recipe") -> Config:
@@ -211,7 +225,9 @@ def _first_problem(kind: type[Any], error: ValidationError) -> str:
     location = [part for part in problem["loc"] if part not in ("tuple[int, int]", "tuple")]
     key = ".".join(str(part) for part in location)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key {key!r}; {nearest(str(location[-1]), _keys(kind, location[:-1]))}"
+        section, _, name = key.rpartition(".")
+        known = _keys(kind, location[:-1])
+        return f"unknown key {key!r}; {nearest(name, known, section and f'{section}.')}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{key} is missing"
     message = problem["msg"][0].lower() + problem["msg"][1:]

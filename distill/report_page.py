@@ -18,12 +18,14 @@ from distill.comparison import FinishedRun, Group, group_runs, read_run
 from distill.config import RunConfig
 from distill.distiller import SMALL
 from distill.errors import UserError, blame
+from distill.head_room import Estimate, written
 from distill.page import Block, Code, Picture, Section, Table, Text, render
 from distill.recipe import apply_override, build_config, flat, refuse_foreign, to_tree
 from distill.report import compare, report
 from distill.report_policy import policy
 from distill.report_results import heading, making, results, said_of
 from distill.report_training import cost, losses
+from distill.tasks import TASKS
 from rl_policy.table import ReplayTable
 
 NO_PROBE = (
@@ -153,6 +155,9 @@ def _write_page(
 def _regret(groups: Sequence[Group], probe: Probe | None) -> Section:
     """What the policies earn on a probe's table, beside what needs no policy, and the oracle."""
     section = Section("regret", "What there was to gain")
+    if probe is None and not TASKS[groups[0].first.summary["task"]].classes:
+        section.blocks.append(Text("A probe of the teacher tells classes; here there are none."))
+        return section
     if probe is None:
         run = groups[0].first.folder
         commands = [
@@ -275,10 +280,8 @@ def _honest(probe: Probe) -> list[Block]:
         "honest": "honest oracle: chosen by another draw of the noise",
         "oracle": "oracle",
     }
-    rows = [
-        [told, "{:.3f} ({:.3f} to {:.3f})".format(*room[name])]
-        for name, told in names.items()
-        if name in room
-    ]
+    known = [name for name in names if name in room]
+    figures = written(Estimate(*room[name]) for name in known)
+    rows = [[names[name], figure] for name, figure in zip(known, figures, strict=True)]
     caption = f"The probe's own head-room at all its timesteps ({layer}, {room['images']} images)"
     return [Table(caption, ["way to choose", "reward (95% interval)"], rows)]

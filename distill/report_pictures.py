@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from distill.intervals import interval
-from distill.plots import ARM_COLOURS, STYLE, write_figure
+from distill.plots import ARM_COLOURS, STYLE, shades, write_figure
 
 COLUMNS = 8
 
@@ -110,7 +110,7 @@ def by_class(
         size = (7.5, 0.22 * len(names) + 1.5)
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         axes = figure.subplots()
-        image = axes.imshow(shares, cmap="magma_r", vmin=0.0, aspect="auto")
+        image = axes.imshow(shares, **shades(shares), aspect="auto")
         axes.spines[:].set_visible(False)
         axes.set_yticks(range(len(names)), list(names))
         shown = list(range(0, len(bins), max(1, -(-len(bins) // 14))))
@@ -187,5 +187,5 @@ def noise_floor(
         above.set_xticks(at[shown], [f"{x:.2f}" for x in noise[shown]])
         above.grid(visible=False)
         above.set_xlabel("noise fraction")
-        axes.legend(loc="best")
+        figure.legend(loc="outside right center")
         write_figure(figure, path)

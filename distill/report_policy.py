@@ -21,6 +21,9 @@ from rl_policy.summary import policy_summary
 
 YARDSTICKS = ("fixed", "uniform", "linear_decay", "grid")
 DIFFUSE = 0.75  # of the timesteps on offer are effective: the policy has hardly chosen
+EVEN = 0.98  # of them: no timestep is chosen, a probability a fifth above chance stays within this
+FEW = 200  # steps in which no policy learns much
+TOLD = 0.01  # of the entropy: less of the choice is not decided by the image
 SHOWN = 16  # images of the smallest, and of the largest timesteps
 PANELS = {
     "policy/entropy": "entropy over all images, nats",
@@ -65,38 +68,22 @@ def history(run: FinishedRun) -> list[dict[str, Any]]:
 
 def _over_training(groups: Sequence[Group], group: Group, pictures: Path) -> list[Block]:
     """Which timesteps, how spread, at which reward."""
-    run = group.first
-    rows = history(run)
-    path = picture_path(pictures, groups, group, "policy.png")
-    of = run.summary["policy"]
-    plots.policy(
-        path,
-        steps=[row["step"] for row in rows],
-        history=[row["probabilities"] for row in rows],
-        timesteps=of["timesteps"],
-        noise_fraction=of["noise_fraction"],
-    )
-    blocks: list[Block] = [
-        Picture(
-            path,
-            f"Heat map of the policy's probability of each timestep over training; "
-            f"in the end {_best(of)} is preferred",
-            f"Which timesteps the policy ({of['name']}) preferred over training, seed {run.seed}, "
-            "and in the end; on the right their noise fractions.",
+    blocks = [_map(group.first, picture_path(pictures, groups, group, "policy.png"))]
+    bins = len(group.first.summary["policy"]["timesteps"])
+    if moving := [run for run in group.runs if not _nothing_to_map(run)]:
+        path = picture_path(pictures, groups, group, "policy-trend.png")
+        trend = [row | {"arm": f"seed {run.seed}"} for run in moving for row in history(run)]
+        plots.curves(path, trend, PANELS)
+        blocks.append(
+            Picture(
+                path,
+                "Entropy, effective number of timesteps, mean reward and mean timestep over "
+                "training",
+                f"The entropy lies between 0 (one timestep for all images) and "
+                f"{math.log(bins):.2f} (all {bins} alike); the effective number of timesteps is "
+                "its exponential.",
+            )
         )
-    ]
-    path = picture_path(pictures, groups, group, "policy-trend.png")
-    trend = [row | {"arm": f"seed {r.seed}"} for r in group.runs for row in history(r)]
-    plots.curves(path, trend, PANELS)
-    bins = len(of["timesteps"])
-    blocks.append(
-        Picture(
-            path,
-            "Entropy, effective number of timesteps, mean reward and mean timestep over training",
-            f"The entropy lies between 0 (one timestep for all images) and {math.log(bins):.2f} "
-            f"(all {bins} alike); the effective number of timesteps is its exponential.",
-        )
-    )
     table = []
     for one in group.runs:
         if late := one.summary["policy"]:
@@ -114,9 +101,68 @@ def _over_training(groups: Sequence[Group], group: Group, pictures: Path) -> lis
     return blocks
 
 
+def _map(run: FinishedRun, path: Path) -> Block:
+    """Which timesteps were preferred over training, or why there is nothing to show of it."""
+    if nothing := _nothing_to_map(run):
+        return Text(nothing)
+    rows, of = history(run), run.summary["policy"]
+    plots.policy(
+        path,
+        steps=[row["step"] for row in rows],
+        history=[row["probabilities"] for row in rows],
+        timesteps=of["timesteps"],
+        noise_fraction=of["noise_fraction"],
+    )
+    return Picture(
+        path,
+        f"Heat map of the policy's probability of each timestep over training; "
+        f"in the end {_best(of)} is preferred",
+        f"Which timesteps the policy ({of['name']}) preferred over training, seed {run.seed}, "
+        "and in the end; on the right their noise fractions.",
+    )
+
+
+def _nothing_to_map(run: FinishedRun) -> str:
+    """Why a run's policy needs no map over training; nothing where it does."""
+    of, rows = run.summary["policy"], history(run)
+    who = f"The policy ({of['name']}) of seed {run.seed}"
+    if all(_is_even(row["probabilities"]) for row in rows):
+        return (
+            f"{who} chose all {len(of['timesteps'])} timesteps alike, or nearly so, from the first "
+            f"to the last step: there is no preference to show. {_why_even(of['name'], rows)}"
+        )
+    if len(rows) < 3:
+        return (
+            f"The log has {len(rows)} row{'s'[: len(rows) - 1]} of the policy, too few for a map "
+            f"over training; rows are train.log_every={run.config.train.log_every} steps apart."
+        )
+    if all(row["probabilities"] == rows[0]["probabilities"] for row in rows):
+        return f"{who} chose the same from the first to the last step: {_preferred(of)}."
+    return ""
+
+
+def _why_even(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    if name in YARDSTICKS:
+        return "It is a yardstick that learns nothing."
+    if rows[-1]["step"] < FEW:
+        return f"It chose in {rows[-1]['step']} steps only; policies take some hundreds to learn."
+    return (
+        "Either no timestep earns more than another, which a probe can tell (below), or it learns "
+        "too slowly."
+    )
+
+
+def _is_even(probabilities: Sequence[float]) -> bool:
+    """Whether no timestep is preferred: their effective number, exp(entropy), is near all K."""
+    entropy = -sum(p * math.log(p) for p in probabilities if p > 0)
+    return len(probabilities) > 1 and math.exp(entropy) >= EVEN * len(probabilities)
+
+
 def _preferred(late: Mapping[str, Any]) -> str:
+    if _is_even(late["probabilities"]):
+        return "none"
     best = sorted(zip(late["probabilities"], late["timesteps"], strict=True), reverse=True)[:3]
-    return ", ".join(f"t={t} ({share:.0%})" for share, t in best)
+    return ", ".join(f"t={t} ({share:.0%})" for share, t in best if share >= 0.005)
 
 
 def _best(late: Mapping[str, Any]) -> str:
@@ -160,6 +206,14 @@ def _by_image(
     told = summary.entropy - summary.image_entropy
     share = told / max(summary.entropy, 1e-9)
     moved = _moved(run, choices.step, summary.mean)
+    if share < TOLD:
+        return [
+            Text(
+                f"Asked about {choices.split}, as the student of step {choices.step} sees them, it "
+                f"chooses nearly alike for all: the image decides less than {TOLD:.0%} of the "
+                f"choice, so that there is nothing to show by class or by image. {moved}"
+            )
+        ], [] if moved else ["its choice does not depend on the image"]
     blocks: list[Block] = [
         Text(
             f"Asked about {choices.split}, as the student of step {choices.step} sees them: the "

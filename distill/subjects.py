@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple, Protocol, Self
 import torch
 from timm.models import get_model_input_config
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from distill.errors import UserError, nearest
+from distill.flops import operations
 from students.student import Student
 from teachers.diffusion import DiffusionTeacher
 from teachers.protocol import Teacher
@@ -129,10 +129,8 @@ class NetworkBackbone:
 
     def flops(self, size: tuple[int, int]) -> int | None:
         """See `Backbone`."""
-        with FlopCounterMode(display=False) as counter:
-            self.maps(torch.zeros(1, 3, *size, device=self.student.mean.device))
-        total: int = counter.get_total_flops()
-        return total
+        image = torch.zeros(1, 3, *size, device=self.student.mean.device)
+        return operations(lambda: self.maps(image))
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> dict[str, Tensor]:

@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
-
 from distill import checkpoint, map_picture
 from distill.config import RunConfig
 from distill.data import Augmented, Draw, loader
@@ -17,6 +15,7 @@ from distill.layer_map import Cell
 from distill.map_report import Column, LayerMap
 from distill.probe import Batches
 from distill.recipe import to_yaml
+from rl_policy.table import ReplayTable
 
 
 class Images(NamedTuple):
@@ -84,13 +83,13 @@ def write_map(folder: Path, config: RunConfig, found: LayerMap, figures: dict[st
     checkpoint.write_text(folder / "best.yaml", to_yaml(best_recipe(config, found)))
     rewards = found.rewards(found.best_layer).mean(0)  # (N, K)
     scored = ~rewards.isnan().any(1)
-    table = {
-        "rewards": rewards[scored],
-        "timesteps": found.timesteps,
-        "contexts": found.contexts[scored],
-    }
+    table = ReplayTable(
+        rewards=rewards[scored].float().numpy(),
+        timesteps=found.timesteps.numpy(),
+        contexts=found.contexts[scored].float().numpy(),
+    )
     with checkpoint.replacing(folder / "table.safetensors") as file:
-        file.write(safetensors.torch.save(table, {"layer": found.best_layer}))
+        file.write(table.to_bytes())
 
 
 def best_recipe(config: RunConfig, found: LayerMap) -> RunConfig:

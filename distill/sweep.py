@@ -157,27 +157,38 @@ def _plan(
     """What would be trained, arm by arm."""
     seconds = _seconds(study, tried)
     lines = [
-        "| arm | scored | seeds | runs | finished | seconds a run | overrides |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | scored | seeds | to train | seconds a run | overrides |",
+        "|---|---|---|---|---|---|",
     ]
     for arm in study.config.arms:
-        seeds = [str(cell.seed) for cell in chosen if cell.arm == arm.name]
+        mine = [cell for cell in chosen if cell.arm == arm.name]
         own = [cell for cell in runs if cell.arm == arm.name]
-        done = sum(finished(study.cells[cell]) for cell in own)
         cells = [
-            *(arm.name, study.takes[arm.name], " ".join(seeds), str(len(own)), str(done)),
+            *(arm.name, study.takes[arm.name], " ".join(str(cell.seed) for cell in mine)),
+            _to_train(study, mine, runs),
             f"{seconds[arm.name]:.0f}" if own else "",
             ", ".join(f"`{override}`" for override in arm.overrides),
         ]
-        if seeds:
+        if mine:
             lines.append(f"| {' | '.join(cells)} |")
     todo = [cell for cell in runs if not finished(study.cells[cell])]
-    left = _time_left(study, todo, tried)
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{len(todo)} of {len(runs)} runs would be trained below {study.folder}, in about "
-            f"{left}, evaluation not counted; nothing was trained",
-        ]
-    )
+    told = f"{len(runs) - len(todo)} of {len(runs)} runs are done"
+    if todo:
+        left = _time_left(study, todo, tried)
+        told += (
+            f"; the other {len(todo)} would be trained below {study.folder}, in about {left} "
+            "altogether, evaluation not counted"
+        )
+    return "\n".join([*lines, "", f"{told}; nothing was trained"])
+
+
+def _to_train(study: Study, cells: Sequence[Cell], runs: Sequence[Cell]) -> str:
+    """What is left of an arm's cells: runs, those of other arms, or nothing."""
+    left = [cell for cell in cells if not finished(study.cells[cell])]
+    if not left:
+        return "done"
+    if own := [cell for cell in left if cell in runs]:
+        return f"{len(own)} of {len(cells)} runs"
+    folders = {run_folder(study.cells[cell]) for cell in left}
+    others = dict.fromkeys(cell.arm for cell in runs if run_folder(study.cells[cell]) in folders)
+    return f"in the runs of {' and '.join(others)}"

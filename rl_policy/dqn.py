@@ -27,7 +27,7 @@ class DQNPolicy:
     Args:
         learning_rate: of Adam.
         exploration: the probability of any bin at the end; it falls linearly from 1.
-        exploration_until: the share of training after which it is that.
+        exploration_until: the share of the steps with a teacher after which it is that.
         hidden: width of the two hidden layers.
         replay: steps kept; few, because rewards drift as the reward head learns.
         minibatch: images in a gradient step.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_policy.processes import of_all
 from rl_policy.reward import RunningScale, TeacherTaskReward
 
 TEMPERATURE = 0.05
@@ -36,7 +37,7 @@ class LabelFreeReward(nn.Module):
     with its queue). So all images in one cluster is no solution, whatever the features are.
     Cluster centres are running means of their images' predictions, on the unit sphere.
 
-    Several processes see each other's pooled features here, and keep the same clusters.
+    Several processes see each other's pooled features here, and keep the same clusters and scales.
 
     Args:
         channels: C of the teacher's feature map.
@@ -54,7 +55,8 @@ class LabelFreeReward(nn.Module):
     def __init__(self, channels: int, student_channels: int, bins: int, clusters: int = 16) -> None:
         super().__init__()
         self.head = TeacherTaskReward(channels, bins, clusters, dense=False)
-        self.scale, self.student_scale = RunningScale(channels), RunningScale(student_channels)
+        self.scale = RunningScale(channels, shared=True)
+        self.student_scale = RunningScale(student_channels, shared=True)
         self.regression = nn.Linear(student_channels, channels, bias=False)
         nn.init.zeros_(self.regression.weight)  # nothing is known of an image yet
         self.register_buffer("counts", torch.zeros(bins))
@@ -111,16 +113,16 @@ class LabelFreeReward(nn.Module):
             self.scale.update(pooled)
         standardised: Tensor = self.scale(pooled)
         if self.training:
-            chosen = F.one_hot(_of_all(bins), len(self.counts)).to(standardised)  # (B, K)
+            chosen = F.one_hot(of_all(bins), len(self.counts)).to(standardised)  # (B, K)
             self.counts.mul_(PAST).add_(chosen.sum(dim=0))
-            self.sums.mul_(PAST).add_(chosen.T @ _of_all(standardised))
+            self.sums.mul_(PAST).add_(chosen.T @ of_all(standardised))
         # As if one more image were at the mean of all: a bin of few images is hardly moved
         return standardised - (self.sums / (self.counts + 1)[:, None])[bins]
 
     @torch.no_grad()
     def _balance(self, predicted: Tensor) -> None:
         """Lower the potential of clusters with more than their share of the last images."""
-        newest = F.normalize(_of_all(predicted.detach()), dim=1)
+        newest = F.normalize(of_all(predicted.detach()), dim=1)
         self.queue.copy_(torch.cat([self.queue, newest])[-len(self.queue) :])
         scores = self._scores(self.queue)  # (Q, P)
         share = math.log(len(scores) / scores.shape[1])
@@ -131,17 +133,8 @@ class LabelFreeReward(nn.Module):
     @torch.no_grad()
     def _follow(self, predicted: Tensor, codes: Tensor) -> None:
         """Move the cluster centres to their images; one that few are in moves by as little."""
-        directions, codes = F.normalize(_of_all(predicted.detach()), dim=1), _of_all(codes)
+        directions, codes = F.normalize(of_all(predicted.detach()), dim=1), of_all(codes)
         members = codes.sum(dim=0)[:, None]  # (P, 1)
         pace = ((1 - PAST) * len(members) / len(codes) * members).clamp(max=1)
         moved = self.prototypes.lerp(codes.T @ directions / members.clamp(min=1e-6), pace)
         self.prototypes.copy_(F.normalize(moved, dim=1))
-
-
-def _of_all(rows: Tensor) -> Tensor:
-    """Rows of this process -> those of all, rank after rank."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)

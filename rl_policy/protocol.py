@@ -21,7 +21,7 @@ class TimestepPolicy(Protocol):
 
     Given the seed, the generators and the calls, everything a policy does is determined. Several
     processes that each call `learn` with the same gathered transitions therefore stay identical.
-    `progress`, the share of training that is done, lies in [0, 1].
+    `progress`, the share that is done of the steps in which the policy acts, lies in [0, 1].
     """
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:

@@ -27,10 +27,10 @@ class Reinforce:
         hidden: width of the hidden layers.
         optimizer: "adam", or "sgd" with plain momentum 0.9.
         learning_rate: at the start.
-        rate_drops: the shares of training after each of which it falls to a tenth.
+        rate_drops: the shares of the steps with a teacher after each of which it falls to a tenth.
         weight_decay: L2 penalty on all weights.
         entropy_weight: at the start; it falls linearly to 0.
-        entropy_until: the share of training after which it is 0.
+        entropy_until: the share of the steps with a teacher after which it is 0.
         baseline: standardise the rewards by a running mean and scale, which learns faster, and on
             any scale of rewards; as published they are used as they come.
         image_size: side in px of the images that contexts are, None if they are none.

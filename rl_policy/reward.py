@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rl_policy.processes import moments_of_all, of_all
+
 RECENT = 0.9
 """What the classes of a step's images weigh a step later: little, to follow a policy that moves."""
 SMOOTHING = 10
@@ -24,15 +26,17 @@ class RunningScale(nn.Module):
     Args:
         *shape: of one sample; none for a scalar such as the reward.
         momentum: weight of the past, once there is enough of it.
+        shared: the figures are those of all processes, which are each shown some of the samples,
+            as many each; otherwise this one's, which may have been shown all.
     """
 
     mean: Tensor
     variance: Tensor
     updates: Tensor
 
-    def __init__(self, *shape: int, momentum: float = 0.99) -> None:
+    def __init__(self, *shape: int, momentum: float = 0.99, shared: bool = False) -> None:
         super().__init__()
-        self.momentum = momentum
+        self.momentum, self.shared = momentum, shared
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("variance", torch.ones(shape))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -42,8 +46,9 @@ class RunningScale(nn.Module):
         """Take in N samples at once: (N, *shape) float32."""
         self.updates += 1
         rate = (1 / self.updates).clamp(min=1 - self.momentum)
-        mean = samples.mean(dim=0)
-        variance = samples.var(dim=0, correction=0)
+        mean, variance = samples.mean(dim=0), samples.var(dim=0, correction=0)
+        if self.shared:
+            mean, variance = moments_of_all(mean, variance)
         # The variance of the mixture: within both parts, and between their means
         between = rate * (1 - rate) * (mean - self.mean).square()
         self.variance.copy_((1 - rate) * self.variance + rate * variance + between)
@@ -72,6 +77,7 @@ class TeacherTaskReward(nn.Module):
     trainer computes the loss of each image from the logits, and trains this with its optimizer.
 
     No statistic is taken over the batch alone, so any mix of timesteps will do, and a batch of one.
+    Running figures are those of all processes.
 
     Args:
         channels: C of the feature map.
@@ -103,7 +109,7 @@ class TeacherTaskReward(nn.Module):
         super().__init__()
         self.register_buffer("seen", torch.zeros(bins, classes))
         self.dense, self.conditioned, self.beyond_bin = dense, conditioned, beyond_bin
-        self.standardise = RunningScale(channels) if standardised else None
+        self.standardise = RunningScale(channels, shared=True) if standardised else None
         if conditioned:
             self.embedding = nn.Embedding(bins, hidden)
             self.film = nn.Linear(hidden, 2 * channels)
@@ -163,7 +169,7 @@ class TeacherTaskReward(nn.Module):
     @torch.no_grad()
     def count(self, shares: Tensor, bins: Tensor) -> None:
         """Take in the classes (B, L) of images, as shares of their labels, that went to `bins`."""
-        self.seen.mul_(RECENT).index_add_(0, bins, shares)
+        self.seen.mul_(RECENT).index_add_(0, of_all(bins), of_all(shares))
 
 
 def student_progress(before: Tensor, after: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class A2CPolicy(ActorCritic):
         entropy_weight: of the entropy bonus at the start. Large, because a bin is worth nothing to
             a class that the reward head has not met there yet.
         entropy_end: its weight when it has fallen, linearly.
-        entropy_until: the share of training after which it has.
+        entropy_until: the share of the steps with a teacher after which it has.
         hidden: width of the two hidden layers, of the actor and of the critic.
     """
 
@@ -183,7 +183,7 @@ class PPOPolicy(ActorCritic):
         entropy_weight: of the entropy bonus at the start. Large, because a bin is worth nothing to
             a class that the reward head has not met there yet.
         entropy_end: its weight when it has fallen, linearly.
-        entropy_until: the share of training after which it has.
+        entropy_until: the share of the steps with a teacher after which it has.
         hidden: width of the two hidden layers, of the actor and of the critic.
         steps: collected before an update.
         minibatch: images in each of its gradient steps, at most.

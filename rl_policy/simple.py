@@ -111,7 +111,7 @@ class Uniform:
 class LinearDecay:
     """Uniform over the lowest bins, of which fewer and fewer are allowed as training goes on.
 
-    All K at the start and one at the end, each number for an equal share of training:
+    All K at the start and one at the end, each number for an equal share of the steps:
     max(1, K - floor(progress x K)).
     """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 COLUMNS = ("rewards", "timesteps", "contexts")
 
@@ -70,11 +70,11 @@ class ReplayTable:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the file that `read` reads; bins without timesteps are numbered."""
+    def to_bytes(self) -> bytes:
+        """The file that `read` reads; bins without timesteps are numbered."""
         timesteps = np.arange(self.bins) if self.timesteps is None else self.timesteps
         arrays = {"rewards": self.rewards, "timesteps": timesteps, "contexts": self.contexts}
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+        return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
     @property
     def images(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.head_room import head_room
+from distill.head_room import Estimate, head_room, written
 
 
 def test_two_images_and_two_draws_by_hand() -> None:
@@ -55,6 +55,16 @@ def test_the_interval_is_that_of_a_mean() -> None:
     mean, low, high = head_room(rewards, torch.zeros(1), torch.zeros(2500, 1)).estimates["fixed"]
     assert mean - low == pytest.approx(1.96 / 50, rel=0.15)
     assert high - mean == pytest.approx(1.96 / 50, rel=0.15)
+
+
+def test_narrow_intervals_are_written_with_the_decimals_they_need_in_columns() -> None:
+    wide, narrow = Estimate(-1.5, -2.0, -1.0), Estimate(0.00021, 0.0, 0.0004)
+    assert written([wide]) == ["-1.500 (-2.000 to -1.000)"]
+    assert written([wide, narrow]) == [
+        "-1.5000 (-2.0000 to -1.0000)",
+        " 0.0002 ( 0.0000 to  0.0004)",
+    ]
+    assert written([Estimate(1, 1, 1)]) == ["1.000 (1.000 to 1.000)"]
 
 
 def test_images_without_a_reward_are_left_out() -> None:

@@ -29,7 +29,10 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
     ("change", "words"),
     [
         ("data.benchmark=shape", "data.benchmark: unknown name 'shape'; did you mean 'shapes'?"),
-        ("data.options={sizee: 32}", "unknown key 'data.options.sizee'; did you mean 'size'?"),
+        (
+            "data.options={sizee: 32}",
+            "unknown key 'data.options.sizee'; did you mean 'data.options.size'?",
+        ),
         ("data.options={size: big}", "data.options: shapes with {'size': 'big'}: "),
         ("data.options={size: 20}", "data.options.size: shapes are drawn at 32 to 128 px, not 20"),
         ("data.labelled=17", "data.labelled: 1 to 16 of the training images, not 17"),
@@ -48,14 +51,18 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
         ("teacher.name=unet", "teacher.name: unknown name 'unet'"),
         ("teacher.options={revisoin: 1}", "unknown key 'teacher.options.revisoin'; did you mean"),
         ("teacher.options={layers: []}", "unknown key 'teacher.options.layers'"),
-        ("pairs.0.teacher=up_blok.0", "layer 'up_blok.0' is not in this teacher; did you mean"),
-        ("policy.reward_layer=mid_blok", "layer 'mid_blok' is not in this teacher; did you mean"),
-        ("pairs.0.student=layer9", "layer 'layer9' is not a feature map of 'test_resnet'; did"),
+        (
+            "pairs.0.teacher=mid_blok",
+            "pairs.0.teacher: no layer 'mid_blok'; did you mean 'mid_block'?",
+        ),
+        ("policy.reward_layer=mid_blok", "policy.reward_layer: no layer 'mid_blok'; did you mean"),
+        ("pairs.0.student=layr4", "pairs.0.student: no layer 'layr4'; did you mean 'layer4'?"),
+        ("pairs.0.student=[layer3,layer9]", "pairs.0.student: no layer 'layer9'; did you mean"),
         ("pairs.0.loss=msee", "pairs.0: no feature loss 'msee'; did you mean 'mse'?"),
         ("pairs.0.options={beta: 2}", "pairs.0: feature loss 'mse' has no option 'beta'"),
         ("student.model=test_resnt", "timm has no model 'test_resnt'; did you mean 'test_resnet'?"),
         ("student.kwargs={foo: 1}", "student: 'test_resnet' does not take {'foo': 1}"),
-        ("student.head_layers=[layer9]", "layer 'layer9' is not a feature map"),
+        ("student.head_layers=[layer9]", "student.head_layers: no layer 'layer9'; did you mean"),
         ("policy.name=a2", "policy.name: unknown name 'a2'; did you mean 'a2c'?"),
         ("policy.options={rate: 1}", "policy: A2CPolicy has no option 'rate'"),
         ("policy.bins=1000", "policy: 1000 timestep bins do not fit"),
@@ -75,6 +82,20 @@ def test_a_mistake_is_one_line_that_names_it(
     assert words in refuse("train", recipe, *changes)
     # Mistakes show before there is a folder, so that the mended run keeps its name.
     assert not (recipe.parent / "runs").exists()
+
+
+def test_a_layer_that_a_member_of_an_ensemble_lacks_names_its_pair(
+    recipe: Path, teacher_folder: Path, refuse: Refuse
+) -> None:
+    member = f"{{name: diffusers_unet, path: {teacher_folder}}}"
+    line = refuse(
+        *("train", recipe, "teacher.name=ensemble", "teacher.path=''"),
+        *(
+            f"teacher.options={{members: {{a: {member}}}}}",
+            "pairs.0.teacher=a/mid_block+a/mid_blok",
+        ),
+    )
+    assert line == ("pairs.0.teacher: member 'a': no layer 'mid_blok'; did you mean 'mid_block'?")
 
 
 def test_a_batch_too_small_for_the_loss_is_named(recipe: Path, refuse: Refuse) -> None:

@@ -87,6 +87,25 @@ def test_policy_draws_the_history_of_any_length(tmp_path: Path, count: int) -> N
     assert share(pixels(path), (0x8C, 0x29, 0x81)) > 0.01
 
 
+def test_a_policy_that_stays_uniform_is_drawn_pale_with_the_legend_beside_its_axes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: figures.append(figure))
+    plots.policy(
+        tmp_path / "policy.png",
+        steps=[1, 2, 3],
+        history=np.full((3, 20), 0.05),
+        timesteps=range(20),
+        noise_fraction=np.linspace(0, 1, 20),
+    )
+    (figure,) = figures
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["uniform"]
+    mesh = figure.axes[0].collections[0]
+    assert mesh.cmap(mesh.norm(0.05))[:3] > (0.9, 0.6, 0.4)
+
+
 def test_policy_refuses_a_history_of_another_shape(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"history \(2, 3\)"):
         plots.policy(

@@ -31,14 +31,15 @@ def noise(*shape: int) -> NDArray[np.float32]:
 def write(tmp_path: Path) -> Callable[[NDArray[np.float32]], Path]:
     """A table of these rewards; the first number of a context is positive in every other image."""
 
-    def table(rewards: NDArray[np.float32]) -> Path:
+    def written(rewards: NDArray[np.float32]) -> Path:
         contexts = noise(len(rewards), 16)
         contexts[:, 0] = 3 * (-1.0) ** np.arange(len(rewards))
         path = tmp_path / "table.safetensors"
-        ReplayTable(contexts=contexts, rewards=rewards, timesteps=TIMESTEPS).write(path)
+        table = ReplayTable(contexts=contexts, rewards=rewards, timesteps=TIMESTEPS)
+        path.write_bytes(table.to_bytes())
         return path
 
-    return table
+    return written
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_grid_is_the_best_timestep_of_another_table(
         rewards=np.array([[0, 1], [0, 1]], np.float32),
         timesteps=np.array([0, 660]),  # 650 is the nearest
     )
-    table.write(other)
+    other.write_bytes(table.to_bytes())
     short = ["--steps", "1", "--batch", "4"]
     figures = fit(planted, "--policy", "grid", f"table={other}", *short)
     assert figures["by_seed"][0]["probabilities"][RIGHT] == 1
@@ -171,7 +172,7 @@ def test_seeds_are_trainings_of_their_own_and_repeat(fit: Fit, planted: Path) ->
 
 def test_what_is_wrong_is_one_line(refuse: Refuse, planted: Path, tmp_path: Path) -> None:
     tiny = tmp_path / "tiny.safetensors"
-    ReplayTable(contexts=noise(3, 1), rewards=noise(3, 2)).write(tiny)
+    tiny.write_bytes(ReplayTable(contexts=noise(3, 1), rewards=noise(3, 2)).to_bytes())
     for arguments, words in (
         (["--table", tmp_path / "none"], "--table: "),
         (["--table", tiny], "has 3 images; it takes 4 to have halves"),

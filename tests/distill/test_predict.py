@@ -19,7 +19,7 @@ from distill.data import as_float
 from distill.evaluate import predicted_classes
 from distill.export import export_student, load_student, read_card
 from distill.formats import Deployed, describe, write
-from distill.overlays import indexed, overlay
+from distill.overlays import blend, indexed, overlay
 from students.heads import resize_logits
 from students.student import Student
 
@@ -197,6 +197,19 @@ def test_an_image_named_twice_is_predicted_once(pictures: Path) -> None:
     assert [str(picture.name) for picture in found] == ["b/two", "one"]
 
 
+def test_a_dark_image_stays_recognisable_under_its_classes_and_bare_where_it_has_none() -> None:
+    ramp = np.linspace(0, 30, 256).astype(np.uint8)
+    dark = np.repeat(np.tile(ramp, (40, 1))[..., None], 3, axis=2)
+    mask = np.full((40, 256), 255, dtype=np.uint8)
+    mask[20:] = 0
+    bare, under = (np.asarray(blend(dark, mask, [(100, 0, 0)]), dtype=int)[y] for y in (5, 35))
+    assert bare[:, 0].max() - bare[:, 0].min() > 240
+    assert (bare == bare[:, :1]).all()  # grey
+    assert 0.5 * 255 < bare.mean() < 0.7 * 255
+    # Half the grey shows, half the colour.
+    assert np.abs(2 * under - bare - np.array([100, 0, 0])).max() <= 1
+
+
 def test_an_overlay_mixes_colours_and_lists_the_classes_that_occur() -> None:
     """Half the pixels of a 300x10 image are class 1, whose red mixes with black."""
     mask = np.zeros((10, 300), dtype=np.uint8)
@@ -207,6 +220,8 @@ def test_an_overlay_mixes_colours_and_lists_the_classes_that_occur() -> None:
     )
     assert shown.getpixel((10, 5)) == (0, 0, 0)
     assert shown.getpixel((290, 5)) == (100, 0, 0)
+    # Their common outline is a pixel wide on each side, in the pure colours.
+    assert [shown.getpixel((x, 5))[0] for x in (149, 150, 151)] == [0, 200, 100]
     assert shown.width > 300
     assert shown.height == 50  # two rows of the legend
     colours = {shown.getpixel((x, y)) for x in range(310, 326) for y in range(50)}

@@ -13,6 +13,7 @@ import torch
 
 from distill.cli import main
 from distill.tracking import read_metrics
+from rl_policy.reward import RunningScale
 
 RANK = """
 import sys
@@ -50,6 +51,7 @@ from distill.config import RunConfig
 from distill.recipe import load_config
 from distill.train import batches
 from distill.trainer import Trainer
+from rl_policy.reward import RunningScale
 
 ALL = "policy.rewards={teacher_task: 1, student_progress: 1, label_free: 1}"
 CASES = {
@@ -74,12 +76,19 @@ for name, changes in CASES.items():
     state = trainer.state()
     kept[name] = {"policy": state["policy"], "rewards": state["rewards"], "learned": learned}
     kept[name]["parameters"] = [x.detach() for x in trainer.distiller.parameters()]
+    # All running figures but those of batch norms, which are the first process's as torch has it
+    buffers = dict(trainer.distiller.named_buffers())
+    kept[name]["buffers"] = {of: x for of, x in buffers.items() if not of.startswith("student.")}
     if trainer.distiller.label_free is not None:
         buffers = dict(trainer.distiller.label_free.named_buffers())
         names = ("counts", "queue", "prototypes", "potentials")
         kept[name]["clusters"] = {of: buffers[of] for of in names}
     accelerator.free_memory()
-torch.save(kept, f"rank{accelerator.process_index}.pt")
+scale, rank = RunningScale(2, shared=True), accelerator.process_index
+for samples in torch.arange(24.0).square().view(3, 4, 2):
+    scale.update(samples[rank::2])
+kept["scale"] = scale.state_dict()
+torch.save(kept, f"rank{rank}.pt")
 """
 
 
@@ -101,6 +110,12 @@ def launch(tmp_path: Path, script: str, *arguments: str) -> subprocess.Completed
 def test_two_processes_hold_one_policy_of_every_kind(recipe: Path, tmp_path: Path) -> None:
     launch(tmp_path, POLICIES, str(recipe))
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    # A scale that each was shown half of is that of one process that was shown all
+    alone = RunningScale(2)
+    for samples in torch.arange(24.0).square().view(3, 4, 2):
+        alone.update(samples)
+    for scale in (first.pop("scale"), second.pop("scale")):
+        torch.testing.assert_close(scale, alone.state_dict())
     assert len(first) == 8
     for name, kept in first.items():
         torch.testing.assert_close(kept, second[name], rtol=0, atol=0, msg=lambda m, n=name: n + m)

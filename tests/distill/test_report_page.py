@@ -23,9 +23,10 @@ from distill.cli import main
 from distill.comparison import group_runs, read_run
 from distill.page import Table
 from distill.report_page import write_report
-from distill.report_policy import _preference
+from distill.report_policy import _nothing_to_map, _preference
 from distill.report_training import _operations
 from rl_policy.table import ReplayTable
+from tests.distill.conftest import write_recipe
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -68,10 +69,12 @@ def copied(run: Path, folder: Path, seed: int, score: float) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with its page."""
-    folder = tmp_path_factory.mktemp("report") / "tiny"
-    shutil.copytree(finished_run, folder)
+def run(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose policy came to prefer something in its few steps, with its page."""
+    recipe = write_recipe(tmp_path_factory.mktemp("report"), teacher_folder)
+    seen = ["policy.context=image", "policy.image_size=4", "policy.options={learning_rate: 0.1}"]
+    assert main(["train", str(recipe), *seen]) == 0
+    folder = recipe.parent / "runs" / "tiny"
     assert main(["report", str(folder)]) == 0
     return folder
 
@@ -112,8 +115,41 @@ def test_the_page_loads_nothing_and_describes_its_pictures(page: str) -> None:
     assert "@import" not in page
 
 
-def test_the_policy_of_a_few_steps_stayed_diffuse(page: str) -> None:
-    assert "stayed diffuse" in page
+def test_of_a_policy_that_prefers_nothing_the_page_says_why_and_draws_nothing(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    write_report([str(finished_run)], html=str(page))
+    text = Reader(page.read_text()).text
+    assert "The policy (a2c) stayed diffuse" in text
+    assert "chose all 4 timesteps alike, or nearly so, from the first to the last step" in text
+    assert "It chose in 5 steps only; policies take some hundreds to learn." in text
+    assert "the image decides less than 1% of the choice" in text
+    assert "Images for which the policy prefers" not in text
+    pictures = {path.name for path in (tmp_path / "page-pictures").iterdir()}
+    assert pictures == {"classes.png", "curves.png", "floor.png"}
+
+
+@pytest.mark.parametrize(
+    ("name", "distributions", "words"),
+    [
+        ("uniform", [[0.25] * 4] * 5, "It is a yardstick that learns nothing."),
+        ("fixed", [[0.0, 1.0, 0.0, 0.0]] * 5, "chose the same from the first to the last step: t="),
+        ("a2c", [[0.4, 0.2, 0.2, 0.2]] * 2, "The log has 2 rows of the policy, too few for a map"),
+    ],
+)
+def test_a_policy_without_a_course_is_told_in_words(
+    run: Path, name: str, distributions: list[list[float]], words: str
+) -> None:
+    finished = read_run(run)
+    rows = [
+        {"arm": "distilled", "step": step, "probabilities": shares}
+        for step, shares in enumerate(distributions, 1)
+    ]
+    late = finished.summary["policy"] | {"name": name, "probabilities": distributions[-1]}
+    summary = finished.summary | {"policy": late}
+    assert words in _nothing_to_map(dataclasses.replace(finished, rows=rows, summary=summary))
+    assert _nothing_to_map(finished) == ""
 
 
 def test_names_of_a_run_stay_text(run: Path, tmp_path: Path) -> None:
@@ -182,7 +218,7 @@ def write_probe(folder: Path, **figures: object) -> ReplayTable:
         rewards=random.random((8, 3), dtype=np.float32) + np.array([0, 0, 0.3], np.float32),
         timesteps=np.array(AT),
     )
-    table.write(folder / "table.safetensors")
+    (folder / "table.safetensors").write_bytes(table.to_bytes())
     (folder / "probe.json").write_text(json.dumps({"best": {"layer": "mid_block"}} | figures))
     return table
 
@@ -303,7 +339,7 @@ def test_grid_is_a_yardstick(run: Path, tmp_path: Path) -> None:
     ("words", "line"),
     [
         (["policy.bins=5"], "only data.KEY=value may say where its data lie today"),
-        (["data.rot=x"], "unknown key 'data.rot'; did you mean 'root'?"),
+        (["data.rot=x"], "unknown key 'data.rot'; did you mean 'data.root'?"),
         (["--html", "page.png"], "--html: page.png is a page, such as report.html"),
         (["--probe", "nowhere"], "--probe: "),
     ],

@@ -146,7 +146,7 @@ def test_mistakes_are_one_line(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "holds no exported student: name a run folder" in refused(capsys, tmp_path)
-    assert "did you mean 'split'?" in refused(capsys, finished_run, "evaluate.splitt=val")
+    assert "did you mean 'evaluate.split'?" in refused(capsys, finished_run, "evaluate.splitt=val")
     assert "invalid choice: 'pca'" in refused(capsys, finished_run, "--protocol", "pca")
     assert "timm:test_resnet:scratch has no head of its own" in refused(
         capsys, "timm:test_resnet:scratch"

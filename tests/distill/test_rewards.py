@@ -93,6 +93,21 @@ def test_label_free_rewards_the_unlabelled_images_too(
     assert trainer.distiller.reward_head is None
 
 
+def test_the_number_of_clusters_stands_in_the_recipe(load: Load) -> None:
+    for words, count in (([], 16), (["policy.label_free.clusters=5"], 5)):
+        label_free = build(load(FREE, *words)).distiller.label_free
+        assert label_free is not None
+        assert len(label_free.prototypes) == count
+        assert label_free.head.head[-1].out_features == count
+    for word, told in (
+        ("cluster=5", "'policy.label_free.cluster'; did you mean 'policy.label_free.clusters'?"),
+        ("clusters=1", "policy.label_free.clusters: input should be greater than or equal to 2"),
+    ):
+        with pytest.raises(UserError) as raised:
+            load(FREE, f"policy.label_free.{word}")
+        assert told in str(raised.value)
+
+
 def test_label_free_reads_no_label(load: Load) -> None:
     """Only the task loss does, which is off while features are distilled."""
     config = load(FREE, "train.schedule=distill_then_finetune", "train.finetune_steps=2")
@@ -192,7 +207,7 @@ def test_grid_takes_the_bin_nearest_to_the_best_timestep(load: Load, tmp_path: P
     table = ReplayTable(
         contexts=np.zeros((1, 2), np.float32), rewards=rewards, timesteps=np.array([0, 700, 999])
     )
-    table.write(tmp_path / "table.safetensors")
+    (tmp_path / "table.safetensors").write_bytes(table.to_bytes())
     options = f"policy.options={{table: {tmp_path / 'table.safetensors'}}}"
     trainer = build(load("policy.name=grid", options))
     assert trainer.timesteps.tolist() == [0, 333, 666, 999]

@@ -261,11 +261,30 @@ def test_dry_run_says_what_would_be_trained_and_trains_nothing(
     words = ["sweep", str(write()), "--dry-run", "--only", "scratch", "uniform", "policy.bins=3"]
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert "| scratch | scratch | 0 1 | 2 | 1 | 20 | `train.arms=[scratch]` |" in printed
-    assert "| uniform | distilled | 0 | 1 | 0 |" in printed
+    assert "| scratch | scratch | 0 1 | 1 of 2 runs | 20 | `train.arms=[scratch]` |" in printed
+    assert "| uniform | distilled | 0 | 1 of 1 runs |" in printed
     assert "a2c" not in printed
-    assert "2 of 3 runs would be trained" in printed
+    assert "1 of 3 runs are done; the other 2 would be trained below" in printed
     assert sorted(recipe.parent.rglob("*")) == before
+
+
+def test_dry_run_says_which_arms_are_done_and_which_are_in_the_runs_of_others(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = {"name": "both", "take": "distilled", "seeds": [0]}
+    of_it = {"name": "its_scratch", "take": "scratch", "seeds": [0]}
+    words = ["train.arms=[distilled, scratch]", "train.steps=2"]
+    study = str(write(overrides=words, arms=[ARMS[0], both, of_it], baselines=[]))
+    fake_runs(load_study(study), {("scratch", 0): 0.5, ("scratch", 1): 0.6})
+    assert main(["sweep", study, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "| scratch | scratch | 0 1 | done | 20 |" in printed
+    assert "| both | distilled | 0 | 1 of 1 runs |" in printed
+    assert "| its_scratch | scratch | 0 | in the runs of both |" in printed
+    assert "2 of 3 runs are done; the other 1 would be trained below" in printed
+    assert main(["sweep", study, "--dry-run", "--only", "scratch"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 runs are done; nothing was trained" in printed
 
 
 # Mistakes
@@ -280,10 +299,10 @@ def test_dry_run_says_what_would_be_trained_and_trains_nothing(
         ({"seeds": [3, 3]}, "seeds: 3 stands twice among [3, 3]"),
         ({"arms": []}, "arms: list should have at least 1 item"),
         ({"arms": [{"name": "a/b"}]}, "arms.0.name: string should match pattern"),
-        ({"arms": [{"name": "a", "seed": 1}]}, "unknown key 'arms.0.seed'; did you mean 'seeds'?"),
+        ({"arms": [{"name": "a", "seed": 1}]}, "'arms.0.seed'; did you mean 'arms.0.seeds'?"),
         (
             {"arms": [{"name": "a", "overrides": ["policy.nam=ppo"]}], "baselines": []},
-            "arm a: {recipe}: unknown key 'policy.nam'; did you mean 'name'?",
+            "arm a: {recipe}: unknown key 'policy.nam'; did you mean 'policy.name'?",
         ),
         (
             {"arms": [{"name": "a", "overrides": ["seed=3"]}], "baselines": []},

@@ -461,7 +461,7 @@ def test_a_checkpoint_of_before_a_key_was_there_is_resumed(
 def test_mistakes_are_one_line(recipe: Path, refuse: Refuse) -> None:
     for change, words in (
         ("stepz=3", "unknown key 'stepz'; did you mean 'steps'?"),
-        ("unet.layers_per_blok=3", "unknown key 'unet.layers_per_blok'; did you mean 'layers_per"),
+        ("unet.layers_per_blok=3", "'unet.layers_per_blok'; did you mean 'unet.layers_per_block'?"),
         ("diffusion.beta_schedule=cosine", "diffusion.beta_schedule: input should be 'linear'"),
         ("unet.block_out_channels=[8, 9]", "unet: block_out_channels [8, 9] must be multiples"),
         ("unet.attention_levels=[2]", "unet: attention level 2 is outside 0..1"),

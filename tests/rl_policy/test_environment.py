@@ -140,9 +140,8 @@ def test_the_vectorised_twin_is_seeded_and_speaks_as_gymnasiums_own(table: Repla
 
 def test_importing_rl_policy_registers_it_and_loads_no_agent(tmp_path: Path) -> None:
     path = tmp_path / "table.safetensors"
-    ReplayTable(contexts=np.ones((2, 1), np.float32), rewards=np.ones((2, 3), np.float32)).write(
-        path
-    )
+    ones = ReplayTable(contexts=np.ones((2, 1), np.float32), rewards=np.ones((2, 3), np.float32))
+    path.write_bytes(ones.to_bytes())
     code = (
         "import sys, gymnasium, rl_policy\n"
         f"print('{ENVIRONMENT_ID}' in gymnasium.registry)\n"

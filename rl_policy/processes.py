@@ -1,0 +1,21 @@
+"""What several processes that train one model have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+
+def of_all(rows: Tensor) -> Tensor:
+    """Rows of this process (N, ...) -> those of all, rank after rank; as many of each."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def moments_of_all(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of this process's samples -> those of all, as many of each; same shapes."""
+    means, variances = of_all(torch.stack([mean, variance])[None]).unbind(dim=1)
+    return means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)
