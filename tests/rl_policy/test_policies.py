@@ -55,9 +55,9 @@ def write_table(path: Path, best: int) -> str:
     """A table of four timesteps, of which `best` earns most on average."""
     rewards = np.array([[0, 1, 4, 0], [0, 2, 0, 0]], np.float32)
     timesteps = np.array([0, 20, best, 499])
-    ReplayTable(
-        contexts=np.zeros((2, CONTEXT), np.float32), rewards=rewards, timesteps=timesteps
-    ).write(path)
+    contexts = np.zeros((2, CONTEXT), np.float32)
+    table = ReplayTable(contexts=contexts, rewards=rewards, timesteps=timesteps)
+    path.write_bytes(table.to_bytes())
     return str(path)
 
 
