@@ -24,12 +24,12 @@ from distill.data import (
     choose_labelled,
     fingerprint,
 )
-from distill.distiller import Distiller, Match
 from distill.errors import UserError, blame, nearest
-from distill.losses import FeatureLoss
-from distill.policies import build_rewards, reward_layer
 from distill.registry import resolve
 from distill.tasks import traits
+from distill.training.distiller import Distiller, Match
+from distill.training.losses import FeatureLoss
+from distill.training.policies import build_rewards, reward_layer
 from students.student import LayerError as StudentLayerError
 from students.student import Student
 from teachers.anatomy import LayerError as TeacherLayerError

@@ -38,8 +38,8 @@ def _train(options: argparse.Namespace) -> int:
 
         print(dry_run(config))
         return 0
-    from distill.report import report
-    from distill.run import run
+    from distill.reporting.summary import report
+    from distill.training.run import run
 
     summary = run(config, resume=options.resume)
     if summary:
@@ -48,7 +48,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from distill.rescore import rescore
+    from distill.evaluation.evaluate import rescore
 
     print(
         rescore(
@@ -63,7 +63,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from distill.compare import compare
+    from distill.evaluation.compare import compare
 
     subjects, early = without_overrides(options.words)
     print(
@@ -81,7 +81,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from distill.deploy import export_run
+    from distill.deployment.export import export_run
 
     print(
         export_run(
@@ -99,7 +99,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from distill.predict import predict
+    from distill.deployment.predict import predict
 
     print(
         predict(
@@ -114,14 +114,14 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from distill.demo import demo
+    from distill.deployment.demo import demo
 
     demo(options.model, port=options.port, trust=options.trust)
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
-    from distill.report_page import write_report
+    from distill.reporting.report import write_report
 
     runs, early = without_overrides(options.runs)
     print(
@@ -137,7 +137,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from distill.sweep import sweep
+    from distill.studies.sweep import sweep
 
     only, late = without_overrides(options.only)
     seeds, later = without_overrides(options.seeds)
@@ -160,7 +160,7 @@ def _sweep(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     # Torch warns of tensors older than the trace of allocations, which are not to be counted.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from distill.bench import bench
+    from distill.costs.bench import bench
 
     print(
         bench(
@@ -177,8 +177,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _probe(options: argparse.Namespace) -> int:
     from distill.config import RunConfig
+    from distill.probing.survey import survey
     from distill.recipe import load_config
-    from distill.survey import survey
 
     layers, late = without_overrides(options.layers)
     print(
@@ -206,7 +206,7 @@ def _teacher_train(options: argparse.Namespace) -> int:
 
         print(teacher_dry_run(config))
         return 0
-    from distill.teach import train_teacher
+    from distill.pretraining.teach import train_teacher
 
     folder = train_teacher(config, resume=options.resume)
     print(
@@ -216,8 +216,8 @@ def _teacher_train(options: argparse.Namespace) -> int:
 
 
 def _teacher_extract(options: argparse.Namespace) -> int:
+    from distill.caching.extract import extract
     from distill.config import RunConfig
-    from distill.extract import extract
     from distill.recipe import load_config
 
     print(extract(load_config(RunConfig, options.recipe, options.overrides)))
@@ -232,7 +232,7 @@ def _teacher_layers(options: argparse.Namespace) -> int:
 
 
 def _policy_fit(options: argparse.Namespace) -> int:
-    from distill.policy_fit import fit
+    from distill.probing.policy_fit import fit
 
     print(
         fit(

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as F
 
 from distill.benchmarks import Examples, Task
 from distill.errors import UserError, nearest
-from distill.landmarks import RandomMirror, RandomTurn
+from distill.evaluation.landmarks import RandomMirror, RandomTurn
 
 Item = tuple[Tensor, Tensor | int]
 Augmentation = Callable[[Tensor, Tensor | int], Item]

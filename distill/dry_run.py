@@ -16,17 +16,17 @@ from distill.build import (
     embedded,
     in_order,
 )
-from distill.clock import wait
 from distill.config import RunConfig, TeacherTrainConfig
 from distill.data import Draw
 from distill.errors import UserError, blame
-from distill.fit import check_schedule, fit_batch
+from distill.evaluation.scoring import held_out_examples
+from distill.pretraining.teach import TeacherTraining
 from distill.recipe import to_yaml
 from distill.registry import resolve
-from distill.scoring import held_out_examples
-from distill.teach import TeacherTraining
-from distill.train import batches
-from distill.trainer import Trainer
+from distill.training.clock import wait
+from distill.training.fit import check_schedule, fit_batch
+from distill.training.loop import batches
+from distill.training.trainer import Trainer
 from rl_policy.protocol import MixingPolicy
 from teachers import anatomy
 

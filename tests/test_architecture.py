@@ -17,23 +17,27 @@ PACKAGES = (*ROOMS, "distill")
 VERBS = frozenset(
     f"distill.{name}"
     for name in (
-        *("run", "rescore", "teach", "extract", "dry_run", "bench", "policy_fit", "survey"),
-        *("compare", "deploy", "predict", "demo", "report_page", "sweep"),
+        *("training.run", "caching.extract", "pretraining.teach", "probing.survey"),
+        *("probing.policy_fit", "evaluation.evaluate", "evaluation.compare", "deployment.export"),
+        *("deployment.predict", "deployment.demo", "reporting.report", "studies.sweep"),
+        *("costs.bench", "dry_run"),
     )
 )
 LEAVES = frozenset(
-    f"distill.{name}"
-    for name in (
-        *("benchmarks", "cache", "checkpoint", "data", "distiller", "errors", "evaluate", "export"),
-        *("losses", "measures", "metrics", "plots", "probe", "registry", "seeding", "tracking"),
-        *("footprint", "inference", "linear", "neighbours", "score_pictures", "subjects"),
-        *("head_room", "intervals", "layer_map", "map_picture", "map_report"),
-        *("landmarks", "tasks"),
-        *("feedback", "lesson"),
-        *("flops", "page", "report_pictures"),
-        *("correspondence", "depth", "geometry_pictures"),
-        *("formats", "hub", "overlays", "parity", "runtimes"),
-    )
+    f"distill.{package}{name}"
+    for package, names in {
+        "": "benchmarks checkpoint data errors registry seeding tasks tracking",
+        "training.": "distiller feedback lesson losses measures",
+        "caching.": "cache",
+        "probing.": "head_room layer_map linear_probe map_picture map_report",
+        "evaluation.": "backbones correspondence counting depth footprint geometry_pictures "
+        "inference landmarks linear metrics neighbours pictures",
+        "deployment.": "folder formats hub overlays parity runtimes",
+        "reporting.": "charts page plots",
+        "studies.": "intervals",
+        "costs.": "flops",
+    }.items()
+    for name in names.split()
 )
 
 
@@ -59,7 +63,7 @@ def imports(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide where a module lies"
             module = str(node.module)
-            # `from distill import plots` names a module, `from distill.plots import curves` none.
+            # `from distill import data` names a module, `from distill.data import Resized` none.
             found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return found
 
@@ -165,10 +169,10 @@ def test_only_training_loops_and_policies_compute_gradients():
     }
     # `bench` times a backward pass of its own.
     assert {name for name in callers if not name.startswith("rl_policy.")} == {
-        "distill.trainer",
-        "distill.teach",
-        "distill.bench",
-        "distill.linear",  # all learning rates at once, on frozen features
+        "distill.training.trainer",
+        "distill.pretraining.teach",
+        "distill.costs.bench",
+        "distill.evaluation.linear",  # all learning rates at once, on frozen features
     }
 
 

@@ -16,7 +16,7 @@ from distill.arguments import build_parser
 from distill.cli import main
 from distill.config import RunConfig, TeacherTrainConfig
 from distill.recipe import apply_override, load_config
-from distill.study import load_study, run_folder
+from distill.studies.study import load_study, run_folder
 from teachers.ddpm import build_unet, save_pipeline
 
 CHECKOUT = Path(__file__).resolve().parent.parent

@@ -209,7 +209,7 @@ class ShapesPairs:
 
 class Shapes:
     """The embedded benchmark: seven classes, background and six forms; and for the protocols of
-    `distill.geometry` corners that correspond, and a depth order.
+    `distill.evaluation.geometry` corners that correspond, and a depth order.
 
     Args:
         root: Not used, there is nothing on disk.

@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 from distill.cli import main
 from distill.config import RunConfig
 from distill.recipe import load_config
-from distill.trainer import Trainer
+from distill.training.trainer import Trainer
 from teachers.ddpm import build_unet, save_pipeline
 
 Interrupter = Callable[[str, int], None]

@@ -14,8 +14,8 @@ from distill import checkpoint
 from distill.build import build_accelerator, build_training_set
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
-from distill.train import batches, checkpoint_path
-from distill.trainer import Phase, Trainer
+from distill.training.loop import batches, checkpoint_path
+from distill.training.trainer import Phase, Trainer
 from teachers import loading
 from teachers.diffusion import DiffusionTeacher
 

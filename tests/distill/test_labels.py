@@ -12,10 +12,10 @@ from torchvision.utils import save_image
 
 from distill.build import build_accelerator, build_training_set
 from distill.config import RunConfig
-from distill.run import score
-from distill.scoring import held_out_examples
-from distill.train import batches
-from distill.trainer import Trainer
+from distill.evaluation.scoring import held_out_examples
+from distill.training.loop import batches
+from distill.training.run import score
+from distill.training.trainer import Trainer
 
 Load = Callable[..., RunConfig]
 Refuse = Callable[..., str]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from distill import checkpoint
 from distill.cli import main
-from distill.train import checkpoint_path
+from distill.training.loop import checkpoint_path
 
 Refuse = Callable[..., str]
 
@@ -43,7 +43,10 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
         ),
         ("data.benchmark=camvid", "unknown key 'data.options.size'; there are none"),
         ("data.benchmark=nothing:Here", "data.benchmark: 'nothing:Here' cannot be imported"),
-        ("data.benchmark=distill.losses:Here", "module 'distill.losses' has no 'Here'"),
+        (
+            "data.benchmark=distill.training.losses:Here",
+            "module 'distill.training.losses' has no 'Here'",
+        ),
         ("data.benchmark=:Here", "data.benchmark: ':Here' cannot be imported"),
         ("data={benchmark: folder, root: /none, options: {num_classes: 2}}", "no folder /none"),
         ("data={benchmark: cifar10, root: /none}", "/none"),

@@ -12,8 +12,8 @@ import pytest
 
 from distill.build import build_accelerator, build_training_set
 from distill.config import RunConfig
-from distill.train import batches
-from distill.trainer import Trainer
+from distill.training.loop import batches
+from distill.training.trainer import Trainer
 from rl_policy.summary import PolicySummary, policy_summary
 
 Load = Callable[..., RunConfig]

@@ -18,7 +18,7 @@ from rl_policy.reward import RunningScale
 RANK = """
 import sys
 import torch
-from distill import run
+from distill.training import run
 from distill.cli import main
 
 score = run.score
@@ -49,8 +49,8 @@ import torch
 from distill.build import build_accelerator, build_training_set
 from distill.config import RunConfig
 from distill.recipe import load_config
-from distill.train import batches
-from distill.trainer import Trainer
+from distill.training.loop import batches
+from distill.training.trainer import Trainer
 from rl_policy.reward import RunningScale
 
 ALL = "policy.rewards={teacher_task: 1, student_progress: 1, label_free: 1}"

@@ -15,7 +15,7 @@ from distill.config import RunConfig
 from distill.errors import UserError
 from distill.recipe import build_config, refuse_foreign
 from distill.registry import is_own
-from distill.report_page import write_report
+from distill.reporting.report import write_report
 
 Refuse = Callable[..., str]
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from distill.build import build_accelerator, build_training_set
 from distill.config import RunConfig
 from distill.recipe import load_config, to_tree
-from distill.train import batches
-from distill.trainer import Trainer
+from distill.training.loop import batches
+from distill.training.trainer import Trainer
 from rl_policy.reinforce import Reinforce
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"

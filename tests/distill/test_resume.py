@@ -21,8 +21,8 @@ from distill.cli import main
 from distill.config import RunConfig
 from distill.recipe import load_config
 from distill.tracking import read_metrics
-from distill.train import checkpoint_path
-from distill.trainer import Trainer
+from distill.training.loop import checkpoint_path
+from distill.training.trainer import Trainer
 
 Refuse = Callable[..., str]
 Interrupter = Callable[[str, int], None]

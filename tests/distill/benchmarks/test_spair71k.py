@@ -14,7 +14,7 @@ from PIL import Image
 
 from distill.benchmarks.spair71k import SPair71k
 from distill.errors import UserError
-from distill.rescore import evaluate_subject
+from distill.evaluation.evaluate import evaluate_subject
 
 ENTRY = {
     "filename": "000001-a-b",

@@ -1,0 +1,1 @@
+"""Teacher features that are computed once and read again."""

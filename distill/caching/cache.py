@@ -1,0 +1,306 @@
+"""The teacher's features, computed once: a folder with one row for each (image, flip, timestep).
+
+`manifest.json` says what the features are of, `features.bin` holds the rows (the layers' maps one
+after the other, in the precision that the teacher computes in), and `marks.bin` a uint32
+a row: 0 while it is missing, otherwise the checksum of the image it is of. Rows are read and
+written, not mapped: the pages of a map would count as memory of this process.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill import checkpoint, seeding
+from distill.errors import UserError, blame
+from distill.training.projectors import resize_map
+from teachers.protocol import Teacher
+
+BLOCK = 256
+"""Rows between two moments at which they are safe on the disk: what a crash can lose."""
+ALIGNMENT = 64
+
+
+class Stored(NamedTuple):
+    """How a layer's map is kept: of (C, 1, 1) where its average is all that is looked at."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of one map."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Plan(NamedTuple):
+    """What a cache holds when it is full."""
+
+    images: int
+    flips: int
+    """2 where images come flipped too, otherwise 1."""
+    bins: int
+    layers: Mapping[str, Stored]
+
+    @property
+    def rows(self) -> int:
+        """How many features of each layer."""
+        return self.images * self.flips * self.bins
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Which bytes of a row are a layer's."""
+        columns, start = {}, 0
+        for layer, stored in self.layers.items():
+            columns[layer] = slice(start, start + stored.bytes)
+            start += _aligned(stored.bytes)
+        return columns
+
+    @property
+    def row_bytes(self) -> int:
+        """Of all layers."""
+        return sum(_aligned(stored.bytes) for stored in self.layers.values())
+
+    @property
+    def gb(self) -> float:
+        """On the disk."""
+        return self.rows * (self.row_bytes + 4) / 1e9
+
+    def __str__(self) -> str:
+        dtypes = dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in self.layers.values())
+        counts = f"{self.images} images x {self.flips} flips x {self.bins} bins"
+        return f"{counts} x {len(self.layers)} layers, {' and '.join(dtypes)}: {self.gb:.3g} GB"
+
+
+def _aligned(size: int) -> int:
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT
+
+
+class FeatureCache:
+    """A teacher that remembers.
+
+    The features of an image, flip and timestep are a function of these alone: their noise has a
+    seed of its own, whatever the run's seed is, and the teacher computes them in batches of one
+    size, because float32 kernels round differently for every size. So it does not matter when, in
+    which order and by whom the cache is filled. Several processes may share a folder: what two of
+    them write twice is the same.
+
+    Args:
+        folder: Made if it is missing.
+        teacher: Asked for what is missing.
+        plan: What the cache is to hold.
+        examples: (N,) int64, ascending: the numbers of the images in the data set.
+        timesteps: (K,) int64, what the bins stand for.
+        origin: All that decides the features, in readable form.
+        chunk: Images that the teacher looks at together.
+
+    Attributes:
+        looked: How many images the teacher has looked at so far, those that filled a chunk too.
+
+    Raises:
+        UserError: The folder holds other features than these, is damaged, or cannot be made as
+            large as planned.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        teacher: Teacher,
+        plan: Plan,
+        *,
+        examples: NDArray[np.int64],
+        timesteps: Tensor,
+        origin: Mapping[str, Any],
+        chunk: int,
+    ) -> None:
+        self.folder, self.teacher, self.plan, self.chunk = folder, teacher, plan, chunk
+        self._examples, self._timesteps = examples, timesteps
+        with blame("teacher.cache"):
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / "manifest.json").exists():
+                _check_origin(folder, origin)
+            else:
+                _make(folder, plan, origin)
+            self._file = os.open(folder / "features.bin", os.O_RDWR)
+            weakref.finalize(self, os.close, self._file)
+            sizes = os.fstat(self._file).st_size, (folder / "marks.bin").stat().st_size
+        if sizes[0] < plan.rows * plan.row_bytes or sizes[1] != plan.rows * 4:
+            raise self._damaged()
+        self._saved = np.memmap(folder / "marks.bin", np.uint32, "r+")
+        self._marks = np.array(self._saved)  # ours may be ahead of what is safe on the disk
+        self._unsaved: list[NDArray[np.int64]] = []
+        self.looked = 0
+
+    def __str__(self) -> str:
+        return f"cache of {self.plan} in {self.folder}, {len(self) / self.plan.rows:.0%} filled"
+
+    def __len__(self) -> int:
+        """How many rows are filled."""
+        return int(np.count_nonzero(self._marks))
+
+    def features(self, images: Tensor, tags: Tensor, bins: Tensor) -> dict[str, Tensor]:
+        """As `Teacher.features` gives them, from the disk; what is missing is computed first.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], on the teacher's device.
+            tags: (B, 3) int64 on the CPU, see `data.Tagged`.
+            bins: (B,) int64 on the CPU, their timesteps.
+
+        Raises:
+            UserError: An image is not the one that its row was filled with, or the disk fails.
+        """
+        missing = self.missing(tags, bins)
+        if len(missing):
+            self.fill(images[missing], tags[missing], bins[missing])
+        rows = self._rows(tags, bins)
+        read = np.empty((len(rows), self.plan.row_bytes), np.uint8)
+        with blame("teacher.cache"):
+            for row, out in zip(rows.tolist(), read, strict=True):
+                if os.preadv(self._file, [out.data], row * out.nbytes) != out.nbytes:
+                    raise self._damaged()
+        moved = torch.from_numpy(read).to(images.device)
+        maps = {}
+        for layer, columns in self.plan.columns.items():
+            stored = self.plan.layers[layer]
+            maps[layer] = moved[:, columns].view(stored.dtype).reshape(-1, *stored.shape).float()
+        return maps
+
+    def missing(self, tags: Tensor, bins: Tensor) -> Tensor:
+        """Which of these, (M,) int64, are to be computed, of equal ones the first; ascending.
+
+        Raises:
+            UserError: As `features`.
+        """
+        rows = self._rows(tags, bins)
+        marks = self._marks[rows]
+        stale = (marks != 0) & (marks != tags[:, 2].numpy())
+        if stale.any():
+            example = int(tags[int(stale.argmax()), 0])
+            raise UserError(
+                f"teacher.cache: training image {example} is not the one whose features are in "
+                f"{self.folder}; delete that folder, or name another"
+            )
+        empty = np.flatnonzero(marks == 0)
+        first = np.unique(rows[empty], return_index=True)[1]
+        return torch.from_numpy(empty[np.sort(first)])
+
+    def incomplete(self) -> list[int]:
+        """The examples of which some row is missing."""
+        full = self._marks.reshape(self.plan.images, -1).all(axis=1)
+        incomplete: list[int] = self._examples[~full].tolist()
+        return incomplete
+
+    def fill(self, images: Tensor, tags: Tensor, bins: Tensor) -> None:
+        """Compute rows that are missing; arguments as `features`."""
+        for start in range(0, len(images), self.chunk):
+            part = slice(start, start + self.chunk)
+            self._compute(images[part], tags[part], bins[part])
+
+    def flush(self) -> None:
+        """Mark what was computed, once it is safe on the disk; learn what others have filled."""
+        if not self._unsaved:
+            return
+        rows, self._unsaved = np.concatenate(self._unsaved), []
+        with blame("teacher.cache"):
+            os.fsync(self._file)
+            self._saved[rows] = self._marks[rows]
+            self._saved.flush()
+        self._marks[:] = self._saved
+
+    def _rows(self, tags: Tensor, bins: Tensor) -> NDArray[np.int64]:
+        place = np.searchsorted(self._examples, tags[:, 0].numpy())
+        rows: NDArray[np.int64] = place * self.plan.flips + tags[:, 1].numpy()
+        rows = rows * self.plan.bins + bins.numpy()
+        return rows
+
+    def _compute(self, images: Tensor, tags: Tensor, bins: Tensor) -> None:
+        """At most a chunk of rows; the teacher sees a whole one, whatever their number is."""
+        count = len(images)
+        padded = torch.arange(self.chunk) % count
+        timesteps = self._timesteps[bins][padded]
+        noise = [
+            seeding.generator(0, "cache", example, 2 * t + flipped)
+            for (example, flipped, _), t in zip(
+                tags[padded].tolist(), timesteps.tolist(), strict=True
+            )
+        ]
+        maps = self.teacher.features(images[padded].contiguous(), timesteps, noise)
+        self.looked += self.chunk
+        written = torch.zeros(count, self.plan.row_bytes, dtype=torch.uint8)
+        for layer, columns in self.plan.columns.items():
+            stored, feature = self.plan.layers[layer], maps[layer][:count]
+            feature = resize_map(feature, (stored.shape[1], stored.shape[2]))
+            flat = feature.to("cpu", stored.dtype).flatten(1).contiguous()
+            written[:, columns] = flat.view(torch.uint8)
+        rows = self._rows(tags, bins)
+        with blame("teacher.cache"):
+            for row, data in zip(rows.tolist(), written.numpy(), strict=True):
+                if os.pwrite(self._file, data, row * data.nbytes) != data.nbytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
+        self._marks[rows] = tags[:, 2].numpy()
+        self._unsaved.append(rows)
+        if sum(map(len, self._unsaved)) >= BLOCK:
+            self.flush()
+
+    def _damaged(self) -> UserError:
+        return UserError(f"teacher.cache: {self.folder} is damaged; delete it")
+
+
+def _make(folder: Path, plan: Plan, origin: Mapping[str, Any]) -> None:
+    """Reserve the disk for all rows, none of them filled. Safe beside others who do the same."""
+    features = folder / "features.bin"
+    file = os.open(features, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, plan.rows * plan.row_bytes)
+        else:  # macOS: a full disk shows when it is written to
+            os.ftruncate(file, plan.rows * plan.row_bytes)
+    except OSError as error:
+        features.unlink()
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(folder).free / 1e9
+        raise UserError(
+            f"teacher.cache: {plan}, but at {folder} there is room for {free:.3g} GB; name a "
+            "folder on another disk, or a smaller teacher.cache_gb, to be told what fits"
+        ) from error
+    finally:
+        os.close(file)
+    with checkpoint.replacing(folder / "marks.bin") as marks:
+        marks.write(bytes(4 * plan.rows))
+    checkpoint.write_text(folder / "manifest.json", json.dumps(origin, indent=2, default=str))
+
+
+def _check_origin(folder: Path, origin: Mapping[str, Any]) -> None:
+    """Raises UserError if the folder's features are of something else."""
+    now = json.loads(json.dumps(origin, default=str))
+    try:
+        was = json.loads((folder / "manifest.json").read_text())
+        differing = [key for key in now if was.get(key) != now[key]]
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"teacher.cache: {folder / 'manifest.json'} is not one of a cache; name another folder"
+        ) from error
+    if differing:
+        changes = [f"{key} {_short(was.get(key))}, now {_short(now[key])}" for key in differing]
+        raise UserError(
+            f"teacher.cache: {folder} is of other features ({'; '.join(changes)}); delete it, or "
+            "name another folder"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:36]} ..."

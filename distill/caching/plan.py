@@ -1,0 +1,163 @@
+"""From a recipe to its feature cache: what it would hold, whether there is room, and its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from distill.build import TrainingSet
+from distill.caching.cache import FeatureCache, Plan, Stored
+from distill.config import Arm, RunConfig
+from distill.errors import UserError
+from distill.training.distiller import Distiller
+from teachers.protocol import Teacher
+
+
+def plan_cache(
+    config: RunConfig,
+    data: TrainingSet,
+    distiller: Distiller,
+    maps: Mapping[str, Tensor],
+    bins: int,
+) -> Plan | None:
+    """What an arm's feature cache would hold, if the recipe asks for one.
+
+    Args:
+        maps: What the teacher shows of a batch; their shapes count.
+        bins: How many timesteps are on offer.
+
+    Raises:
+        UserError: The recipe leaves nothing to cache, or asks for more than `teacher.cache_gb`.
+    """
+    teacher, strength = config.teacher, config.data.augment
+    if teacher.cache is None:
+        return None
+    if strength not in ("none", "flip"):
+        raise UserError(
+            f"teacher.cache: with data.augment={strength} an image never comes twice; use flip, or "
+            "none, or no cache"
+        )
+    if teacher.labels:
+        raise UserError(
+            "teacher.cache: with teacher.labels an image has other features with its label than "
+            "without; use one of the two"
+        )
+
+    def stored(dtype: torch.dtype, could: bool) -> dict[str, Stored]:
+        averaged = {layer: _averaged(distiller, layer, could) for layer in maps}
+        return {
+            layer: Stored((x.shape[1], 1, 1), torch.float32)
+            if averaged[layer]
+            else Stored(tuple(x.shape[1:]), dtype)
+            for layer, x in maps.items()
+        }
+
+    dtype, flips = getattr(torch, teacher.dtype), 1 if strength == "none" else 2
+    plan = Plan(len(cached_examples(config, data)), flips, bins, stored(dtype, could=False))
+    pooled = [
+        f"pairs.{index}.pooled=true"
+        for index, pair in enumerate(config.pairs)
+        if not pair.pooled and _averaged(distiller, pair.teacher, could=True)
+    ]
+    smaller = {
+        " ".join(pooled): plan._replace(layers=stored(dtype, could=True)),
+        "teacher.dtype=bfloat16": plan._replace(layers=stored(torch.bfloat16, could=False)),
+        "data.augment=none": plan._replace(flips=1),
+    }
+    share = min(1.0, teacher.cache_gb / plan.gb)
+    if bins_left := int(bins * share):
+        smaller[f"policy.bins={bins_left}"] = plan._replace(bins=bins_left)
+    images_left = int(plan.images * share)
+    if (unlabelled := images_left - len(data.labelled_indices)) >= 0:
+        smaller[f"data.unlabelled={unlabelled}"] = plan._replace(images=images_left)
+    check_budget(plan, teacher.cache_gb, smaller)
+    return plan
+
+
+def check_budget(plan: Plan, gb: float, smaller: Mapping[str, Plan]) -> None:
+    """Refuse a plan that needs more than `gb`.
+
+    Args:
+        plan: What the recipe asks for.
+        gb: What it allows.
+        smaller: Changes of the recipe, and the plans that they would lead to.
+
+    Raises:
+        UserError: It is too large; the line names those changes that fit.
+    """
+    if plan.gb <= gb:
+        return
+    fitting = [f"{change} ({p.gb:.3g} GB)" for change, p in smaller.items() if p.gb <= gb]
+    raise UserError(
+        f"teacher.cache: {plan}, more than teacher.cache_gb={gb:g} allows; what fits: "
+        + ", ".join([*fitting, f"teacher.cache_gb={math.ceil(plan.gb)} or more"])
+    )
+
+
+def _averaged(distiller: Distiller, layer: str, could: bool) -> bool:
+    """Whether no more than the average of a teacher's map is looked at, or (`could`) has to be."""
+    head = distiller.reward_head
+    if layer == distiller.reward_layer and head is not None and head.dense:
+        return False
+    pairs = zip(distiller.matches, distiller.losses, strict=True)
+    losses: list[Any] = [loss for match, loss in pairs if match.teacher == layer]
+    return all(loss.measure.poolable if could else loss.pooled for loss in losses)
+
+
+def cached_examples(config: RunConfig, data: TrainingSet) -> list[int]:
+    """The training images whose features a run asks for, in ascending order."""
+    unlabelled = data.unlabelled_indices if config.train.unlabelled_batch else []
+    return sorted({*data.labelled_indices, *unlabelled})
+
+
+def open_cache(
+    config: RunConfig,
+    arm: Arm,
+    data: TrainingSet,
+    teacher: Teacher,
+    timesteps: Tensor,
+    plan: Plan,
+    accelerator: Accelerator,
+) -> FeatureCache:
+    """An arm's feature cache; see `FeatureCache`. Runs that differ in their seed share it."""
+    assert config.teacher.cache is not None
+    batch = (config.train.batch + config.train.unlabelled_batch) // accelerator.num_processes
+    chunk = min(8 if accelerator.device.type == "cpu" else 64, batch)
+    examples = np.array(cached_examples(config, data))
+    origin = {
+        "teacher": teacher.fingerprint,
+        "teacher.input": config.teacher.input,
+        "teacher.draws": config.teacher.draws if config.teacher.input == "average" else 1,
+        "teacher.image_size": config.teacher.image_size,
+        "teacher.dtype": config.teacher.dtype,
+        "teacher.compile": config.teacher.compile,
+        "images at once": chunk,  # kernels round differently for every number of them
+        "teacher.options": config.teacher.options,
+        "layers": {name: [*x.shape, str(x.dtype)] for name, x in plan.layers.items()},
+        "timesteps": timesteps.tolist(),
+        "data.benchmark": config.data.benchmark,
+        "data.options": config.data.options,
+        "data.size": data.size,
+        "data.augment": config.data.augment,
+        "data": data.fingerprint,
+        "images": hashlib.sha256(examples.tobytes()).hexdigest(),
+    }
+    name = arm if arm == "distilled" else f"{arm}{config.seed}"  # whose weights the seed decides
+    folder = Path(config.teacher.cache) / name
+    return FeatureCache(
+        folder,
+        teacher,
+        plan,
+        examples=examples,
+        timesteps=timesteps,
+        origin=origin,
+        chunk=chunk,
+    )

@@ -1,0 +1,1 @@
+"""Students that leave: exported, checked, and used without this package."""

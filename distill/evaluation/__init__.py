@@ -1,0 +1,1 @@
+"""Students, teachers and timm models under one protocol."""

@@ -1,0 +1,217 @@
+"""What `distill evaluate` can be asked about: a student, a timm model, or a teacher, as a backbone.
+
+All of them turn images in [0, 1] into named feature maps, so that one protocol fits all.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol, Self
+
+import torch
+from timm.models import get_model_input_config
+from torch import Tensor
+
+from distill.costs.flops import operations
+from distill.errors import UserError, nearest
+from students.student import Student
+from teachers.diffusion import DiffusionTeacher
+from teachers.protocol import Teacher
+
+SCRATCH = "scratch"
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+class Subject(NamedTuple):
+    """A subject as it is written on the command line."""
+
+    text: str
+    kind: Literal["student", "timm", "teacher"]
+    path: str
+    """A folder; a timm name; what a recipe gives as `teacher.path`."""
+    weights: str = ""
+    """Of a timm model: a file, `scratch`, or nothing for those that timm publishes."""
+    layers: tuple[str, ...] = ()
+    """Feature maps to read; by default the last one."""
+    timestep: int = 0
+    family: str = ""
+    """Of a teacher: its `teacher.name`."""
+
+
+def parse_subject(text: str) -> Subject:
+    """Read one subject.
+
+    Args:
+        text: `runs/NAME` or an exported student; `timm:NAME`, `timm:NAME:scratch`,
+            `timm:NAME:FILE`; `teacher:PATH`. Options follow after commas: `layers=A+B`, and of a
+            teacher `timestep=T` and `family=NAME`.
+
+    Raises:
+        UserError: An unknown or misplaced option.
+    """
+    place, *words = text.split(",")
+    kind: Literal["student", "timm", "teacher"] = "student"
+    if place.startswith("timm:"):
+        kind, place = "timm", place.removeprefix("timm:")
+    elif place.startswith("teacher:"):
+        kind, place = "teacher", place.removeprefix("teacher:")
+    known = ("layers", "timestep", "family") if kind == "teacher" else ("layers",)
+    options = dict(word.partition("=")[::2] for word in words)
+    for name in options:
+        if name not in known:
+            raise UserError(f"{text}: unknown option {name!r} of a {kind}; {nearest(name, known)}")
+    timestep = options.get("timestep", "0")
+    if not timestep.isdecimal():
+        raise UserError(f"{text}: timestep={timestep} is no index 0..T-1 of a noise schedule")
+    weights = ""
+    if kind == "timm" and place.endswith((f":{SCRATCH}", *WEIGHT_FILES)):
+        place, _, weights = place.rpartition(":")
+    layers = tuple(filter(None, options.get("layers", "").split("+")))
+    if not place:
+        raise UserError(f"{text}: a {kind} needs a name or a folder, as in timm:resnet18")
+    if kind == "teacher" and not layers:
+        raise UserError(
+            f"{text}: say which feature maps, for instance {text},layers=up_blocks.1,timestep=50 "
+            f"(`distill teacher layers {place}` lists them)"
+        )
+    return Subject(
+        text, kind, place, weights, layers, int(timestep), options.get("family", "diffusers_unet")
+    )
+
+
+class Backbone(Protocol):
+    """A frozen network with named feature maps; it never gets gradients.
+
+    Attributes:
+        name: For tables.
+        layers: The maps it gives, shallowest first.
+        channels: C of each map.
+        reductions: Pixels of the image's side for one position of each map.
+        parameters: Number of weights of the whole network; None where nothing tells.
+    """
+
+    name: str
+    layers: Sequence[str]
+    channels: Mapping[str, int]
+    reductions: Mapping[str, int]
+    parameters: int | None
+
+    def flops(self, size: tuple[int, int]) -> int | None:
+        """Floating-point operations until the last map, for one image of (H, W), two a
+        multiply-add; None where nothing tells."""
+        ...
+
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) in [0, 1] -> layer -> (B, C, h, w) float32, in order of `layers`."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the weights, in place."""
+        ...
+
+
+class NetworkBackbone:
+    """The backbone of a student, or of any timm model in a student's place (a `Backbone`).
+
+    Args:
+        student: Gives at least one map.
+        name: For tables.
+    """
+
+    def __init__(self, student: Student, name: str) -> None:
+        self.student, self.name = student.eval().requires_grad_(False), name
+        self.layers: Sequence[str] = student.layers
+        self.channels: Mapping[str, int] = student.channels
+        self.reductions: Mapping[str, int] = student.reductions
+        weights = student.backbone.parameters()
+        self.parameters: int | None = sum(weight.numel() for weight in weights)
+
+    def flops(self, size: tuple[int, int]) -> int | None:
+        """See `Backbone`."""
+        image = torch.zeros(1, 3, *size, device=self.student.mean.device)
+        return operations(lambda: self.maps(image))
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """See `Backbone`; images of another size than the student's too, if it is convolutional."""
+        height, width = images.shape[-2:]
+        maps = at_size(self.student, (height, width))(images, labelled=0)[1]
+        return {name: x.float() for name, x in maps.items()}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the weights, in place."""
+        self.student.to(device)
+        return self
+
+
+class TeacherBackbone:
+    """A teacher's features at one timestep (a `Backbone`).
+
+    Every image gets the same draw of the noise, whatever batch it comes in.
+
+    Args:
+        teacher: Gives the maps wanted.
+        timestep: Of all images, 0..T-1.
+        seed: Of the noise.
+    """
+
+    def __init__(self, teacher: Teacher, timestep: int, seed: int = 0) -> None:
+        self.teacher, self.timestep, self.seed = teacher, timestep, seed
+        self.name = teacher.name
+        self.layers: Sequence[str] = teacher.layers
+        self.channels: Mapping[str, int] = teacher.channels
+        self.reductions: Mapping[str, int] = teacher.reductions
+        parts = getattr(teacher, "parts", None)
+        self.parameters: int | None = None
+        if isinstance(parts, torch.nn.Module):
+            self.parameters = sum(weight.numel() for weight in parts.parameters())
+
+    def flops(self, size: tuple[int, int]) -> int | None:
+        """See `Backbone`; of a teacher that averages draws of the noise those of all."""
+        if not isinstance(self.teacher, DiffusionTeacher):
+            return None
+        used: int = self.teacher.flops(size).used
+        return self.teacher.draws * used
+
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """See `Backbone`."""
+        noise = [torch.Generator().manual_seed(self.seed) for _ in images]
+        return self.teacher.features(images, torch.full((len(images),), self.timestep), noise)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the weights, in place."""
+        self.teacher.to(device)
+        return self
+
+
+def at_size(student: Student, size: tuple[int, int]) -> Student:
+    """The same student, sharing its weights, for images of another (H, W).
+
+    Raises:
+        UserError: Its backbone takes images of one size alone, as a plain ViT does.
+    """
+    if tuple(student.image_size) == size:
+        return student
+    if get_model_input_config(student.backbone)["fixed_input_size"]:
+        height, width = student.image_size
+        raise UserError(
+            f"evaluate.scales: this network takes images of {height}x{width} px alone; leave the "
+            "scales at [1.0], or cut larger images with evaluate.window"
+        )
+    view = copy.copy(student)
+    pairs = zip(student.input_size, size, student.image_size, strict=True)
+    view.input_size = tuple(round(seen * now / given) for seen, now, given in pairs)
+    view.image_size = size
+    return view
+
+
+def predictor(student: Student) -> Callable[[Tensor], Tensor]:
+    """Images (B, 3, H, W) in [0, 1] -> the student's logits, for images of any size."""
+
+    def predict(images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        logits: Tensor = at_size(student, (height, width))(images)[0]
+        return logits
+
+    return predict

@@ -1,0 +1,265 @@
+"""`distill compare`: several subjects under one protocol, with what each costs beside its score."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distill import checkpoint
+from distill.config import RunConfig
+from distill.errors import UserError, blame
+from distill.evaluation import pictures
+from distill.evaluation.backbones import parse_subject
+from distill.evaluation.evaluate import evaluate_subject, one_process, subject_recipe
+from distill.evaluation.footprint import Footprint, measure
+from distill.evaluation.metrics import ERRORS, LOWER_IS_BETTER, figure_text, in_points
+from distill.evaluation.subjects import open_backbone
+from distill.recipe import build_config, refuse_foreign, to_tree
+from distill.studies.comparison import NOT_THE_RECIPE
+from distill.studies.intervals import Interval
+from distill.tracking import hardware
+
+COSTS = ("parameters (M)", "GFLOP", "images/s", "MiB")
+
+
+def compare(
+    subjects: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    protocol: str,
+    benchmark: str | None,
+    out: str | None,
+    batch: int,
+    rounds: int,
+) -> str:
+    """Draw one table of several subjects.
+
+    Args:
+        subjects: Results of `distill evaluate --out` (FILE.json), and subjects, which are evaluated
+            first.
+        overrides: Changes to the recipes of the latter.
+        protocol: Of the subjects; results bring theirs.
+        benchmark: Of the subjects.
+        out: A folder for table.md, table.csv, compare.json and speed.png.
+        batch: Images a pass, where speed and memory are measured.
+        rounds: How often all take their turn.
+
+    Returns:
+        The table to print.
+
+    Raises:
+        UserError: A mistake; other images are refused before anything is fitted.
+    """
+    if len(subjects) < 2 or batch < 1 or rounds < 1:
+        raise UserError("compare: name two results or subjects or more; one image and round each")
+    if out is not None:
+        _check_folder(Path(out))
+    given = {word: _read(Path(word), overrides) for word in subjects if word.endswith(".json")}
+    planned = [
+        given[word] if word in given else _plan(word, overrides, protocol, benchmark)
+        for word in subjects
+    ]
+    _check(planned, subjects)
+    results = [
+        given[word] if word in given else evaluate_subject(word, overrides, protocol, benchmark)[0]
+        for word in subjects
+    ]
+    _check(results, subjects)
+    costs, machine = _measure(results, batch, rounds)
+    rows = [_row(result, cost) for result, cost in zip(results, costs, strict=True)]
+    told = f"{batch} images a pass, median and range of {rounds} rounds in turn"
+    notes = [*_differences(results), f"{machine}, {told}"]
+    table = _markdown(rows)
+    if out is not None:
+        _write(Path(out), results, costs, rows, table, notes)
+    return "\n".join([_title(results), "", table, "", *notes])
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse what cannot become a folder; it is made when there is something to write."""
+    there = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out: {out} is no folder to write to: {there} is none")
+
+
+def _plan(
+    text: str, overrides: Sequence[str], protocol: str, benchmark: str | None
+) -> dict[str, Any]:
+    """What the result of a subject will say of the images that are scored."""
+    _, config = subject_recipe(text, overrides, protocol, benchmark)
+    return {
+        "benchmark": config.data.benchmark,
+        "split": config.evaluate.split,
+        "recipe": to_tree(config),
+    }
+
+
+def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a result: {error}") from error
+    needed = ("subject", "protocol", "benchmark", "split", "metric", "size", "figures", "recipe")
+    missing = [key for key in needed if not isinstance(result, dict) or key not in result]
+    if missing:
+        raise UserError(
+            f"{path} is no result of `distill evaluate --out`: it has no {missing[0]!r}"
+        )
+    refuse_foreign(build_config(RunConfig, result["recipe"], where=str(path)), overrides, path)
+    return result
+
+
+def _check(results: Sequence[Mapping[str, Any]], words: Sequence[str]) -> None:
+    """The same images are scored, or a line that says what differs."""
+    for word, result in zip(words, results, strict=True):
+        mine, first = _scored_on(result), _scored_on(results[0])
+        for key in mine:
+            if key in first and mine[key] != first[key]:
+                raise UserError(
+                    f"compare: {word} has {key} {mine[key]!r}, {words[0]} {first[key]!r}"
+                )
+
+
+def _scored_on(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What says which images are scored, and by what; the metric once it is known."""
+    of_recipe = {
+        f"{section}.{key}": result["recipe"].get(section, {}).get(key)
+        for section, key in (("data", "options"), ("evaluate", "images"))
+    }
+    keys = ("benchmark", "split", "metric")
+    return {key: result[key] for key in keys if key in result} | of_recipe
+
+
+def _differences(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What of the settings is not the same for all, and had better be."""
+    settings = [_setting(result) for result in results]
+    notes = []
+    for key in dict.fromkeys(key for setting in settings for key in setting):
+        given = [setting[key] for setting in settings if key in setting]
+        values = list(dict.fromkeys(map(str, given)))
+        if len(values) > 1:
+            notes.append(f"note: {key} differs: {', '.join(values)}")
+    return notes
+
+
+def _setting(result: Mapping[str, Any]) -> dict[str, Any]:
+    """How a subject came to its score: what it saw, and every key that its protocol reads."""
+    recipe, finetuned = result["recipe"], result["protocol"] == "finetune"
+    sections = ("data", "evaluate", "train") if finetuned else ("data", "evaluate")
+    keys = {
+        f"{section}.{key}": value
+        for section in sections
+        for key, value in recipe.get(section, {}).items()
+    }
+    keys = {key: value for key, value in keys.items() if key not in NOT_THE_RECIPE}
+    keys["seed"] = recipe.get("seed")
+    if finetuned:
+        keys["student.head"] = recipe.get("student", {}).get("head")
+    # What came of these two is told instead.
+    keys.pop("data.size", None)
+    told = {"protocol": result["protocol"], "size": result["size"]}
+    if result.get("labelled") is not None:
+        keys.pop("data.labelled", None)
+        told["labelled"] = result["labelled"]
+    return told | keys
+
+
+def _measure(
+    results: Sequence[Mapping[str, Any]], batch: int, rounds: int
+) -> tuple[list[Footprint], str]:
+    """The cost of each backbone until the last map that was read, all measured side by side."""
+    backbones, sizes = [], []
+    for result in results:
+        config = build_config(RunConfig, result["recipe"], where=f"recipe of {result['subject']}")
+        accelerator = one_process(config.device)
+        height, width = result["size"]
+        subject = parse_subject(result["subject"])
+        backbones.append(open_backbone(subject, config, (height, width), accelerator.device))
+        sizes.append((height, width))
+    costs = measure(backbones, sizes, accelerator.device, batch=batch, rounds=rounds)
+    return costs, hardware(accelerator.device)
+
+
+def _row(result: Mapping[str, Any], cost: Footprint) -> dict[str, str]:
+    """The cells of a subject, by column."""
+    intervals = result.get("intervals", {})
+    cells = {"subject": result["subject"], "protocol": result["protocol"]}
+    for name, value in result["figures"].items():
+        spread = intervals.get(name)
+        cells[name] = str(Interval(**spread)) if spread else figure_text(name, value)
+    figures = (
+        None if cost.parameters is None else cost.parameters / 1e6,
+        None if cost.flops is None else cost.flops / 1e9,
+        cost.images_per_second,
+        cost.memory,
+    )
+    cells |= {name: _short(figure) for name, figure in zip(COSTS, figures, strict=True)}
+    cells["images/s"] += f" ({_short(cost.slowest)} to {_short(cost.fastest)})"
+    return cells
+
+
+def _short(figure: float | None) -> str:
+    """Three digits; empty where nothing tells."""
+    return "" if figure is None else f"{figure:.3g}" if figure < 100 else f"{figure:.0f}"
+
+
+def _columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """All columns, costs last."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if name not in COSTS] + list(COSTS)
+
+
+def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table, aligned so that it reads on a terminal."""
+    columns = _columns(rows)
+    lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
+    drawn = [f"| {' | '.join(line)} |" for line in padded]
+    return "\n".join([drawn[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *drawn[1:]])
+
+
+def _title(results: Sequence[Mapping[str, Any]]) -> str:
+    metric = results[0]["metric"]
+    told = metric if metric in ERRORS else f"{metric} {in_points(metric)}"
+    return f"{told} on {results[0]['benchmark']} {results[0]['split']}"
+
+
+def _write(
+    folder: Path,
+    results: Sequence[Mapping[str, Any]],
+    costs: Sequence[Footprint],
+    rows: Sequence[Mapping[str, str]],
+    table: str,
+    notes: Sequence[str],
+) -> None:
+    """The table as Markdown, CSV and JSON, and the plot."""
+    text = "\n".join([_title(results), "", table, "", *notes, ""])
+    with blame("--out"):
+        folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(folder / "table.md", text)
+    sheet = io.StringIO()
+    writer = csv.DictWriter(sheet, _columns(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    checkpoint.write_text(folder / "table.csv", sheet.getvalue())
+    figures = [
+        {**result, "cost": cost._asdict()} for result, cost in zip(results, costs, strict=True)
+    ]
+    checkpoint.write_text(folder / "compare.json", json.dumps(figures, indent=2) + "\n")
+    name = list(results[0]["figures"])[-1]
+    points = [
+        (result["subject"], cost.images_per_second, 100 * result["figures"][name])
+        for result, cost in zip(results, costs, strict=True)
+        if name in result["figures"]
+    ]
+    names, speeds, scores = zip(*points, strict=True)
+    falling = name.partition(" at ")[0] in LOWER_IS_BETTER
+    pictures.against_speed(
+        folder / "speed.png", names, speeds, scores, f"{name}, points", falling=falling
+    )

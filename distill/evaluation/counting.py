@@ -1,0 +1,202 @@
+"""Evaluation: predictions on a whole split, counted in integers, and their scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.benchmarks import Benchmark, Examples, LandmarkBenchmark
+from distill.data import Item, as_float
+from distill.errors import UserError
+from distill.evaluation.landmarks import LandmarkTally, peaks
+from distill.evaluation.metrics import (
+    BoundaryMatrix,
+    ConfusionMatrix,
+    boundary_iou,
+    classification_scores,
+    segmentation_scores,
+)
+from distill.tasks import traits
+from distill.training.clock import Timed, untimed
+
+Total = Callable[[Tensor], Tensor]
+LARGEST_LOGITS = 2**26  # values of one image that are resized at once, 256 MiB
+
+
+class Tally:
+    """What one predictor was right and wrong about, on the examples counted so far.
+
+    Args:
+        benchmark: Says the task and the classes.
+        device: Where the counts are kept.
+
+    Attributes:
+        matrix: `metrics.ConfusionMatrix`.
+        each: How good each image's prediction is, in [0, 1], in order: pixel accuracy, or the
+            probability of the true class; NaN where nothing is labelled.
+    """
+
+    def __init__(self, benchmark: Benchmark, device: torch.device | str) -> None:
+        self.benchmark, self.device = benchmark, device
+        self.matrix = ConfusionMatrix(benchmark.num_classes, benchmark.ignore_index, device)
+        self.boundary = BoundaryMatrix(benchmark.num_classes, benchmark.ignore_index, device)
+        self.each: list[Tensor] = []
+
+    def update(self, logits: Tensor, guess: Tensor, truth: Tensor) -> None:
+        """Count one image.
+
+        Args:
+            logits: (C,) or (C, h, w).
+            guess: The class predicted, (), or classes (H, W).
+            truth: Of the same shape.
+        """
+        if truth.ndim:
+            guess = guess.to(torch.uint8)  # small integers are counted several times faster
+            counts = self.boundary.update(guess, truth)
+            self.matrix.counts += counts
+            self.each.append(counts.diagonal().sum() / counts.sum())
+        else:
+            self.matrix.update(guess, truth)
+            known = truth != self.benchmark.ignore_index
+            self.each.append(logits.softmax(0)[truth.where(known, 0)].where(known, math.nan))
+
+    def scores(self, total: Total = lambda counts: counts) -> dict[str, Any]:
+        """Shares in [0, 1] over all that was counted.
+
+        Args:
+            total: Sums a tensor over the processes.
+
+        Returns:
+            Of masks `miou`, `mean_accuracy`, `pixel_accuracy`, `frequency_weighted_iou`,
+            `boundary_iou` (the mean of the classes') and `iou`; of images `top1` and `accuracy`.
+            The last of each is by class name, None for a class that does not occur.
+
+        Raises:
+            UserError: No pixel or image had a label.
+        """
+        counts = total(self.matrix.counts)
+        names = self.benchmark.class_names
+        if counts.sum() == 0:
+            name = self.benchmark.name
+            raise UserError(f"{name}: the split has no labelled pixel or image to score")
+        if self.benchmark.task == "classification":
+            of_images = classification_scores(counts)
+            return {**of_images._asdict(), "accuracy": _by_name(names, of_images.accuracy)}
+        of_pixels = segmentation_scores(counts)._asdict()
+        of_classes = _by_name(names, of_pixels.pop("iou"))
+        mean = boundary_iou(total(self.boundary.counts)).nanmean().item()
+        return {**of_pixels, "boundary_iou": mean, "iou": of_classes}
+
+
+def count(
+    predict: Callable[[Tensor], Sequence[Tensor]],
+    examples: Examples,
+    benchmark: Benchmark,
+    *,
+    candidates: int = 1,
+    device: torch.device | str = "cpu",
+    batch: int = 32,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[int], object] = lambda images: None,
+    timed: Timed = untimed,
+) -> list[Tally | LandmarkTally]:
+    """Predict a split and count, for several predictors at once that share their features.
+
+    Args:
+        predict: Images (B, 3, H, W) in [0, 1] to the logits of each candidate, (B, C) or
+            (B, C, h, w).
+        examples: Images (3, H, W) uint8; of several sizes, those of a batch are grouped by size.
+            Masks keep their own sizes: the logits are resized to them (bilinear), so that scores do
+            not depend on the resolution of predictions.
+        benchmark: Says the task and the classes.
+        candidates: Number of predictors.
+        device: Where images go.
+        batch: Images a forward pass.
+        rank: This process, which takes every `world`-th example.
+        world: Number of processes.
+        progress: Called with the number of images done after each batch.
+        timed: Measures the parts `read`, `predict` and `score`.
+
+    Returns:
+        One a candidate.
+    """
+    tallies = [new_tally(benchmark, device) for _ in range(candidates)]
+    indices = range(rank, len(examples), world)
+    for start in range(0, len(indices), batch):
+        with timed("read"):
+            items = [examples[index] for index in indices[start : start + batch]]
+        looked: dict[int, list[Tensor]] = {}
+        for places in _by_size(items):
+            with timed("predict"), torch.no_grad():
+                images = as_float(torch.stack([items[place][0] for place in places]).to(device))
+                answers = [logits.float() for logits in predict(images)]
+                looked |= {place: [a[row] for a in answers] for row, place in enumerate(places)}
+        for place, (_, target) in enumerate(items):
+            truth = torch.as_tensor(target, device=device)
+            for tally, logits in zip(tallies, looked.pop(place), strict=True):
+                with timed("predict"):
+                    guess = predicted(logits, truth)
+                with timed("score"):
+                    tally.update(logits, guess, truth)
+        progress(len(items))
+    return tallies
+
+
+def _by_size(items: Sequence[Item]) -> Iterator[list[int]]:
+    """Places of the items whose images have one size, a list a size."""
+    sizes = [tuple(image.shape) for image, _ in items]
+    for size in dict.fromkeys(sizes):
+        yield [place for place, other in enumerate(sizes) if other == size]
+
+
+def new_tally(benchmark: Benchmark, device: torch.device | str) -> Tally | LandmarkTally:
+    """What counts for a benchmark's task."""
+    if traits(benchmark).classes:
+        return Tally(benchmark, device)
+    return LandmarkTally(cast(LandmarkBenchmark, benchmark), device)
+
+
+def predicted(logits: Tensor, truth: Tensor) -> Tensor:
+    """What the logits of one image say, in the form of its truth: a class, classes, or points."""
+    return peaks(logits) if truth.is_floating_point() else predicted_classes(logits, truth.shape)
+
+
+def predicted_classes(logits: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The best class. logits: (C,) -> (), or (C, h, w) -> `size` = (H, W); int64.
+
+    Logits are resized (bilinear), those of large images in strips of rows, one after the other.
+    """
+    if not size:
+        return logits.argmax()
+    height, width = size
+    rows = max(1, LARGEST_LOGITS // (len(logits) * width))
+    if rows >= height:
+        return _best(F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0])
+    last = logits.shape[1] - 1
+    # Where the rows lie among those of the logits, as `F.interpolate` has it.
+    at = torch.arange(height, device=logits.device) + 0.5
+    at = (at * ((last + 1) / height) - 0.5).clamp(0, last)
+    strips = []
+    for place in torch.split(at, rows):
+        above = place.long()
+        below = (above + 1).clamp(max=last)
+        strip = torch.lerp(logits[:, above], logits[:, below], (place - above)[:, None])
+        shape = (len(place), width)
+        strips.append(_best(F.interpolate(strip[None], shape, mode="bilinear")[0]))
+    return torch.cat(strips)
+
+
+def _best(logits: Tensor) -> Tensor:
+    return logits.max(0).indices  # argmax over a leading dimension takes ten times as long
+
+
+def _by_name(names: tuple[str, ...], shares: tuple[float, ...]) -> dict[str, float | None]:
+    # None, because JSON has no NaN.
+    pairs = zip(names, shares, strict=True)
+    return {name: None if math.isnan(share) else share for name, share in pairs}

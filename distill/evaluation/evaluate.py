@@ -1,0 +1,251 @@
+"""`distill evaluate`: score a student, a timm model or a teacher under one protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from distill import checkpoint
+from distill.benchmarks import Benchmark
+from distill.build import build_accelerator, build_benchmark, build_training_set
+from distill.config import RunConfig
+from distill.data import as_float
+from distill.errors import UserError
+from distill.evaluation import pictures
+from distill.evaluation.backbones import Subject, parse_subject
+from distill.evaluation.counting import Tally, predicted
+from distill.evaluation.geometry import correspondence, depth
+from distill.evaluation.metrics import figure_text
+from distill.evaluation.pictures import Shown
+from distill.evaluation.protocols import (
+    FINETUNE,
+    Fitted,
+    finetune,
+    knn,
+    label_efficient,
+    linear,
+    own,
+)
+from distill.evaluation.scoring import Scored, check_looks, held_out_examples, metric_of, score
+from distill.evaluation.subjects import subject_config
+from distill.recipe import to_tree
+from distill.studies.intervals import Interval, interval
+from distill.tracking import commit, hardware
+
+SHOWN = 4  # best and worst images each, in the picture
+PLACES = {"correspondence": correspondence, "depth": depth}
+
+
+def rescore(
+    text: str,
+    overrides: Sequence[str],
+    *,
+    protocol: str = "own",
+    benchmark: str | None = None,
+    out: str | None = None,
+) -> str:
+    """Evaluate a subject, and write what came out.
+
+    Args:
+        text: A subject, see `distill.evaluation.backbones.parse_subject`.
+        overrides: Changes to the recipe: a student's own, for others the defaults.
+        protocol: `own`, `linear`, `finetune`, `knn` or `label_efficient`, see `protocols`;
+            `correspondence` or `depth`, see `geometry`.
+        benchmark: Its `data.benchmark`.
+        out: A JSON file for the result, with pictures beside it.
+
+    Returns:
+        The table to print.
+    """
+    if out is not None and (Path(out).suffix != ".json" or not Path(out).parent.is_dir()):
+        raise UserError(f"--out: {out} must be a .json file in a folder that exists")
+    result, draw = evaluate_subject(text, overrides, protocol, benchmark)
+    if out is not None:
+        checkpoint.write_text(out, json.dumps(result, indent=2) + "\n")
+        if draw is not None:
+            draw(Path(out))
+    return _table(result)
+
+
+def evaluate_subject(
+    text: str, overrides: Sequence[str], protocol: str, benchmark: str | None = None
+) -> tuple[dict[str, Any], Callable[[Path], None] | None]:
+    """The result of one subject as JSON takes it, and what writes the pictures beside a JSON file;
+    the arguments are those of `rescore`. Of `label_efficient`, which fits many, the latter is
+    None."""
+    began = time.monotonic()
+    subject, config = subject_recipe(text, overrides, protocol, benchmark)
+    accelerator = one_process(config.device)
+    result: dict[str, Any] = {"subject": text, "protocol": protocol}
+    draw: Callable[[Path], None] | None = None
+    if protocol == "label_efficient":
+        result |= _few_labels(subject, config, accelerator)
+    elif protocol in PLACES:
+        found, draw = PLACES[protocol](subject, config, accelerator)
+        result |= found
+    else:
+        fitted, kind, labelled = _fit(subject, config, protocol, accelerator)
+        scored = _score(fitted, config, kind, accelerator)
+        draw, metric = partial(_write_pictures, scored), metric_of(kind)
+        result |= {
+            **_setting(config, kind, fitted, labelled),
+            "details": fitted.details,
+            "figures": {metric: scored.scores[metric]},
+            "scores": scored.scores,
+        }
+    return {
+        **result,
+        "timestep": subject.timestep if subject.kind == "teacher" else None,
+        "recipe": to_tree(config),
+        "seconds": time.monotonic() - began,
+        "commit": commit(),
+        "hardware": hardware(accelerator.device),
+    }, draw
+
+
+def subject_recipe(
+    text: str, overrides: Sequence[str], protocol: str, benchmark: str | None
+) -> tuple[Subject, RunConfig]:
+    """A subject, and the recipe that it is evaluated with; the arguments are those of `rescore`."""
+    subject = parse_subject(text)
+    chosen = [f"data.benchmark={benchmark}", *overrides] if benchmark else overrides
+    return subject, subject_config(subject, chosen, FINETUNE if protocol == "finetune" else {})
+
+
+def one_process(device: str) -> Accelerator:
+    """The device. Protocols fit, write and draw in a single process."""
+    accelerator = build_accelerator(device)
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"evaluate and compare run in one process, not in {accelerator.num_processes}; start "
+            "them without torchrun or accelerate launch"
+        )
+    return accelerator
+
+
+def _fit(
+    subject: Subject, config: RunConfig, protocol: str, accelerator: Accelerator
+) -> tuple[Fitted, Benchmark, int | None]:
+    """The predictor of a protocol, its benchmark, and how many labelled images it has seen."""
+    if protocol == "own":
+        benchmark = build_benchmark(config.data)
+        check_looks(config.evaluate, benchmark)
+        return own(subject, config, benchmark, accelerator), benchmark, None
+    data = build_training_set(config.data)
+    check_looks(config.evaluate, data.benchmark)
+    fitted = {"linear": linear, "knn": knn, "finetune": finetune}[protocol](
+        subject, config, data, accelerator
+    )
+    return fitted, data.benchmark, len(data.labelled_indices)
+
+
+def _score(
+    fitted: Fitted, config: RunConfig, benchmark: Benchmark, accelerator: Accelerator
+) -> Scored:
+    examples = held_out_examples(config, benchmark, fitted.size)
+    return score(fitted.predict, fitted.size, examples, benchmark, config, accelerator)
+
+
+def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """Scores by number of labels, each with its choices of images."""
+    data = build_training_set(dataclasses.replace(config.data, labelled=None))
+    benchmark = data.benchmark
+    check_looks(config.evaluate, benchmark)
+    metric, rows = metric_of(benchmark), dict[int, list[dict[str, Any]]]()
+    setting: dict[str, Any] = {}
+    for choice in label_efficient(subject, config, data, accelerator):
+        scored = _score(choice.fitted, config, benchmark, accelerator)
+        setting = _setting(config, benchmark, choice.fitted, None)
+        rows.setdefault(choice.labels, []).append(
+            {
+                "seed": choice.seed,
+                "names": choice.names,
+                **choice.fitted.details,
+                "scores": scored.scores,
+            }
+        )
+    figures, intervals = dict[str, float](), dict[str, Any]()
+    for labels, choices in rows.items():
+        values = [choice["scores"][metric] for choice in choices]
+        name = f"{metric} at {labels}"
+        figures[name] = sum(values) / len(values)
+        intervals[name] = interval(values)._asdict() if len(values) > 1 else None
+    by_labels = {str(labels): choices for labels, choices in rows.items()}
+    return {**setting, "figures": figures, "intervals": intervals, "choices": by_labels}
+
+
+def _setting(
+    config: RunConfig, benchmark: Benchmark, fitted: Fitted, labelled: int | None
+) -> dict[str, Any]:
+    """What must be equal where two results are compared, and the layers."""
+    return {
+        "benchmark": config.data.benchmark,
+        "split": config.evaluate.split,
+        "metric": metric_of(benchmark),
+        "size": list(fitted.size),
+        "labelled": labelled,
+        "layers": fitted.layers,
+    }
+
+
+def _write_pictures(scored: Scored, out: Path) -> None:
+    """The confusion matrix of classes, and the best and the worst images, beside the JSON file."""
+    benchmark, tally = scored.benchmark, scored.tally
+    if isinstance(tally, Tally):
+        matrix = out.with_name(f"{out.stem}-confusion.png")
+        pictures.confusion(matrix, tally.matrix.counts, benchmark.class_names)
+    each = [float(value) for value in tally.each]
+    known = [index for index, value in enumerate(each) if not math.isnan(value)]
+    # Of classes it is told how much is right, of points how far they are off.
+    ranked = sorted(known, key=each.__getitem__, reverse=isinstance(tally, Tally))
+    best = ranked[:SHOWN]
+    worst = [index for index in reversed(ranked[-SHOWN:]) if index not in best]
+    shown = []
+    for kind, indices in (("best", best), ("worst", worst)):
+        for index in indices:
+            image, target = scored.examples[index]
+            pixels, truth = as_float(image), torch.as_tensor(target)
+            with torch.no_grad():
+                logits = scored.predict(pixels[None].to(tally.device))[0].float()
+            guess = predicted(logits, truth)
+            told = f"{each[index]:.1%} NME"
+            if isinstance(tally, Tally):
+                told = f"{each[index]:.0%} {'of pixels right' if truth.ndim else 'for its class'}"
+            shown.append(Shown(f"{kind}: {told}", pixels, truth, guess))
+    pictures.overlays(
+        out.with_name(f"{out.stem}-overlays.png"), shown, benchmark.class_names, benchmark.palette
+    )
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    """The scores, shares in points, those of the classes below."""
+    lines = [
+        f"{result['subject']} on {result['benchmark']} {result['split']}, "
+        f"protocol {result['protocol']}"
+    ]
+    if result["protocol"] == "label_efficient":
+        for name, value in result["figures"].items():
+            spread = result["intervals"][name]
+            told = str(Interval(**spread)) if spread else f"{100 * value:.1f} (one choice)"
+            lines.append(f"  {name:16} {told}")
+        return "\n".join(lines)
+    scores = dict(result["scores"])
+    by_class = dict[str, float | None]()
+    for name in ("iou", "accuracy", "category"):
+        by_class |= scores.pop(name, {})
+    lines += [f"  {name:22} {figure_text(name, value):>5}" for name, value in scores.items()]
+    lines += [""] if by_class else []
+    for name, value in by_class.items():
+        lines.append(f"  {name:22} {'    -' if value is None else f'{100 * value:5.1f}'}")
+    if "lr" in result["details"]:
+        lines += ["", f"learning rate {result['details']['lr']:g}, chosen on val"]
+    return "\n".join(lines)

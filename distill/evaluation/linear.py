@@ -1,0 +1,94 @@
+"""The linear protocol: one linear layer on frozen features, many learning rates at once.
+
+The protocol of DINOv2 (Oquab et al. 2023, section 7): heads with other learning rates are trained
+side by side on the same features, the best on val is tested once. For masks it is BatchNorm and a
+1x1 convolution at every position, upsampled logits; for classes the same of pooled features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distill.evaluation.backbones import Backbone
+from distill.training.optim import lr_factor
+from students.heads import LinearHead
+
+WEIGHT_DECAY = 1e-4
+
+
+class LinearProbe(nn.Module):
+    """Linear heads on the maps of a frozen backbone.
+
+    Args:
+        backbone: Not a part of this module.
+        rates: A head each.
+        classes: Number of classes.
+        dense: A class a position instead of one an image.
+        seed: Of the heads' first weights, the same for all.
+    """
+
+    def __init__(
+        self, backbone: Backbone, rates: Sequence[float], classes: int, dense: bool, seed: int
+    ) -> None:
+        super().__init__()
+        self.look, self.rates, self.dense = backbone.maps, tuple(rates), dense
+        channels = [backbone.channels[layer] for layer in backbone.layers]
+        heads = []
+        for _ in rates:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                heads.append(LinearHead(channels, classes))
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) in [0, 1] -> logits of each head, (B, K), or (B, K, h, w) if dense,
+        at the finest map's resolution."""
+        maps = list(self.look(images).values())
+        if self.dense:
+            return [head(maps) for head in self.heads]
+        pooled = [x.mean((2, 3), keepdim=True) for x in maps]
+        return [head(pooled)[:, :, 0, 0] for head in self.heads]
+
+    def keep(self, index: int) -> None:
+        """Drop all heads but one."""
+        self.heads = nn.ModuleList([self.heads[index]])
+        self.rates = (self.rates[index],)
+
+
+def fit(
+    probe: LinearProbe,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    progress: Callable[[int], object] = lambda images: None,
+) -> None:
+    """Train all heads, each with AdamW at its own rate, which falls to 0 with a cosine.
+
+    The heads share no weight, so that each one's gradient in the sum of losses is its own.
+
+    Args:
+        probe: In eval mode afterwards.
+        batches: Images and targets on the probe's device, (B,) classes or (B, H, W) masks.
+        steps: Number of batches.
+        loss: From a head's output and the targets, one number or one an image.
+        progress: Called with the number of images after each step.
+    """
+    groups = [
+        {"params": list(head.parameters()), "lr": rate}
+        for head, rate in zip(probe.heads, probe.rates, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    probe.train()
+    for step, (images, targets) in enumerate(batches):
+        for group, rate in zip(optimizer.param_groups, probe.rates, strict=True):
+            group["lr"] = rate * lr_factor("cosine", step, steps, warmup=0)
+        losses = [loss(output, targets).mean() for output in probe(images)]
+        torch.autograd.backward(losses)  # the gradient of their sum
+        optimizer.step()
+        optimizer.zero_grad()
+        progress(len(images))
+    probe.eval()

@@ -1,0 +1,110 @@
+"""Scoring, of runs and of `distill evaluate` alike: held-out images, and the figures on them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from torch.utils.data import Subset
+
+from distill.benchmarks import Benchmark, Examples
+from distill.config import EvaluateConfig, RunConfig
+from distill.data import Resized
+from distill.errors import UserError
+from distill.evaluation.counting import Tally, count
+from distill.evaluation.inference import Predictor, several_looks
+from distill.evaluation.landmarks import LandmarkTally
+from distill.tasks import traits
+
+
+class Scored(NamedTuple):
+    """A predictor on the split that is scored."""
+
+    predict: Predictor
+    """With all the looks that the recipe asks for."""
+    examples: Examples
+    benchmark: Benchmark
+    tally: Tally | LandmarkTally
+    """Of this process's share."""
+    scores: dict[str, Any]
+    """Over all processes, see `Tally.scores`."""
+
+
+def metric_of(benchmark: Benchmark) -> str:
+    """The score that is chosen and compared by."""
+    return traits(benchmark).metric
+
+
+def check_looks(options: EvaluateConfig, benchmark: Benchmark) -> None:
+    """Refuse looks at images that have no meaning for a benchmark, before anything is computed."""
+    task = traits(benchmark)
+    if options.window is not None and not (task.dense and task.classes):
+        raise UserError(
+            f"evaluate.window: {benchmark.name} has {task.labels}, and windows are for masks; "
+            "leave it out"
+        )
+    if not task.classes and (options.flip or options.scales != [1.0]):
+        key = "flip" if options.flip else "scales"
+        raise UserError(
+            f"evaluate.{key}: heat maps of landmarks are not averaged over several looks; leave it "
+            "out"
+        )
+
+
+def held_out_examples(
+    config: RunConfig, benchmark: Benchmark, size: tuple[int, int], split: str | None = None
+) -> Examples:
+    """The images that are scored: resized as in training, unless they are cut into windows.
+
+    Masks keep their own size.
+
+    Args:
+        config: Its section `evaluate` counts.
+        benchmark: Has the images.
+        size: (H, W).
+        split: None: `evaluate.split`.
+    """
+    check_looks(config.evaluate, benchmark)
+    examples = benchmark.dataset(split or config.evaluate.split)
+    if config.evaluate.window is None:
+        examples = Resized(examples, size, masks=False)
+    if config.evaluate.images is not None:
+        kept = range(min(config.evaluate.images, len(examples)))
+        examples = Subset(examples, kept)  # type: ignore[arg-type]
+    return examples
+
+
+def score(
+    predict: Predictor,
+    size: tuple[int, int],
+    examples: Examples,
+    benchmark: Benchmark,
+    config: RunConfig,
+    accelerator: Accelerator,
+) -> Scored:
+    """Predict a split and score it, over all processes.
+
+    Args:
+        predict: One look at images, on the accelerator's device.
+        size: (H, W) that `predict` was built for.
+        examples: Of `held_out_examples`.
+        benchmark: Says the task and the classes.
+        config: Its section `evaluate` counts.
+        accelerator: Device and processes.
+    """
+    options = config.evaluate
+    looks = several_looks(
+        predict, size=size, window=options.window, flip=options.flip, scales=options.scales
+    )
+    (tally,) = count(
+        lambda images: [looks(images)],
+        examples,
+        benchmark,
+        device=accelerator.device,
+        # The logits of windows are as large as the image: of a batch they would fill the memory.
+        batch=1 if options.window else options.batch,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    scores = tally.scores(lambda counts: accelerator.reduce(counts, "sum"))
+    return Scored(looks, examples, benchmark, tally, scores)

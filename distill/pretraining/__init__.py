@@ -1,0 +1,1 @@
+"""Training a diffusion teacher on one's own images."""

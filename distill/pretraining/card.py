@@ -1,0 +1,152 @@
+"""The model card of a teacher that was trained here: what it is, and how to make it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.config import DiffusionConfig, TeacherTrainConfig
+from distill.pretraining.judge import Losses, Probe
+from distill.recipe import to_yaml
+from distill.tracking import commit, read_metrics
+
+WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+---
+
+# {name}
+
+A denoising diffusion model, trained with `distill teacher train` to be a teacher. It loads with
+`DDPMPipeline.from_pretrained`. It was trained on images alone: no label, no val or test image.
+
+| | |
+|---|---|
+| data | `{benchmark}`, train split, {images} images at {height}x{width} px, without labels |
+| terms | those of the data hold for these weights |
+| parameters | {parameters:.2f} M, stored as {dtype} |
+| seed | {seed} |
+| steps | {steps} of {batch} images ({seen:,} images seen) |
+| loss | {curve} (means over equal parts of the training, first to last) |
+| speed | {rate:.1f} images a second (waiting for data and sampling included) |
+| hardware | {hardware}{processes} |
+| commit | `{commit}` |
+| sha256 of the weights | `{sha256}` |
+
+## Loss by timestep
+
+{losses}
+
+## Linear probe
+
+{probe}
+
+## How to make it
+
+Made by saving this as `recipe.yaml` and running `distill teacher train recipe.yaml`:
+
+```yaml
+{recipe}```
+"""
+
+PROBE = """{metric} on val: **{trained:.1%}** for this teacher, {random:.1%} for the same
+architecture with random weights. A ridge regression on the features of `{layer}` at timestep
+{timestep}, fitted to {train} labelled train images and scored on {val} val images (for mIoU: at the
+positions of that feature map). Labels were used for this probe alone, after the training."""
+
+LOSSES = """Mean squared error of the predicted {prediction} on {images} {split} images, from
+timesteps with little noise to those with much; the noise is the same for every teacher.
+
+{table}"""
+
+PREDICTIONS = {"epsilon": "noise", "v_prediction": "velocity"}
+
+
+def teacher_card(
+    config: TeacherTrainConfig,
+    folder: Path,
+    *,
+    images: int,
+    size: tuple[int, int],
+    parameters: int,
+    hardware: str,
+    processes: int,
+    losses: Losses | str,
+    probe: Probe | str,
+) -> str:
+    """The card of a run's pipeline.
+
+    Args:
+        config: The recipe.
+        folder: The run folder, with its log and `pipeline/`.
+        images: Number of training images.
+        size: (H, W) that they were trained at.
+        parameters: Of the network.
+        hardware: The machine in words.
+        processes: How many trained together.
+        losses: At each noise level, or why there are none.
+        probe: Its scores, or why there are none.
+    """
+    # Where its maker kept data and runs tells nobody anything.
+    data = dataclasses.replace(config.data, root=None)
+    recipe = dataclasses.replace(config, data=data, output="runs")
+    rows = read_metrics(folder)
+    curve = means([row["loss/denoising"] for row in rows])
+    return CARD.format(
+        name=config.name,
+        benchmark=config.data.benchmark,
+        images=images,
+        height=size[0],
+        width=size[1],
+        parameters=parameters / 1e6,
+        dtype=config.save_dtype,
+        seed=config.seed,
+        steps=config.steps,
+        batch=config.batch,
+        seen=config.steps * config.batch,
+        curve=", ".join(f"{loss:.3f}" for loss in curve),
+        rate=rows[-1]["images_per_second"],
+        commit=commit(),
+        hardware=hardware,
+        processes=f", {processes} processes" if processes > 1 else "",
+        sha256=hashlib.sha256((folder / "pipeline" / WEIGHTS).read_bytes()).hexdigest(),
+        losses=_losses(losses, config.diffusion),
+        probe=_missing(probe) if isinstance(probe, str) else PROBE.format(**probe._asdict()),
+        recipe=to_yaml(recipe),
+    )
+
+
+def means(values: Sequence[float], parts: int = 10) -> list[float]:
+    """Means over equal parts, fewer where there are fewer values."""
+    parts = min(parts, len(values))
+    edges = [part * len(values) // parts for part in range(parts + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+
+
+def _losses(losses: Losses | str, diffusion: DiffusionConfig) -> str:
+    if isinstance(losses, str):
+        return _missing(losses)
+    parts = len(losses.values)
+    edges = [part * diffusion.timesteps // parts for part in range(parts + 1)]
+    columns = [
+        ("timesteps", "---", "loss"),
+        *(
+            (f"{low} to {high - 1}", "---", f"{loss:.4f}")
+            for low, high, loss in zip(edges[:-1], edges[1:], losses.values, strict=True)
+        ),
+    ]
+    return LOSSES.format(
+        prediction=PREDICTIONS[diffusion.prediction_type],
+        images=losses.images,
+        split=losses.split,
+        table="\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)),
+    )
+
+
+def _missing(reason: str) -> str:
+    return f"Not measured: {reason}."

@@ -1,0 +1,272 @@
+"""`distill teacher train`: a denoising diffusion model on unlabelled images."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from distill import checkpoint, seeding
+from distill.build import (
+    Unlabelled,
+    autocast,
+    build_accelerator,
+    build_benchmark,
+    image_size,
+    training_examples,
+)
+from distill.config import TeacherTrainConfig
+from distill.data import StepSampler, loader
+from distill.errors import Interrupted, UserError, blame
+from distill.pretraining.card import teacher_card
+from distill.pretraining.judge import judge_features, judge_losses
+from distill.recipe import build_config, to_tree, to_yaml
+from distill.tracking import Progress, RunLog, hardware, open_run_folder, stop_on_signals
+from distill.training.late import Late
+from distill.training.optim import lr_factor
+from teachers.ddpm import build_unet, denoising_loss, sample_images, save_pipeline
+
+Judgement = TypeVar("Judgement")
+
+
+class TeacherTraining:
+    """The state of one teacher's training: network, average, optimiser, step."""
+
+    def __init__(self, config: TeacherTrainConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        if config.batch % accelerator.num_processes:
+            raise UserError(
+                f"batch: {config.batch} does not divide over {accelerator.num_processes} processes"
+            )
+        self.benchmark = build_benchmark(config.data)
+        examples = Unlabelled(self.benchmark.dataset("train"))
+        self.size = image_size(config.data, examples)
+        self.examples = training_examples(examples, config.data, self.benchmark, self.size)
+        torch.manual_seed(seeding.derive_seed(config.seed, "network"))
+        with blame("unet"):
+            self.unet = build_unet(
+                image_size=self.size,
+                block_out_channels=config.unet.block_out_channels,
+                layers_per_block=config.unet.layers_per_block,
+                attention_levels=config.unet.attention_levels,
+            )
+        self.scheduler = DDPMScheduler(
+            num_train_timesteps=config.diffusion.timesteps,
+            beta_schedule=config.diffusion.beta_schedule,
+            prediction_type=config.diffusion.prediction_type,
+        )
+        if (
+            accelerator.device.type == "cuda"
+        ):  # where 16-bit convolutions are faster so; on a CPU this gains nothing in training
+            self.unet.to(memory_format=torch.channels_last)
+        self.model = accelerator.prepare_model(self.unet)
+        if config.compile:
+            self.model = torch.compile(self.model, dynamic=False)
+        self.optimizer = torch.optim.AdamW(
+            self.unet.parameters(), lr=config.lr, weight_decay=0.01, fused=True
+        )
+        self.average = EMAModel(
+            self.unet.parameters(), decay=config.ema, use_ema_warmup=True, foreach=True
+        )
+        self.step, self.loss = 0, math.nan
+        self._late: Late | None = None
+
+    def train_step(self, images: Tensor) -> Tensor:
+        """One optimiser step. images: (B, 3, H, W) in [0, 1] -> the loss, a scalar.
+
+        That it was finite shows a step later on a GPU, but always before a checkpoint.
+        """
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * lr_factor("cosine", self.step, config.steps, config.warmup)
+        noise = seeding.generator(
+            config.seed, "noise", self.step, self.accelerator.process_index, images.device
+        )
+        with autocast(self.accelerator.device, config.precision):
+            loss = denoising_loss(self.model, self.scheduler, images, noise)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.step(self.unet.parameters())
+        self.settle()
+        self._late = Late(self.step, loss=loss, gradient=norm)
+        if self._late.arrived:
+            self.settle()
+        self.step += 1
+        return loss.detach()
+
+    def settle(self) -> None:
+        """Read the newest step's loss into `loss`. Raises UserError if it is not finite."""
+        if self._late is not None:
+            late, self._late = self._late, None
+            self.loss = late.read_finite("a smaller lr, or precision=no")["loss"]
+
+    def averaged(self) -> UNet2DModel:
+        """The teacher to be: a copy of the network with the averaged weights."""
+        unet = copy.deepcopy(self.unet)
+        self.average.copy_to(unet.parameters())
+        return unet
+
+    def sample_grid(self, unet: UNet2DModel) -> Tensor:
+        """Samples in a square, (3, H, W) in [0, 1]; of the same noise at every step."""
+        config = self.config
+        samples = sample_images(
+            unet,
+            self.scheduler,
+            config.samples,
+            steps=config.sample_steps,
+            generator=seeding.generator(config.seed, "samples"),
+        )
+        grid: Tensor = make_grid(samples.cpu(), nrow=math.ceil(math.sqrt(config.samples)))
+        return grid
+
+    def state(self) -> dict[str, Any]:
+        self.settle()
+        return {
+            "config": to_tree(self.config),
+            "step": self.step,
+            "unet": self.unet.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any], source: Path) -> None:
+        # Built anew, so that a key which is younger than the file stands at its default.
+        written = build_config(TeacherTrainConfig, state.get("config", {}), where=str(source))
+        if written != self.config:
+            raise UserError(f"{source} is of another recipe; resume with the run's own config.yaml")
+        self.unet.load_state_dict(state["unet"])
+        self.average.load_state_dict(state["average"])
+        self.average.to(self.accelerator.device)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+def train_teacher(config: TeacherTrainConfig, *, resume: bool = False) -> Path:
+    """Train a teacher, and write `pipeline/`, a folder that `DDPMPipeline.from_pretrained` loads.
+
+    Returns:
+        The run folder, with config.yaml, metrics.jsonl, tensorboard/, checkpoints/, samples.png.
+
+    Raises:
+        UserError: a mistake in the recipe or its data, see `distill.errors`.
+        Interrupted: the user stopped it; the checkpoint is written.
+    """
+    folder = Path(config.output) / config.name
+    accelerator = build_accelerator(config.device)
+    training = TeacherTraining(config, accelerator)
+    last = folder / "checkpoints" / "last.pt"
+    if accelerator.is_main_process:
+        open_run_folder(folder, resume)
+        last.parent.mkdir(exist_ok=True)
+    accelerator.wait_for_everyone()
+    if resume and last.exists():
+        training.load_state(checkpoint.load(last), last)
+    log = None
+    if accelerator.is_main_process:
+        checkpoint.write_text(folder / "config.yaml", to_yaml(config))
+        log = RunLog(folder, "teacher", training.step)
+    try:
+        _loop(training, last, log)
+        if log:
+            _finish(training, folder, log)
+    finally:
+        if log:
+            log.close()
+    return folder
+
+
+def _loop(training: TeacherTraining, last: Path, log: RunLog | None) -> None:
+    """Train to the end. log: of the main process."""
+    config, accelerator = training.config, training.accelerator
+    main = accelerator.is_main_process
+    batch = config.batch // accelerator.num_processes
+    sampler = StepSampler(
+        range(len(training.examples)),
+        batch,
+        seed=seeding.derive_seed(config.seed, "unlabelled"),
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        start_step=training.step,
+        stop_step=config.steps,
+    )
+    batches = loader(training.examples, sampler, config.data.workers)
+    progress = Progress(config.name, config.steps, training.step, show=main)
+    total, logged = torch.zeros((), device=accelerator.device), training.step
+    with stop_on_signals() as stop, progress:
+        while training.step < config.steps:
+            began = time.monotonic()
+            images = next(batches)[0].to(accelerator.device, non_blocking=True)
+            waited = time.monotonic() - began
+            loss = training.train_step(images)
+            total += loss
+            step = training.step
+            count = len(images) * accelerator.num_processes
+            progress.update(count, {"loss": training.loss}, waited)
+            if log and (step % config.log_every == 0 or step == config.steps):
+                training.settle()
+                rate = training.optimizer.param_groups[0]["lr"]
+                mean = total.item() / (step - logged)
+                log.scalars(
+                    step, {"loss/denoising": mean, "lr": rate, "images_per_second": progress.rate}
+                )
+                total, logged = torch.zeros_like(total), step
+            if main and (step % config.checkpoint_every == 0 or step == config.steps or stop):
+                checkpoint.save(last, training.state())
+            if stop:
+                raise Interrupted(f"stopped at step {step} of {config.steps}; go on with --resume")
+            due = config.samples and config.sample_every and step < config.steps
+            if log and due and step % config.sample_every == 0:
+                log.images(step, "samples", training.sample_grid(training.averaged())[None])
+
+
+def _finish(training: TeacherTraining, folder: Path, log: RunLog) -> None:
+    """Write the averaged network as a pipeline folder, a grid of samples, and then its card."""
+    config, unet = training.config, training.averaged()
+    with blame(f"pipeline of {config.name}"):
+        dtype = getattr(torch, config.save_dtype)
+        save_pipeline(unet, training.scheduler, folder / "pipeline", dtype)
+    if config.samples:
+        grid = training.sample_grid(unet)
+        log.images(config.steps, "samples", grid[None])
+        with checkpoint.replacing(folder / "samples.png") as file:
+            save_image(grid, file, format="png")
+    benchmark, data, size = training.benchmark, config.data, training.size
+    device = training.accelerator.device
+    card = teacher_card(
+        config,
+        folder,
+        images=len(training.examples),
+        size=size,
+        parameters=sum(p.numel() for p in unet.parameters()),
+        hardware=hardware(device),
+        processes=training.accelerator.num_processes,
+        losses=_tried(lambda: judge_losses(unet, training.scheduler, benchmark, data, size)),
+        probe=_tried(
+            lambda: judge_features(
+                folder / "pipeline", benchmark, data, size, count=config.probe, device=device
+            )
+        ),
+    )
+    checkpoint.write_text(folder / "pipeline" / "README.md", card)
+
+
+def _tried(judge: Callable[[], Judgement]) -> Judgement | str:
+    """What it finds, or why not: a file that training did not need must not cost the teacher."""
+    try:
+        return judge()
+    except UserError as error:
+        print(f"distill: not judged: {error}", file=sys.stderr, flush=True)
+        return "images or labels could not be read"

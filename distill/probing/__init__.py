@@ -1,0 +1,1 @@
+"""What a teacher knows, by layer and timestep, and what choosing the timestep could bring."""

@@ -1,0 +1,246 @@
+"""`distill policy fit`: train a policy on a recorded table of rewards, and say what it is worth."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill import checkpoint, seeding
+from distill.errors import UserError, blame
+from distill.recipe import apply_override
+from distill.registry import resolve
+from distill.studies.intervals import interval
+from distill.tracking import commit
+from rl_policy.options import create
+from rl_policy.protocol import TimestepPolicy
+from rl_policy.summary import policy_summary
+from rl_policy.table import ReplayTable
+
+
+def fit(
+    table: str,
+    *,
+    policy: str = "a2c",
+    options: Sequence[str] = (),
+    steps: int = 300,
+    batch: int = 64,
+    seeds: Sequence[int] = (0,),
+    out: str | None = None,
+) -> str:
+    """Train a policy on half of a table's images, and compare what it earns on the other half.
+
+    The halves are the same for every seed: a seed changes the policy and what it sees, so that
+    means over seeds are means over policies.
+
+    Args:
+        table: A file that `ReplayTable.read` reads.
+        policy: A name of `distill list policies`, or `module:attribute`.
+        options: `name=value`, options of the policy.
+        steps: Steps of each training.
+        batch: Images a step, drawn with replacement.
+        seeds: One training each.
+        out: A JSON file for the figures.
+
+    Returns:
+        The table to print, a plain sentence at its end.
+
+    Raises:
+        UserError: The table or the policy is not usable.
+    """
+    if steps < 1 or batch < 1:
+        raise UserError(f"--steps and --batch: at least 1, not {steps} and {batch}")
+    with blame("--table"):
+        rewards = ReplayTable.read(table)
+    if rewards.images < 4:
+        raise UserError(f"--table: {table} has {rewards.images} images; it takes 4 to have halves")
+    if min(seeds) < 0:
+        raise UserError(f"--seed: {min(seeds)} is negative; give 0 or more")
+    given: dict[str, Any] = {}
+    for option in options:
+        apply_override(given, option)
+    factory = resolve("policies", policy, "--policy")
+    if hasattr(factory, "mix"):
+        raise UserError(
+            f"--policy: {policy} mixes the features of all timesteps, and a table has the rewards "
+            "of one at a time; try it with `distill train`"
+        )
+    timesteps = np.arange(rewards.bins) if rewards.timesteps is None else rewards.timesteps
+    training, held_out = halves(rewards)
+    began = time.perf_counter()
+    fitted = []
+    for seed in seeds:
+        with blame("--policy"):
+            built = create(
+                factory, rewards.context_size, torch.from_numpy(timesteps), batch, seed, given
+            )
+        train_policy(built, training, steps=steps, batch=batch, seed=seed)
+        fitted.append(built.probabilities(torch.from_numpy(held_out.contexts)))
+    figures = {
+        "table": str(table),
+        "policy": policy,
+        "options": given,
+        "images": {"train": training.images, "held_out": held_out.images},
+        "steps": steps,
+        "batch": batch,
+        "seeds": list(seeds),
+        **compare(training, held_out, fitted),
+        "seconds_a_step": (time.perf_counter() - began) / steps / len(seeds),
+        "commit": commit(),
+    }
+    if out is not None:
+        checkpoint.write_text(out, json.dumps(figures, indent=2) + "\n")
+    return show(figures)
+
+
+def halves(table: ReplayTable) -> tuple[ReplayTable, ReplayTable]:
+    """The images to train on, and as many (or one more) to judge by; always the same ones."""
+    order = np.random.default_rng(0).permutation(table.images)
+    return tuple(  # type: ignore[return-value]
+        ReplayTable(
+            contexts=table.contexts[part], rewards=table.rewards[part], timesteps=table.timesteps
+        )
+        for part in (order[: table.images // 2], order[table.images // 2 :])
+    )
+
+
+def train_policy(
+    policy: TimestepPolicy, table: ReplayTable, *, steps: int, batch: int, seed: int
+) -> None:
+    """The trainer's loop with a look-up in place of the teacher."""
+    contexts, rewards = torch.from_numpy(table.contexts), torch.from_numpy(table.rewards)
+    for step in range(steps):
+        drawn = seeding.generator(seed, "labelled", step)
+        images = torch.randint(table.images, (batch,), generator=drawn)
+        seen, progress = contexts[images], step / steps
+        bins = policy.act(seen, seeding.generator(seed, "policy", step), progress)
+        policy.learn(seen, bins, rewards[images, bins], (step + 1) / steps)
+
+
+def compare(
+    training: ReplayTable, held_out: ReplayTable, fitted: Sequence[Tensor]
+) -> dict[str, Any]:
+    """What policies earn on the held-out images, beside what needs no policy.
+
+    Args:
+        training: Half of the images; the best fixed timestep is chosen on it.
+        held_out: The other half (M, K).
+        fitted: The distributions (M, K) of each seed's policy.
+
+    Returns:
+        Mean rewards, regrets, intervals over the held-out images (95%, Student's t, paired), and
+        the entropy of the policies. `gap_closed` is None where there is no head-room.
+    """
+    rewards = held_out.rewards.astype(np.float64)
+    best = int(training.rewards.mean(axis=0, dtype=np.float64).argmax())
+    uniform, fixed, oracle = rewards.mean(axis=1), rewards[:, best], rewards.max(axis=1)  # (M,)
+    earned = [(p.double().numpy() * rewards).sum(axis=1) for p in fitted]
+    mine = np.mean(earned, axis=0)
+    timesteps = np.arange(held_out.bins) if held_out.timesteps is None else held_out.timesteps
+    headroom = _paired(fixed, uniform)
+    gap = headroom["mean"] if headroom["low"] > 0 else None
+    by_seed = []
+    for reward, probabilities in zip(earned, fitted, strict=True):
+        summary = policy_summary(probabilities)
+        by_seed.append(
+            {
+                "reward": float(reward.mean()),
+                "regret_to_best_fixed": float((fixed - reward).mean()),
+                "regret_to_oracle": float((oracle - reward).mean()),
+                "gap_closed": None if gap is None else float((reward - uniform).mean() / gap),
+                "entropy": summary.entropy,
+                "effective_arms": summary.effective_arms,
+                "image_entropy": summary.image_entropy,
+                "probabilities": summary.mean.tolist(),
+            }
+        )
+    names = ("reward", "regret_to_best_fixed", "regret_to_oracle", "entropy", "effective_arms")
+    means = {name: float(np.mean([row[name] for row in by_seed])) for name in names}
+    closed = None if gap is None else float((mine - uniform).mean() / gap)
+    return {
+        "timesteps": timesteps.tolist(),
+        "uniform": float(uniform.mean()),
+        "best_fixed": {
+            "timestep": int(timesteps[best]),
+            "bin": best,
+            "reward": float(fixed.mean()),
+        },
+        "oracle": float(oracle.mean()),
+        "head_room": headroom,
+        "mean": {**means, "gap_closed": closed},
+        "policy_over_uniform": _paired(mine, uniform),
+        "policy_over_best_fixed": _paired(mine, fixed),
+        "by_seed": by_seed,
+    }
+
+
+def _paired(one: NDArray[np.float64], other: NDArray[np.float64]) -> dict[str, Any]:
+    """The mean difference of two (M,) or more, and how sure it is."""
+    differences = (one - other).round(6)  # distributions are float32: what is less is none
+    return interval(differences.tolist())._asdict()
+
+
+def show(figures: dict[str, Any]) -> str:
+    """The figures as a table for the terminal, and what they say in a sentence."""
+    mean, best, images = figures["mean"], figures["best_fixed"], figures["images"]
+    bins, seeds = len(figures["timesteps"]), figures["seeds"]
+    closed = "" if mean["gap_closed"] is None else f", {mean['gap_closed']:.0%} of the gap closed"
+    rows = [
+        ("uniform", figures["uniform"], ""),
+        (f"best fixed, t={best['timestep']}", best["reward"], "chosen on the other half"),
+        (
+            figures["policy"],
+            mean["reward"],
+            f"regret {mean['regret_to_best_fixed']:.4f} to the best fixed, "
+            f"{mean['regret_to_oracle']:.4f} to the oracle{closed}",
+        ),
+        ("oracle", figures["oracle"], "the best of every image, chance included"),
+    ]
+    width = max(len(name) for name, *_ in rows)
+    return "\n".join(
+        [
+            f"{figures['policy']} on {figures['table']}: {images['train']} images to train on, "
+            f"{images['held_out']} to judge by, {figures['steps']} steps of {figures['batch']}, "
+            f"seed {', '.join(map(str, seeds))}, {1e3 * figures['seconds_a_step']:.1f} ms a step",
+            *(f"  {name:<{width}}  {reward:9.4f}  {note}".rstrip() for name, reward, note in rows),
+            f"  entropy {mean['entropy']:.2f} of {np.log(bins):.2f}, "
+            f"{mean['effective_arms']:.1f} effective arms of {bins}",
+            verdict(figures),
+        ]
+    )
+
+
+def verdict(figures: dict[str, Any]) -> str:
+    """One plain sentence: whether there is something to win, and whether the policy wins it."""
+    room, gain = figures["head_room"], figures["policy_over_uniform"]
+    over_best = figures["policy_over_best_fixed"]
+    t = figures["best_fixed"]["timestep"]
+    worse = f", and is worse than uniform: {_signed(gain)}" if gain["high"] < 0 else ""
+    if over_best["low"] > 0 and gain["low"] > 0:
+        return (
+            f"the policy earns {_signed(over_best)} more than the best fixed timestep, t={t}: "
+            "which one is best depends on the image"
+        )
+    if room["low"] <= 0:
+        return (
+            f"no head-room: the best fixed timestep, t={t}, earns {_signed(room)} more than "
+            f"uniform, which may be chance; the policy has "
+            f"{figures['mean']['effective_arms']:.1f} effective arms of {len(figures['timesteps'])}"
+            f"{worse}"
+        )
+    if gain["low"] <= 0:
+        return f"t={t} earns {_signed(room)} more than uniform; the policy has not found it{worse}"
+    return (
+        f"t={t} earns {_signed(room)} more than uniform, and the policy closes "
+        f"{figures['mean']['gap_closed']:.0%} of that"
+    )
+
+
+def _signed(of: dict[str, float]) -> str:
+    return f"{of['mean']:+.4f} ({of['low']:.4f} to {of['high']:.4f})"

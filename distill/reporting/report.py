@@ -1,0 +1,288 @@
+"""`distill report`: finished runs as a table, and as one page for a reader."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill import checkpoint
+from distill.config import RunConfig
+from distill.errors import UserError, blame
+from distill.probing import policy_fit
+from distill.probing.head_room import Estimate, written
+from distill.recipe import apply_override, build_config, flat, refuse_foreign, to_tree
+from distill.reporting.choices import load_policy, load_state
+from distill.reporting.page import Block, Code, Picture, Section, Table, Text, render
+from distill.reporting.policy import policy
+from distill.reporting.results import heading, making, results, said_of
+from distill.reporting.summary import compare, report
+from distill.reporting.training import cost, losses
+from distill.studies.comparison import FinishedRun, Group, group_runs, read_run
+from distill.tasks import TASKS
+from distill.training.distiller import SMALL
+from rl_policy.table import ReplayTable
+
+NO_PROBE = (
+    "How much there was to gain is not known without a probe of the teacher, which records the "
+    "reward of every timestep for every validation image. These make one, and report it:"
+)
+
+
+class Probe(NamedTuple):
+    """What `distill probe` left in its folder."""
+
+    folder: Path
+    table: ReplayTable
+    figures: dict[str, Any]
+    """probe.json."""
+
+
+def write_report(
+    runs: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    html: str | None = None,
+    probe: str | None = None,
+    out: str | None = None,
+) -> str:
+    """Report finished runs.
+
+    Args:
+        runs: Run folders; those that differ in the seed alone are taken together.
+        overrides: `data.KEY=value`, where the data lie today, to ask the policy about images; and
+            what a recipe says anyway, to trust code that it names (`recipe.refuse_foreign`).
+        html: The page; of a single run by default RUN/report.html, of several by default none. Its
+            pictures lie beside it in a folder of its name with `-pictures`.
+        probe: A folder of `distill probe`, to say what the policy left to be gained.
+        out: A JSON file for the scores.
+
+    Returns:
+        What to print.
+
+    Raises:
+        UserError: A folder is no finished run, the runs do not compare, or an argument is wrong.
+    """
+    if not runs:
+        raise UserError("report: name a run folder")
+    groups = group_runs([read_run(run) for run in runs])
+    if html is None and len(runs) == 1:
+        html = str(Path(runs[0]) / "report.html")
+    if html is None and (probe or overrides):
+        raise UserError(
+            "--probe and data.KEY=value are for the page: say where it goes with --html PAGE.html"
+        )
+    if html is not None and Path(html).suffix not in (".html", ".htm"):
+        raise UserError(f"--html: {html} is a page, such as report.html")
+    if out is not None and Path(out).suffix != ".json":
+        raise UserError(f"--out: {out} is for the figures, such as report.json; the page is --html")
+    configs = {} if html is None else _opened(groups, overrides)
+    known = None if probe is None else _read_probe(probe)
+    text = compare(groups, out)
+    if len(runs) == 1:
+        text = report(groups[0].first.summary)
+    if html is not None:
+        _write_page(Path(html), groups, configs, known)
+        text += f"\n\npage written to {html}"
+    return text
+
+
+def _opened(groups: Sequence[Group], overrides: Sequence[str]) -> dict[str, RunConfig]:
+    """Each run's recipe with the overrides, by run folder."""
+    runs = [run for group in groups for run in group.runs]
+    known = {f"{key}={value}" for run in runs for key, value in flat(to_tree(run.config)).items()}
+    places = [override for override in overrides if override.startswith("data.")]
+    for override in overrides:
+        if override not in places and override not in known:  # the known trust code of their own
+            raise UserError(
+                f"report: {override!r}: a finished run's recipe is as it is; only data.KEY=value "
+                "may say where its data lie today"
+            )
+    configs = {}
+    for run in runs:
+        tree = to_tree(run.config)
+        for override in places:
+            apply_override(tree, override)
+        config = build_config(RunConfig, tree, where=str(run.folder))
+        refuse_foreign(config, overrides, run.folder)
+        configs[str(run.folder)] = config
+    return configs
+
+
+def _read_probe(path: str) -> Probe:
+    folder = Path(path)
+    with blame("--probe"):
+        table = ReplayTable.read(folder / "table.safetensors")
+        figures: dict[str, Any] = json.loads((folder / "probe.json").read_text())
+    if table.images < 4:
+        raise UserError(f"--probe: {folder} has {table.images} images; it takes 4 to have halves")
+    return Probe(folder, table, figures)
+
+
+def _write_page(
+    page: Path, groups: Sequence[Group], configs: dict[str, RunConfig], probe: Probe | None
+) -> None:
+    """The pictures, then the page that holds them."""
+    pictures = page.with_name(f"{page.stem}-pictures")
+    try:
+        pictures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--html: {pictures} cannot be made: {error.strerror}") from error
+    sections = [
+        results(groups, pictures),
+        policy(groups, configs, pictures),
+        _regret(groups, probe),
+        losses(groups, pictures),
+        cost(groups, pictures),
+        making(groups),
+    ]
+    first = groups[0].first
+    names = [run.config.name for group in groups for run in group.runs]
+    more = [f"{len(names) - 3} more runs"] if len(names) > 4 else names[3:]
+    title = ", ".join([*names[:3], *more])
+    lead = (
+        f"{first.config.student.model} taught by {first.config.teacher.path or 'an ensemble'}, on "
+        f"{first.summary['benchmark']}"
+    )
+    checkpoint.write_text(page, render(title, lead, sections))
+
+
+def _regret(groups: Sequence[Group], probe: Probe | None) -> Section:
+    """What the policies earn on a probe's table, beside what needs no policy, and the oracle."""
+    section = Section("regret", "What there was to gain")
+    if probe is None and not TASKS[groups[0].first.summary["task"]].classes:
+        section.blocks.append(Text("A probe of the teacher tells classes; here there are none."))
+        return section
+    if probe is None:
+        run = groups[0].first.folder
+        commands = [
+            ["distill", "probe", str(run / "config.yaml"), "--out", f"{run}-probe"],
+            ["distill", "report", str(run), "--probe", f"{run}-probe"],
+        ]
+        section.blocks += [Text(NO_PROBE), Code("Commands", "\n".join(map(shlex.join, commands)))]
+        return section
+    picture = probe.folder / "probe.png"
+    if picture.is_file():
+        caption = "The probe's map of layers and timesteps, beside that of random weights."
+        section.blocks.append(Picture(picture, caption, caption))
+    for group in groups:
+        section.blocks += heading(groups, group)
+        runs = [run for run in group.runs if run.taught and run.summary["policy"]]
+        if not runs:
+            section.blocks.append(Text("No policy to look at."))
+            continue
+        try:
+            blocks, finding = _earned(runs, probe)
+        except UserError as error:
+            section.blocks.append(Text(f"The policy cannot be tried on the table: {error}."))
+            continue
+        section.blocks += blocks
+        section.findings.append(said_of(groups, group, f"on the probe's table: {finding}"))
+    return section
+
+
+def _earned(runs: Sequence[FinishedRun], probe: Probe) -> tuple[list[Block], str]:
+    """The table of rewards of one recipe's policies, and what it comes to."""
+    training, held_out = policy_fit.halves(_at_bins(probe.table, runs[0]))
+    contexts = torch.from_numpy(held_out.contexts)
+    figures = policy_fit.compare(training, held_out, [_distribution(r, contexts) for r in runs])
+    mean, best = figures["mean"], figures["best_fixed"]
+    oracle = figures["oracle"]
+    rows = [
+        _row("uniform", figures["uniform"], best["reward"], oracle),
+        _row(f"best fixed, t={best['timestep']}", best["reward"], best["reward"], oracle),
+        _row("the policy", mean["reward"], best["reward"], oracle),
+        _row("oracle: the best of each image", oracle, best["reward"], oracle),
+    ]
+    caption = (
+        f"Mean reward of {held_out.images} images of the probe; the other {training.images} chose "
+        "the best fixed timestep. The oracle takes chance for a property of the image."
+    )
+    head = ["way to choose", "reward", "regret to the best fixed", "regret to the oracle"]
+    blocks: list[Block] = [*_cautions(runs[0], probe), Table(caption, head, rows)]
+    blocks += _honest(probe)
+    return blocks, policy_fit.verdict(figures)
+
+
+def _row(name: str, reward: float, fixed: float, oracle: float) -> list[str]:
+    return [name, f"{reward:.4f}", f"{fixed - reward:.4f}", f"{oracle - reward:.4f}"]
+
+
+def _at_bins(table: ReplayTable, run: FinishedRun) -> ReplayTable:
+    """The table at the policy's own timesteps, linear between the probe's."""
+    assert run.taught is not None
+    assert table.timesteps is not None
+    bins = run.results[run.taught]["policy"]["timesteps"]
+    rewards = [np.interp(bins, table.timesteps, row) for row in table.rewards]
+    return ReplayTable(
+        contexts=table.contexts,
+        rewards=np.array(rewards, dtype=np.float32),
+        timesteps=np.array(bins, dtype=np.int64),
+    )
+
+
+def _distribution(run: FinishedRun, contexts: Tensor) -> Tensor:
+    """(M, K): by image where the policy sees what the table holds, otherwise its late mean."""
+    if _sees_the_table(run):
+        assert run.taught is not None
+        state = load_state(run, run.taught)
+        return load_policy(run, run.taught, state, contexts.shape[1]).probabilities(contexts)
+    late = torch.tensor(run.summary["policy"]["probabilities"])
+    return (late / late.sum()).expand(len(contexts), -1)
+
+
+def _sees_the_table(run: FinishedRun) -> bool:
+    """Whether what the policy saw of an image is what a probe's table holds of it."""
+    policy = run.config.policy
+    return policy.context == "image" and policy.image_size == SMALL
+
+
+def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
+    """Where the probe is not of quite what the policy was rewarded for."""
+    said = ["The probe's rewards are interpolated between its timesteps."]
+    if not _sees_the_table(run):
+        said.append(
+            "The policy saw something else of an image than the table holds: what counts is its "
+            "mean distribution over the last tenth of the steps it chose in."
+        )
+    rewards = run.config.policy.rewards
+    if list(rewards) != ["teacher_task"]:
+        said.append(
+            f"The policy was rewarded for {' and '.join(rewards)}, the table has teacher_task "
+            "alone: it is no yardstick for this policy."
+        )
+    layer = run.config.policy.reward_layer or run.config.pairs[0].teacher
+    probed = probe.figures.get("best", {}).get("layer")
+    if probed != layer:
+        said.append(f"The table is of layer {probed}, the policy was rewarded for {layer}.")
+    mine = flat(to_tree(run.config))
+    for key, theirs in probe.figures.get("settings", {}).items():
+        if key.startswith("teacher.") and key in mine and mine[key] != theirs:
+            said.append(f"The probe has {key}={theirs}, the run {key}={mine[key]}.")
+    return [Text(" ".join(said))]
+
+
+def _honest(probe: Probe) -> list[Block]:
+    """The probe's own head-room, which tells an honest oracle from chance."""
+    layer = probe.figures.get("best", {}).get("layer")
+    room = probe.figures.get("head_room", {}).get(layer)
+    if not room:
+        return []
+    names = {
+        "uniform": "uniform",
+        "fixed": f"best fixed, t={room['fixed_timestep']}",
+        "learnt": "a linear rule on the 8x8 image",
+        "honest": "honest oracle: chosen by another draw of the noise",
+        "oracle": "oracle",
+    }
+    known = [name for name in names if name in room]
+    figures = written(Estimate(*room[name]) for name in known)
+    rows = [[names[name], figure] for name, figure in zip(known, figures, strict=True)]
+    caption = f"The probe's own head-room at all its timesteps ({layer}, {room['images']} images)"
+    return [Table(caption, ["way to choose", "reward (95% interval)"], rows)]

@@ -1,0 +1,187 @@
+"""What training left in the log: losses, target noise and cost, two sections of a report."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.reporting import charts, plots
+from distill.reporting.page import Block, Picture, Section, Table, Text
+from distill.reporting.results import heading, picture_path, said_of
+from distill.studies.comparison import FinishedRun, Group, spoken
+from distill.training.loop import TIMED
+
+
+def losses(groups: Sequence[Group], pictures: Path) -> Section:
+    """Losses over training, and how much of the feature loss no student can avoid."""
+    section = Section("losses", "Losses and target noise")
+    for group in groups:
+        run = group.first
+        path = picture_path(pictures, groups, group, "curves.png")
+        plots.curves(path, run.rows)
+        alt = "Losses, rewards and learning rate over the steps of training, a line an arm"
+        caption = f"Training of seed {run.seed}; pale single steps, strong their running mean."
+        section.blocks += [*heading(groups, group), Picture(path, alt, caption)]
+        path = picture_path(pictures, groups, group, "floor.png")
+        blocks, finding = _floor(run, path)
+        section.blocks += blocks
+        section.findings.extend(said_of(groups, group, text) for text in finding)
+    return section
+
+
+def _floor(run: FinishedRun, path: Path) -> tuple[list[Block], list[str]]:
+    """The target-noise floor beside the feature loss of the last tenth of the log."""
+    if run.taught is None:
+        return [Text("No arm had a teacher: there is no feature loss.")], []
+    result = run.results[run.taught]
+    floor = result.get("noise_floor") or {}
+    ended = final(run, run.taught, "loss/feature")
+    if not floor.get("mean"):
+        why = "no target-noise floor was measured (clean input, a feature cache, or floor_every=0)"
+        return [Text(f"Feature loss at the end: {_number(ended)}; {why}.")], []
+    charts.noise_floor(path, floor["bins"], **result["policy"])
+    weights = [pair.weight for pair in run.config.pairs]
+    means = list(floor["mean"].values())
+    total = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
+    rows = [
+        [pair, pick.teacher, f"{pick.weight:g}", pick.loss, f"{mean:.3f}"]
+        for (pair, mean), pick in zip(floor["mean"].items(), run.config.pairs, strict=True)
+    ]
+    caption = "Target noise by pair: the share of the target's variance that the noise makes"
+    blocks: list[Block] = [
+        Picture(
+            path,
+            "Target-noise floor of each pair over the timesteps",
+            f"{caption}, at each timestep. No student can predict that part.",
+        ),
+        Table(
+            "Its mean over the timesteps that were chosen",
+            ["pair", "teacher's layer", "weight", "loss", "floor"],
+            rows,
+        ),
+    ]
+    if any(pair.loss != "mse" or not pair.standardise for pair in run.config.pairs):
+        blocks.append(
+            Text(
+                f"Feature loss at the end: {_number(ended)}. It is not all a mean squared error of "
+                "standardised targets, so that the floor does not compare with it."
+            )
+        )
+        return blocks, []
+    blocks.append(
+        Text(
+            f"Feature loss at the end: {_number(ended)}, of which noise alone would leave "
+            f"{total:.3f}, both summed over the pairs with their weights; a student that predicts "
+            f"nothing is left with {sum(weights):.3g}."
+        )
+    )
+    if ended is None:
+        return blocks, []
+    return blocks, [
+        f"the feature loss ended at {ended:.2f}, of which the targets' noise makes {total:.2f}"
+    ]
+
+
+def final(run: FinishedRun, arm: str, key: str) -> float | None:
+    """Mean of a logged figure over the last tenth of an arm's rows that have it."""
+    values = [row[key] for row in run.rows if row["arm"] == arm and row.get(key) is not None]
+    return statistics.fmean(values[-max(1, len(values) // 10) :]) if values else None
+
+
+def _number(value: float | None) -> str:
+    return "not logged" if value is None else f"{value:.3f}"
+
+
+def cost(groups: Sequence[Group], pictures: Path) -> Section:
+    """Time, its parts, and operations."""
+    section = Section("cost", "Cost")
+    rows = [
+        [
+            f"{run.folder.name}, {spoken(arm)}",
+            str(run.config.train.steps),
+            f"{result['seconds']:.0f} s",
+            f"{result['images_per_second'] * result['seconds']:,.0f}",
+            f"{result['images_per_second']:.1f}",
+            f"{_waiting(result):.0%}" if result.get("parts") else "not recorded",
+        ]
+        for group in groups
+        for run in group.runs
+        for arm, result in run.results.items()
+    ]
+    head = ["run, arm", "steps", "time", "images", "images/s", "waiting for data"]
+    section.blocks.append(Table("Time of training, evaluation not counted", head, rows))
+    for group in groups:
+        path = picture_path(pictures, groups, group, "parts.png")
+        section.blocks += [*heading(groups, group), *_parts(group.first, path)]
+        section.blocks.append(_operations(group.first))
+    return section
+
+
+def _waiting(result: dict[str, Any]) -> float:
+    return float(result["parts"].get("data", 0.0))
+
+
+def _parts(run: FinishedRun, path: Path) -> list[Block]:
+    """Which part of a step takes which share of the time."""
+    shares = {
+        spoken(arm): {part: 100 * share for part, share in result["parts"].items()}
+        for arm, result in run.results.items()
+        if result.get("parts")
+    }
+    if not shares:
+        return [
+            Text(
+                "The parts of a step were not recorded: the run is older than that, or too short "
+                f"(every {TIMED}th step is timed)."
+            )
+        ]
+    plots.bars(path, shares, "% of the time of a step")
+    parts = list(dict.fromkeys(part for row in shares.values() for part in row))
+    rows = [
+        [arm, *(f"{row[part]:.1f}%" if part in row else "" for part in parts)]
+        for arm, row in shares.items()
+    ]
+    caption = f"Share of a step's time by part, seed {run.seed}"
+    alt = f"{caption}, as in the table below"
+    table = Table("The same in figures", ["arm", *parts], rows)
+    return [Picture(path, alt, f"{caption}, in every {TIMED}th step."), table]
+
+
+def _operations(run: FinishedRun) -> Block:
+    """Floating-point operations, counted and not measured."""
+    counted = {arm: r["flops"] for arm, r in run.results.items() if r.get("flops")}
+    if not counted:
+        return Text("Floating-point operations were not recorded: the run is older than that.")
+    rows = []
+    for arm, flops in counted.items():
+        train, result = run.config.train, run.results[arm]
+        passes = 3 * result["images_per_second"] * result["seconds"]
+        if arm != "scratch" and "student_progress" in run.config.policy.rewards:
+            passes += 2 * (train.steps - train.finetune_steps) * train.batch
+        looked = result.get("looked")
+        total = passes * flops["student"] + (looked or 0) * (flops["teacher"] or 0)
+        known = arm == "scratch" or None not in (looked, flops["teacher"])
+        rows.append(
+            [
+                spoken(arm),
+                f"{flops['student'] / 1e9:.3f}",
+                _giga(flops["teacher"]),
+                _giga(flops["teacher_whole"]),
+                "–" if looked is None else f"{looked:,}",
+                f"{total / 1e12:,.2f}" if known else "–",
+            ]
+        )
+    caption = (
+        "Operations (two a multiply-add): GFLOP of one image forward; images that the teacher "
+        "looked at, those whose features were in a cache not counted; and TFLOP of training "
+        "student and teacher, a backward pass taken as twice its forward pass, without policy and "
+        "reward heads"
+    )
+    head = ["arm", "student", "teacher, as far as needed", "whole teacher", "looks", "training"]
+    return Table(caption, head, rows)
+
+
+def _giga(count: int | None) -> str:
+    return "–" if count is None else f"{count / 1e9:.3f}"

@@ -1,0 +1,263 @@
+"""Finished runs side by side: groups of seeds of one recipe, and differences paired by seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from distill.config import RunConfig
+from distill.errors import UserError
+from distill.evaluation.metrics import worth
+from distill.recipe import flat, load_config, to_tree
+from distill.studies.intervals import interval
+from distill.tasks import TASKS
+from distill.tracking import read_metrics
+from distill.training.loop import checkpoint_path
+
+Name = TypeVar("Name", bound=str)
+
+METRICS = {task: traits.metric for task, traits in TASKS.items()}
+
+# What two runs of one recipe may differ in: the seeds, names and places, and how fast it went.
+NOT_THE_RECIPE = frozenset(
+    (
+        *("name", "output", "seed", "data.split_seed", "device"),
+        *("data.root", "data.workers", "data.memory_gb"),
+        *("teacher.compile", "student.compile", "teacher.cache_gb", "evaluate.batch"),
+        *("train.log_every", "train.checkpoint_every", "train.evaluate_every"),
+    )
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """What a finished run's folder says."""
+
+    folder: Path
+    config: RunConfig
+    summary: dict[str, Any]
+    """summary.json."""
+    results: dict[str, dict[str, Any]]
+    """checkpoints/ARM/result.json, by arm."""
+    rows: list[dict[str, Any]]
+    """metrics.jsonl."""
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def arm(self) -> str:
+        """See `main_arm`."""
+        return main_arm(list(self.results))
+
+    @property
+    def taught(self) -> str | None:
+        """See `taught_arm`."""
+        return taught_arm(self.results)
+
+    def by_class(self, arm: str) -> dict[str, float | None]:
+        """IoU or accuracy by class name; None for a class that does not occur."""
+        scores = self.results[arm]["scores"]
+        found: dict[str, float | None] = scores.get("iou") or scores.get("accuracy") or {}
+        return found
+
+
+def main_arm(arms: Sequence[Name]) -> Name:
+    """The arm that a run is about, whose student is exported: `distilled`, or else its first."""
+    return next((arm for arm in arms if arm == "distilled"), arms[0])
+
+
+def taught_arm(results: Mapping[Name, Mapping[str, Any]]) -> Name | None:
+    """The arm whose policy is looked at: the main one, or else the first that has a teacher.
+
+    Args:
+        results: Of each arm, in the run's order.
+    """
+    arms = [arm for arm, result in results.items() if result.get("policy")]
+    return main_arm(arms) if arms else None
+
+
+def spoken(arm: str) -> str:
+    """An arm's name in a sentence."""
+    return arm.replace("_", " ")
+
+
+def scored_on(config: RunConfig) -> dict[str, Any]:
+    """On which images a run is scored, and how they are looked at, by key: equal where two scores
+    compare. Where the data lie plays no part."""
+    data, scoring = config.data, config.evaluate
+    return {
+        "data.benchmark": data.benchmark,
+        "data.options": data.options,
+        "evaluate.split": scoring.split,
+        "evaluate.images": scoring.images,
+        "evaluate.scales": scoring.scales,
+        "evaluate.flip": scoring.flip,
+        "evaluate.window": scoring.window,
+    }
+
+
+class Group(NamedTuple):
+    """Runs of one recipe with different seeds."""
+
+    label: str
+    """What of the recipe sets it apart from the other groups, or its first run's name or folder."""
+    runs: tuple[FinishedRun, ...]
+
+    @property
+    def first(self) -> FinishedRun:
+        return self.runs[0]
+
+    @property
+    def metric(self) -> str:
+        """Key of the main score."""
+        return METRICS[self.first.summary["task"]]
+
+    def values(self, arm: str) -> dict[int, float]:
+        """The main score of an arm, by seed."""
+        return {run.seed: run.summary["metrics"][arm][self.metric] for run in self.runs}
+
+
+def read_run(folder: str | Path) -> FinishedRun:
+    """Read a run folder. Raises UserError if it is none, or not finished."""
+    run = Path(folder)
+    try:
+        summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+        results = {
+            arm: json.loads(checkpoint_path(run, arm).with_name("result.json").read_text())
+            for arm in summary["metrics"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run} has no summary.json: name a run folder that is finished") from error
+    return FinishedRun(
+        folder=run,
+        config=load_config(RunConfig, run / "config.yaml"),
+        summary=summary,
+        results=results,
+        rows=read_metrics(run),
+    )
+
+
+def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
+    """Gather the runs that differ in the seed alone, in the order given.
+
+    Raises:
+        UserError: They cannot be compared: other images are scored or have labels, or a recipe has
+            a seed twice.
+    """
+    for run in runs:
+        _check_equal(run, runs[0], scored_on)
+        twin = next(other for other in runs if other.seed == run.seed)
+        _check_equal(run, twin, lambda config: {"data.split_seed": config.data.split_seed})
+    members: list[list[FinishedRun]] = []
+    for run in runs:
+        for group in members:
+            if not differences(group[0].config, run.config):
+                group.append(run)
+                break
+        else:
+            members.append([run])
+    for group in members:
+        if len({run.seed for run in group}) < len(group):
+            raise UserError(
+                "report: two runs have the same seed; name runs with different seeds or recipes "
+                f"({', '.join(str(run.folder) for run in group)})"
+            )
+    return [
+        Group(label, tuple(group)) for label, group in zip(_labels(members), members, strict=True)
+    ]
+
+
+def _check_equal(
+    run: FinishedRun, other: FinishedRun, of: Callable[[RunConfig], Mapping[str, Any]]
+) -> None:
+    theirs = of(other.config)
+    for key, value in of(run.config).items():
+        if value != theirs[key]:
+            raise UserError(
+                f"report: {run.folder} has {key}={value}, {other.folder} {theirs[key]}: they do "
+                "not compare"
+            )
+
+
+def differences(one: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """What two recipes say differently, by key; None where one lacks it."""
+    before, now = flat(to_tree(one)), flat(to_tree(other))
+    return {
+        key: (before.get(key), now.get(key))
+        for key in before | now
+        if key not in NOT_THE_RECIPE
+        and before.get(key) != now.get(key)
+        # Where the features are kept plays no part, but that their noise is fixed does.
+        and not (key == "teacher.cache" and before[key] and now[key])
+    }
+
+
+def _labels(groups: Sequence[Sequence[FinishedRun]]) -> list[str]:
+    """Short names of groups: the one or two keys that differ, or the names of their first runs;
+    where these are not unique, their folders."""
+    configs = [group[0].config for group in groups]
+    keys = dict.fromkeys(key for config in configs for key in differences(configs[0], config))
+    if 1 <= len(keys) <= 2:
+        trees = [flat(to_tree(config)) for config in configs]
+        return [", ".join(f"{key}={tree.get(key)}" for key in keys) for tree in trees]
+    names = [config.name for config in configs]
+    return names if len({*names}) == len(names) else [str(group[0].folder) for group in groups]
+
+
+def gains(metric: str, values: Mapping[int, float], base: Mapping[int, float]) -> dict[int, float]:
+    """By how much scores are better than `base`, of the seeds that both have, by seed."""
+    return {
+        seed: worth(metric, values[seed]) - worth(metric, base[seed])
+        for seed in values
+        if seed in base
+    }
+
+
+def estimate(values: Mapping[int, float]) -> dict[str, float | None] | None:
+    """Mean and 95% interval of what the seeds gave, for JSON: `low` and `high` are None of a single
+    one, and all is None of none."""
+    return interval(list(values.values()))._asdict() if values else None
+
+
+def figures(group: Group) -> dict[str, Any]:
+    """A group's scores as plain numbers, for JSON."""
+    rows: dict[str, Any] = {}
+    arms = group.first.summary["metrics"]
+    for arm in arms:
+        values = group.values(arm)
+        rows[arm] = {"values": list(values.values()), group.metric: estimate(values)}
+        if arm != "scratch" and "scratch" in arms:
+            paired = gains(group.metric, values, group.values("scratch"))
+            rows[arm]["gain_over_scratch"] = estimate(paired)
+    return {
+        "benchmark": group.first.summary["benchmark"],
+        "split": group.first.summary["split"],
+        "metric": group.metric,
+        "seeds": [run.seed for run in group.runs],
+        "arms": rows,
+        "commits": sorted({run.summary["commit"] for run in group.runs}),
+        "hardware": sorted({run.summary["hardware"] for run in group.runs}),
+    }
+
+
+def compare_groups(groups: Sequence[Group]) -> dict[str, Any]:
+    """Several groups as plain numbers, each arm with its paired difference to the first group's."""
+    described = []
+    for group in groups:
+        mine: dict[str, Any] = {
+            "label": group.label,
+            "runs": [str(run.folder) for run in group.runs],
+            **figures(group),
+        }
+        if group is not groups[0]:
+            for arm, row in mine["arms"].items():
+                if arm in groups[0].first.summary["metrics"]:
+                    paired = gains(groups[0].metric, group.values(arm), groups[0].values(arm))
+                    row["difference_to_first"] = estimate(paired)
+        described.append(mine)
+    return {"groups": described}

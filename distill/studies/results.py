@@ -1,0 +1,241 @@
+"""What a study has found so far, a row an arm: JSON, a Markdown table and a picture."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill import checkpoint
+from distill.config import Arm, RunConfig
+from distill.errors import UserError
+from distill.evaluation.metrics import LOWER_IS_BETTER, TITLES, in_points
+from distill.reporting import charts
+from distill.studies.comparison import METRICS, estimate, gains, spoken
+from distill.studies.intervals import Interval
+from distill.studies.study import Cell, Study, run_folder
+from distill.training.loop import checkpoint_path
+
+
+class Score(NamedTuple):
+    """What one arm of a finished run came to, its seconds of training, and those of all arms."""
+
+    benchmark: str
+    split: str
+    metric: str
+    value: float
+    seconds: float
+    images_per_second: float
+    commit: str
+    hardware: str
+    run_seconds: float
+
+
+def finished(run: RunConfig) -> bool:
+    """Whether a run has come to its end: its summary is what it writes last."""
+    return (run_folder(run) / "summary.json").is_file()
+
+
+def read_scores(study: Study) -> dict[Cell, Score]:
+    """The scores of all finished runs, in the study's order.
+
+    Raises:
+        UserError: A file of a finished run is missing or damaged.
+    """
+    return {
+        cell: _read_score(run_folder(run), study.takes[cell.arm])
+        for cell, run in study.cells.items()
+        if finished(run)
+    }
+
+
+def _read_score(folder: Path, arm: Arm) -> Score:
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        result = json.loads(checkpoint_path(folder, arm).with_name("result.json").read_text())
+        metric = METRICS[summary["task"]]
+        return Score(
+            summary["benchmark"],
+            summary["split"],
+            metric,
+            result["scores"][metric],
+            result["seconds"],
+            result["images_per_second"],
+            result["commit"],
+            result["hardware"],
+            summary["wall_seconds"],
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} is no whole run ({' '.join(str(error).split())}); remove that folder to "
+            "train it again"
+        ) from error
+
+
+def write_results(study: Study, folder: Path) -> str:
+    """Write NAME.json, NAME.md and NAME.png of a study with one finished run or more.
+
+    Returns:
+        The table, as it stands in NAME.md.
+    """
+    results = study_results(study)
+    table = markdown(results)
+    name = study.config.name
+    checkpoint.write_text(folder / f"{name}.json", json.dumps(results, indent=2) + "\n")
+    checkpoint.write_text(folder / f"{name}.md", table + "\n")
+    _draw(folder / f"{name}.png", results)
+    return table
+
+
+def _draw(path: Path, results: Mapping[str, Any]) -> None:
+    """A panel of the scores, and one of the paired gains over each baseline."""
+    metric, arms = results["metric"], results["arms"]
+    title = TITLES[metric] + " (lower is better)" * (metric in LOWER_IS_BETTER)
+    found = {f"{title}, {results['benchmark']} {results['split']}": arms}
+    for baseline in results["baselines"]:
+        key = f"gain_over_{baseline}"
+        if over := {arm: row[key] for arm, row in arms.items() if key in row}:
+            found[f"gain over {spoken(baseline)}, paired"] = over
+    charts.panels(
+        path,
+        {
+            title: {spoken(arm): [100 * x for x in row["values"]] for arm, row in rows.items()}
+            for title, rows in found.items()
+        },
+        [spoken(baseline) for baseline in results["baselines"]],
+    )
+
+
+def study_results(study: Study) -> dict[str, Any]:
+    """All that is known: a row of every arm that has a finished run. Scores are in [0, 1].
+
+    A mean has a 95% interval (`low`, `high`), null where it is of one seed alone.
+    """
+    scores = read_scores(study)
+    first = next(iter(scores.values()))
+    runs = {run_folder(run): finished(run) for run in study.cells.values()}
+    rows = {arm: _row(study, arm, scores, first.metric) for arm in study.takes if _of(scores, arm)}
+    return {
+        "study": study.config.name,
+        "command": shlex.join(["distill", "sweep", str(study.path), *study.overrides]),
+        "benchmark": first.benchmark,
+        "split": first.split,
+        "metric": first.metric,
+        "seeds": sorted({cell.seed for cell in scores}),
+        "split_seeds": sorted({study.cells[cell].data.split_seed for cell in scores}),
+        "baselines": study.config.baselines,
+        "overrides": study.config.overrides,
+        "runs": {"finished": sum(runs.values()), "planned": len(runs)},
+        "arms": rows,
+        "commits": _distinct(score.commit for score in scores.values()),
+        "hardware": _distinct(score.hardware for score in scores.values()),
+    }
+
+
+def _of(scores: Mapping[Cell, Score], arm: str) -> dict[int, Score]:
+    """The scores of an arm by seed."""
+    return {cell.seed: score for cell, score in scores.items() if cell.arm == arm}
+
+
+def _row(study: Study, arm: str, scores: Mapping[Cell, Score], metric: str) -> dict[str, Any]:
+    own = _of(scores, arm)
+    values = {seed: score.value for seed, score in own.items()}
+    row: dict[str, Any] = {
+        "take": study.takes[arm],
+        "overrides": next(one.overrides for one in study.config.arms if one.name == arm),
+        "seeds": list(own),
+        "values": list(values.values()),
+        metric: estimate(values),
+    }
+    for baseline in study.config.baselines:
+        base = {seed: score.value for seed, score in _of(scores, baseline).items()}
+        paired = gains(metric, values, base)
+        if baseline != arm and (found := estimate(paired)):
+            row[f"gain_over_{baseline}"] = {
+                "seeds": list(paired),
+                "values": list(paired.values()),
+                **found,
+            }
+    return row | {
+        "seconds": [score.seconds for score in own.values()],
+        "images_per_second": [score.images_per_second for score in own.values()],
+        "commits": _distinct(score.commit for score in own.values()),
+        "hardware": _distinct(score.hardware for score in own.values()),
+    }
+
+
+def _distinct(words: Iterable[str]) -> list[str]:
+    return sorted(set(words))
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The results as a Markdown table, in points, with what is needed to repeat them."""
+    metric, baselines, arms = results["metric"], results["baselines"], results["arms"]
+    heads = [
+        *("arm", "each seed", "mean"),
+        *(f"gain over {spoken(baseline)}" for baseline in baselines),
+        *("seconds", "images/s"),
+    ]
+    lines = [
+        f"{TITLES[metric]} {in_points(metric)} on {results['benchmark']} {results['split']}: means "
+        "over seeds (95% confidence intervals); gains are paired by seed",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+    ]
+    others = [arm for arm in arms if _of_another_commit(arms, arm, baselines)]
+    for arm, row in arms.items():
+        cells = [
+            spoken(arm) + " †" * (arm in others),
+            ", ".join(f"{100 * value:.1f}" for value in row["values"]),
+            _in_points(row[metric]),
+            *(_in_points(row.get(f"gain_over_{baseline}")) for baseline in baselines),
+            f"{_mean(row['seconds']):.0f}",
+            f"{_mean(row['images_per_second']):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    if others:
+        lines += ["", "† of another commit than a baseline"]
+    runs = results["runs"]
+    unfinished = runs["planned"] - runs["finished"]
+    lines += ["", f"* runs: {runs['planned']}" + (f", {unfinished} unfinished" * bool(unfinished))]
+    if len(results["seeds"]) > 1:
+        lines.append(f"* seeds: {_said_of_seeds(results)}")
+    changed = {"all arms": results["overrides"]}
+    changed |= {spoken(arm): row["overrides"] for arm, row in arms.items()}
+    lines += [
+        f"* {name}: {', '.join(f'`{override}`' for override in overrides)}"
+        for name, overrides in changed.items()
+        if overrides
+    ]
+    lines.append(f"* command: `{results['command']}`")
+    lines.append(f"* commit: {', '.join(results['commits'])}")
+    lines.append(f"* hardware: {', '.join(results['hardware'])}")
+    return "\n".join(lines)
+
+
+def _of_another_commit(arms: Mapping[str, Any], arm: str, baselines: Sequence[str]) -> bool:
+    """Whether an arm's gains may be those of another version of the program."""
+    mine = arms[arm]["commits"]
+    return any(f"gain_over_{b}" in arms[arm] and arms[b]["commits"] != mine for b in baselines)
+
+
+def _said_of_seeds(results: Mapping[str, Any]) -> str:
+    """What the intervals are over."""
+    drawn = "weights, order of the data, noise and policy"
+    if len(results["split_seeds"]) > 1:
+        return f"{drawn}, and which images have labels: the intervals are over all of these"
+    return (
+        f"{drawn}; all have the same labelled images, so that the intervals leave out what other "
+        "labels would change"
+    )
+
+
+def _in_points(found: Mapping[str, Any] | None) -> str:
+    return "" if found is None else str(Interval(found["mean"], found["low"], found["high"]))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,194 @@
+"""`distill sweep`: all runs of a study, one after the other, and what they say together."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from distill.build import build_accelerator
+from distill.config import RunConfig
+from distill.dry_run import training_seconds
+from distill.errors import Interrupted, UserError
+from distill.recipe import first_difference, load_config
+from distill.studies.results import finished, read_scores, write_results
+from distill.studies.study import Cell, Study, load_study, run_folder
+from distill.training.fit import with_batch
+from distill.training.run import run
+
+
+def sweep(
+    file: str,
+    overrides: Sequence[str] = (),
+    *,
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    out: str | None = None,
+    dry_run: bool = False,
+) -> str:
+    """Train what a study has not trained yet, and write its results after every run.
+
+    Before the first run, every recipe that is still to be trained is tried with two steps.
+
+    Args:
+        file: The study.
+        overrides: `section.key=value` for all its arms; `name=` for the study.
+        only: Train these arms alone.
+        seeds: Train these seeds alone.
+        out: Folder of the results, which are those of all finished runs of the study; by default
+            that of its runs.
+        dry_run: Check everything and train nothing.
+
+    Returns:
+        What to print: the table of results, or of what would be trained.
+
+    Raises:
+        UserError: A mistake in the study or in a recipe; a run of an earlier version of the study;
+            or, once all others are trained, runs that failed.
+        Interrupted: The user stopped it; the same command goes on.
+    """
+    study = load_study(file, overrides)
+    chosen = study.choose(only, seeds)
+    if build_accelerator(next(iter(study.cells.values())).device).num_processes > 1:
+        raise UserError("sweep trains in one process; start it without torchrun")
+    _check_folders(study)
+    runs = _distinct(study, chosen)
+    todo = [cell for cell in runs if not finished(study.cells[cell])]
+    tried = _try_recipes(study, todo)
+    if dry_run:
+        return _plan(study, chosen, runs, tried)
+    folder = Path(out) if out else study.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be made: {error.strerror}") from error
+    failed = []
+    for place, cell in enumerate(todo):
+        number = len(runs) - len(todo) + place + 1
+        left = _time_left(study, todo[place:], tried)
+        line = f"{study.config.name}: run {number} of {len(runs)}, {study.cells[cell].name}"
+        print(f"{line}, ETA {left}", file=sys.stderr, flush=True)
+        try:
+            _train(study.cells[cell])
+        except UserError as error:
+            print(f"distill: {error}; going on with the other runs", file=sys.stderr, flush=True)
+            failed.append(str(error))
+        else:
+            write_results(study, folder)
+    if failed:
+        raise UserError(
+            f"study {study.path}: {len(failed)} of {len(todo)} runs failed, the others are done: "
+            + "; ".join(failed)
+        )
+    table = write_results(study, folder)
+    return f"{table}\n\nwritten to {folder / study.config.name}.{{json,md,png}}"
+
+
+def _distinct(study: Study, cells: Iterable[Cell]) -> list[Cell]:
+    """The first cell of every run."""
+    runs: dict[Path, Cell] = {}
+    for cell in cells:
+        runs.setdefault(run_folder(study.cells[cell]), cell)
+    return list(runs.values())
+
+
+def _check_folders(study: Study) -> None:
+    """Refuse a run that was begun with another recipe than the study gives it now."""
+    for cell, config in study.cells.items():
+        path = run_folder(config) / "config.yaml"
+        if not path.exists():
+            continue
+        saved = load_config(RunConfig, path)
+        if not config.train.batch:  # the number that `auto` found
+            config = with_batch(config, saved.train.batch)
+        if changed := first_difference(saved, config):
+            raise UserError(
+                f"study {study.path}, arm {cell.arm}: {changed.key} is {changed.before!r} in "
+                f"{path} and {changed.now!r} in the study; remove that folder to train it again, "
+                "or give the study another name="
+            )
+
+
+def _train(config: RunConfig) -> None:
+    """Train a run, or go on with it."""
+    folder = run_folder(config)
+    try:
+        run(config, resume=(folder / "config.yaml").exists())
+    except Interrupted:
+        raise Interrupted(
+            f"stopped in {folder}, which is saved; the same command goes on"
+        ) from None
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def _try_recipes(study: Study, cells: Iterable[Cell]) -> dict[str, float]:
+    """Two steps of the recipe of every arm among the cells: seconds of a run, by arm."""
+    seconds: dict[str, float] = {}
+    for cell in cells:
+        if cell.arm not in seconds:
+            try:
+                seconds[cell.arm] = training_seconds(study.cells[cell])
+            except UserError as error:
+                raise UserError(f"study {study.path}, arm {cell.arm}: {error}") from error
+    return seconds
+
+
+def _seconds(study: Study, tried: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of a run, by arm: what its other seeds took, or else what the trial said."""
+    took: dict[str, list[float]] = {}
+    for cell, score in read_scores(study).items():
+        took.setdefault(cell.arm, []).append(score.run_seconds)
+    return {**tried, **{arm: statistics.mean(seconds) for arm, seconds in took.items()}}
+
+
+def _time_left(study: Study, todo: Iterable[Cell], tried: Mapping[str, float]) -> str:
+    seconds = _seconds(study, tried)
+    left: str = tqdm.format_interval(sum(seconds[cell.arm] for cell in todo))
+    return left
+
+
+def _plan(
+    study: Study, chosen: Sequence[Cell], runs: Sequence[Cell], tried: Mapping[str, float]
+) -> str:
+    """What would be trained, arm by arm."""
+    seconds = _seconds(study, tried)
+    lines = [
+        "| arm | scored | seeds | to train | seconds a run | overrides |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in study.config.arms:
+        mine = [cell for cell in chosen if cell.arm == arm.name]
+        own = [cell for cell in runs if cell.arm == arm.name]
+        cells = [
+            *(arm.name, study.takes[arm.name], " ".join(str(cell.seed) for cell in mine)),
+            _to_train(study, mine, runs),
+            f"{seconds[arm.name]:.0f}" if own else "",
+            ", ".join(f"`{override}`" for override in arm.overrides),
+        ]
+        if mine:
+            lines.append(f"| {' | '.join(cells)} |")
+    todo = [cell for cell in runs if not finished(study.cells[cell])]
+    told = f"{len(runs) - len(todo)} of {len(runs)} runs are done"
+    if todo:
+        left = _time_left(study, todo, tried)
+        told += (
+            f"; the other {len(todo)} would be trained below {study.folder}, in about {left} "
+            "altogether, evaluation not counted"
+        )
+    return "\n".join([*lines, "", f"{told}; nothing was trained"])
+
+
+def _to_train(study: Study, cells: Sequence[Cell], runs: Sequence[Cell]) -> str:
+    """What is left of an arm's cells: runs, those of other arms, or nothing."""
+    left = [cell for cell in cells if not finished(study.cells[cell])]
+    if not left:
+        return "done"
+    if own := [cell for cell in left if cell in runs]:
+        return f"{len(own)} of {len(cells)} runs"
+    folders = {run_folder(study.cells[cell]) for cell in left}
+    others = dict.fromkeys(cell.arm for cell in runs if run_folder(study.cells[cell]) in folders)
+    return f"in the runs of {' and '.join(others)}"

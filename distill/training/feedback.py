@@ -1,0 +1,129 @@
+"""From what a step's choices earned to what the policy learns, the same in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.training.distiller import Losses
+from distill.training.late import Copied
+from rl_policy.protocol import MixingPolicy, TimestepPolicy
+from rl_policy.reward import WeightedRewards, student_progress
+
+Gather = Callable[[Tensor], Tensor]
+"""Rows of this process (N, ...) -> those of all, rank after rank."""
+
+
+PROGRESS = "student_progress"
+
+
+class Rows:
+    """Columns of numbers, a row an image, gathered from the parts of a step and all processes.
+
+    They are copied to the CPU while the device goes on; `take` waits for no more than that.
+    """
+
+    def __init__(self, gather: Gather) -> None:
+        self._gather = gather
+        self._parts: list[Copied] = []
+        self._widths: list[int] = []
+
+    def add(self, *columns: Tensor) -> None:
+        """Take in one part: columns (N, W) each."""
+        self._widths = [column.shape[1] for column in columns]
+        joined = torch.cat([column.float() for column in columns], dim=1)
+        self._parts.append(Copied(self._gather(joined)))
+
+    def take(self) -> tuple[Tensor, ...]:
+        """The columns of all parts, (N, W) float32 each on the CPU; none are left."""
+        rows = torch.cat([part.read() for part in self._parts])
+        self._parts = []
+        return torch.split(rows, self._widths, dim=1)
+
+
+class Feedback:
+    """What the images of a step earned, collected part by part; then the policy learns once.
+
+    Every process learns the same from the rewards of all: their policies stay identical.
+
+    Args:
+        policy: Who learns.
+        weights: Of each reward, by name.
+        gather: Over the processes.
+
+    Attributes:
+        figures: Of the last step, to be logged: `reward`, the weighted sum of the rewards' means
+            before they are standardised, and where there are several each mean, `reward/NAME`.
+    """
+
+    def __init__(
+        self, policy: TimestepPolicy | MixingPolicy, weights: Mapping[str, float], gather: Gather
+    ) -> None:
+        self.policy, self.rewards = policy, WeightedRewards(weights)
+        self.figures: dict[str, float] = {}
+        self._rows, self._progress = Rows(gather), Rows(gather)
+
+    def add(self, losses: Losses, labelled: int, *mixed: Tensor) -> None:
+        """The choices of a part of the step, and what is known by now of what they earned.
+
+        Args:
+            losses: Of that part.
+            labelled: How many of its images have labels; the first ones.
+            *mixed: Of a mixture the weights (B, K), and the gradients (B, K) of each image's loss.
+        """
+        lengths = [len(losses.rewards.get(name, range(labelled))) for name in self.rewards.weights]
+        count = max(lengths)
+        image = torch.arange(count, device=losses.context.device)
+        later = losses.context.new_zeros(count)  # of `watching`
+        earned = [
+            F.pad(losses.rewards.get(name, later), (0, count))[:count]
+            for name in self.rewards.weights
+        ]
+        known = [image < length for length in lengths]
+        chosen = mixed or (losses.bins[:, None],)
+        self._rows.add(
+            torch.stack(earned, dim=1),
+            torch.stack(known, dim=1),
+            *(x[:count] for x in (losses.context, *chosen)),
+        )
+
+    @contextmanager
+    def watching(self, measure: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
+        """Around the update of the student: how much it progresses, if that is a reward.
+
+        Args:
+            measure: The task losses (labelled,) of every part, with the weights of the moment.
+        """
+        if PROGRESS not in self.rewards.weights:
+            yield
+            return
+        losses = measure()
+        yield
+        for before, after in zip(losses, measure(), strict=True):
+            self._progress.add(student_progress(before, after)[:, None])
+
+    def learn(self, progress: float) -> bool:
+        """Let the policy learn from what was added. False if some of it is not finite."""
+        earned, flags, context, *chosen = self._rows.take()
+        known = flags.bool()
+        names = list(self.rewards.weights)
+        if PROGRESS in names:
+            place = names.index(PROGRESS)
+            earned[known[:, place], place] = self._progress.take()[0][:, 0]
+        if not all(bool(x.isfinite().all()) for x in (earned, context, *chosen)):
+            return False
+        means = {name: earned[known[:, i], i].mean().item() for i, name in enumerate(names)}
+        self.figures = {"reward": sum(self.rewards.weights[name] * means[name] for name in names)}
+        if len(names) > 1:
+            self.figures |= {f"reward/{name}": mean for name, mean in means.items()}
+        rewards = self.rewards(earned, known)
+        if isinstance(self.policy, MixingPolicy):
+            weights, gradients = chosen
+            self.policy.learn(context, weights, gradients, progress)
+        else:
+            self.policy.learn(context, chosen[0][:, 0].long(), rewards, progress)
+        return True

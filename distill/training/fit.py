@@ -1,0 +1,125 @@
+"""What fits: a schedule's numbers together, and into a GPU's memory (`train.batch: auto`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size
+
+from distill.build import TrainingSet
+from distill.config import RunConfig
+from distill.errors import UserError
+from distill.tasks import blank_targets
+from distill.training.trainer import Trainer
+
+
+def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) -> RunConfig:
+    """The recipe with a number in place of `auto`: at most the labelled images, and a power of two
+    for every process and part (`train.accumulate`).
+
+    Tried is the recipe's first arm with a teacher, with two steps, as the first one makes the
+    optimiser's state.
+
+    Raises:
+        UserError: There is no GPU, or not even two labelled images fit.
+    """
+    if config.train.batch:
+        return config
+    device, processes = accelerator.device, accelerator.num_processes
+    if device.type != "cuda":
+        raise UserError("train.batch: auto measures the memory of a GPU; give a number on the CPU")
+    arms = config.train.arms
+    arm = next((arm for arm in arms if arm != "scratch"), arms[0])
+    most = len(data.labelled_indices)
+
+    def step(batch: int) -> None:
+        trainer = Trainer(with_batch(config, batch), arm, data, accelerator)
+        labelled = torch.zeros(batch // processes, 3, *data.size, device=device)
+        targets = blank_targets(data.benchmark, len(labelled), data.size).to(device)
+        count = config.train.unlabelled_batch // processes if data.unlabelled_indices else 0
+        unlabelled = torch.zeros(count, 3, *data.size, device=device) if count else None
+        for _ in range(2):
+            trainer.train_step(labelled, targets, unlabelled)
+
+    def trial(batch: int) -> None:
+        try:
+            step(batch)
+        finally:
+            accelerator.free_memory()  # it holds on to every model that it prepared
+
+    parts = processes * config.train.accumulate
+    largest = parts * largest_batch(lambda size: trial(parts * size), most // parts)
+    fitting = torch.tensor(largest, device=device)
+    return with_batch(config, int(accelerator.gather(fitting).min()))
+
+
+def check_schedule(config: RunConfig, processes: int) -> None:
+    """Refuse combinations of the training section that have no meaning."""
+    train = config.train
+    if config.evaluate.window is not None:
+        raise UserError(
+            "evaluate.window: a run scores whole images; give it to `distill evaluate` afterwards"
+        )
+    for key, batch in (("batch", train.batch), ("unlabelled_batch", train.unlabelled_batch)):
+        if batch % processes:
+            raise UserError(f"train.{key}: {batch} does not divide over {processes} processes")
+        if batch // processes % train.accumulate:
+            raise UserError(
+                f"train.{key}: {batch // processes} images of a process do not divide into "
+                f"train.accumulate={train.accumulate} parts"
+            )
+    if train.finetune_steps > train.steps:
+        raise UserError(
+            f"train.finetune_steps: {train.finetune_steps} of train.steps {train.steps}"
+        )
+    if train.schedule == "distill_then_finetune" and not 0 < train.finetune_steps < train.steps:
+        raise UserError(
+            "train.finetune_steps: distill_then_finetune needs some of train.steps "
+            f"({train.steps}) for fine-tuning, not {train.finetune_steps}"
+        )
+    # Whether there are steps that see labelled images alone.
+    alone = "scratch" in train.arms or train.finetune_steps > 0 or config.data.unlabelled == 0
+    parts = processes * train.accumulate
+    if train.batch + (0 if alone else train.unlabelled_batch) < 2 * parts:
+        raise UserError(
+            f"train.batch: {train.batch} is too small: batch norm needs two images in every step "
+            "and process" + (" and part" if train.accumulate > 1 else "")
+        )
+
+
+def with_batch(config: RunConfig, batch: int) -> RunConfig:
+    """The same recipe with another number of labelled images a step."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch=batch))
+
+
+def largest_batch(step: Callable[[int], None], most: int) -> int:
+    """The largest power of two, at most `most`, with which a step does not run out of memory.
+
+    Raises:
+        UserError: Two images are too many.
+    """
+    sizes = iter([2**power for power in range(most.bit_length() - 1, 0, -1)])
+
+    def attempt(batch_size: int) -> int:
+        step(batch_size)
+        return batch_size
+
+    search = find_executable_batch_size(
+        attempt,
+        starting_batch_size=next(sizes, 0),
+        reduce_batch_size_fn=lambda: next(sizes, 0),
+    )
+    try:
+        fitting: int = search()
+    except RuntimeError as error:
+        if "No executable batch size" not in str(error):
+            raise
+        raise UserError(
+            "train.batch: auto found no batch of two labelled images or more for every process and "
+            f"part: {most} would be there; give more labels, or a smaller train.unlabelled_batch, "
+            "data.size or student"
+        ) from error
+    return fitting

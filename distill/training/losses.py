@@ -1,0 +1,248 @@
+"""The feature loss of a pair of maps, and the task loss, each one number an image."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.errors import UserError, blame, nearest
+from distill.evaluation.landmarks import landmark_loss
+from distill.training.measures import MEASURES, Measure
+from distill.training.projectors import PROJECTORS, resize_map
+from rl_policy.processes import moments_of_all
+from students.heads import resize_logits
+
+
+class Standardise(nn.Module):
+    """Zero mean and unit variance a channel, by running statistics.
+
+    Cumulative over the first `window` batches, so right from the first one, exponential after. Only
+    batches in training mode count. Under DistributedDataParallel every rank uses rank 0's buffers.
+
+    Args:
+        channels: Channels of the map.
+        window: Batches over which the statistics run.
+    """
+
+    batches: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, channels: int, window: int = 100) -> None:
+        super().__init__()
+        self.window = window
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) float32 -> the same shape, without gradient."""
+        if self.training:
+            self._update(x)
+        return (x - self.mean[:, None, None]) * self.scale
+
+    @property
+    def scale(self) -> Tensor:
+        """What a channel is multiplied by, (C, 1, 1)."""
+        return (self.variance + 1e-5).rsqrt()[:, None, None]
+
+    def _update(self, x: Tensor) -> None:
+        """Mix the batch's moments, those of all processes, in (Chan et al. 1979): exact, also where
+        mean >> deviation."""
+        variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        mean, variance = moments_of_all(mean, variance)
+        self.batches += 1
+        share = 1 / self.batches.clamp(max=self.window)
+        shift = mean - self.mean
+        self.mean += share * shift
+        self.variance += share * (variance - self.variance + (1 - share) * shift.square())
+
+
+class FeatureLoss(nn.Module):
+    """How far a student's feature map is from a teacher's, one number an image.
+
+    The finer map is averaged down to the coarser grid (bilinear where the sizes do not divide), the
+    student's goes through an own projector, the teacher's is standardised.
+
+    Args:
+        measure: A name in `MEASURES`, a measure of one's own, or a function for one.
+        student_channels: Channels of the student's map, or of several for `fpn_ppm`.
+        teacher_channels: Channels of the teacher's map.
+        pooled: Compare the maps' averages over all positions.
+        projector: A name in `PROJECTORS`, or `none`. `auto`: `linear` where channels differ and the
+            measure compares them, `fpn_ppm` for several maps, otherwise none.
+        standardise: Standardise the targets a channel.
+        options: Options of the measure, such as `temperature`.
+
+    Raises:
+        UserError: On an unknown measure, projector or option, or a combination without meaning.
+    """
+
+    def __init__(
+        self,
+        measure: str | Measure | Callable[..., Tensor],
+        student_channels: int | Sequence[int],
+        teacher_channels: int,
+        *,
+        pooled: bool = False,
+        projector: str = "auto",
+        standardise: bool = True,
+        options: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        super().__init__()
+        if isinstance(measure, str):
+            if measure not in MEASURES:
+                raise UserError(f"no feature loss {measure!r}; {nearest(measure, MEASURES)}")
+            self.name, self.measure = measure, MEASURES[measure]
+        else:
+            self.measure = measure if isinstance(measure, Measure) else Measure(measure)
+            self.name = self.measure.function.__name__
+        self.options = _checked(options, self.name, self.measure.function)
+        self.pooled = pooled
+        if pooled and not self.measure.poolable:
+            raise UserError(f"feature loss {self.name!r} compares positions: it has no pooled form")
+        channels = [student_channels] if isinstance(student_channels, int) else student_channels
+        self.projector = self._projector(projector, channels, teacher_channels)
+        self.standardise = Standardise(teacher_channels) if standardise else None
+
+    def _projector(self, name: str, student: Sequence[int], teacher: int) -> nn.Module | None:
+        align = self.measure.same_channels and list(student) != [teacher]
+        if name == "auto":
+            name = "fpn_ppm" if len(student) > 1 else "linear" if align else "none"
+        if name == "none":
+            if align or len(student) > 1:
+                raise UserError(
+                    f"feature loss {self.name!r} compares {_listed(student)} channels with "
+                    f"{teacher}: it needs a projector"
+                )
+            return None
+        if name not in PROJECTORS:
+            known = [*PROJECTORS, "auto", "none"]
+            raise UserError(f"no projector {name!r}; {nearest(name, known)}")
+        with blame("projector"):
+            projector: nn.Module = PROJECTORS[name](student, teacher)
+        return projector
+
+    def forward(
+        self, student_maps: Tensor | Sequence[Tensor], teacher_map: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """Compare; gradients reach the student and the projector, never the teacher.
+
+        Args:
+            student_maps: (B, Cs, hs, ws), any float type; or several, shallowest first.
+            teacher_map: (B, Ct, ht, wt), any float type.
+            timesteps: (B,) int64, for a projector that depends on them.
+
+        Returns:
+            (B,) float32, computed in float32 (but the projector) whatever autocast says.
+
+        Raises:
+            UserError: If the batch is too small for the measure.
+        """
+        maps = [student_maps] if isinstance(student_maps, Tensor) else student_maps
+        if len(maps[0]) < self.measure.smallest_batch:
+            raise UserError(
+                f"feature loss {self.name!r} compares the images of a batch: it needs "
+                f"{self.measure.smallest_batch} or more, not {len(maps[0])}"
+            )
+        students, target = [x.float() for x in maps], teacher_map.detach().float()
+        grid = self._grid(maps[0], target)
+        if self.projector is None:
+            student = resize_map(students[0], grid)
+        else:
+            student = self.projector(students, grid, timesteps)
+        with torch.autocast(student.device.type, enabled=False):
+            target = resize_map(target, grid)
+            if self.standardise is not None:
+                target = self.standardise(target)
+            return self.measure.function(student.float(), target, **self.options)
+
+    @torch.no_grad()
+    def noise_floor(self, student_map: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """The part of the target's variance that the noise makes: no student can predict it.
+
+        Half the mean squared difference of two draws estimates the variance over draws without
+        bias; in units of the standardised target, so that 1 is all of its variance. It is the
+        least `mse` that a perfect student is left with.
+
+        Args:
+            student_map: (B, Cs, hs, ws), the finest of the student's; only its size matters.
+            first, second: (B, Ct, ht, wt) the teacher's maps of the same images and timesteps
+                under two draws of the noise.
+
+        Returns:
+            (B,) float32.
+        """
+        grid = self._grid(student_map, first)
+        difference = resize_map(first.float() - second.float(), grid)
+        if self.standardise is not None:
+            difference = difference * self.standardise.scale
+        return 0.5 * difference.square().mean(dim=(1, 2, 3))
+
+    def _grid(self, student: Tensor, teacher: Tensor) -> tuple[int, int]:
+        (hs, ws), (ht, wt) = student.shape[-2:], teacher.shape[-2:]
+        return (1, 1) if self.pooled else (min(hs, ht), min(ws, wt))
+
+
+def task_loss(logits: Tensor, targets: Tensor, ignore_index: int = 255) -> Tensor:
+    """Cross-entropy, or of landmarks `landmark_loss`, one number an image.
+
+    Args:
+        logits: (B, C), or (B, C, h, w), which is resized to the masks.
+        targets: Classes (B,) int64, masks (B, H, W) int64, or landmarks (B, K, 2) floating.
+        ignore_index: Mask value that does not count.
+
+    Returns:
+        (B,) float32: of masks the mean over valid pixels, 0 if none is valid.
+    """
+    if targets.is_floating_point():
+        return landmark_loss(logits, targets)
+    if targets.ndim == 1:
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+    height, width = targets.shape[-2:]
+    pixels = F.cross_entropy(
+        resize_logits(logits, (height, width)), targets, ignore_index=ignore_index, reduction="none"
+    )
+    valid = (targets != ignore_index).sum(dim=(1, 2))
+    return pixels.sum(dim=(1, 2)) / valid.clamp(min=1)
+
+
+def class_shares(targets: Tensor, classes: int, ignore_index: int = 255) -> Tensor:
+    """How much of each target is of each class.
+
+    Args:
+        targets: Classes (B,) int64, or masks (B, H, W) int64.
+        classes: L, their number.
+        ignore_index: Mask value that does not count.
+
+    Returns:
+        (B, L) float32, rows that sum to 1, or to 0 where nothing is valid.
+    """
+    flat = targets.flatten(1) if targets.ndim > 1 else targets[:, None]
+    valid = flat != ignore_index
+    shares = torch.zeros(len(flat), classes, device=flat.device)
+    shares.scatter_add_(1, flat.where(valid, 0), valid.float())
+    return shares / shares.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _checked(
+    options: Mapping[str, float], name: str, function: Callable[..., Tensor]
+) -> dict[str, float]:
+    """The options, if the function has them."""
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            near = nearest(option, known) if known else "it has none"
+            raise UserError(f"feature loss {name!r} has no option {option!r}; {near}")
+    return dict(options)
+
+
+def _listed(channels: Sequence[int]) -> str:
+    return " and ".join(str(count) for count in channels)

@@ -1,0 +1,262 @@
+"""`distill train`: the arms of a run one after the other, then summary, pictures, student."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from distill import checkpoint
+from distill.benchmarks import Benchmark, Examples
+from distill.build import TrainingSet, build_accelerator, build_training_set
+from distill.config import Arm, RunConfig
+from distill.costs.flops import flops
+from distill.data import as_float
+from distill.deployment.folder import StudentCard, export_student
+from distill.errors import Interrupted, UserError
+from distill.evaluation import pictures, scoring
+from distill.evaluation.backbones import predictor
+from distill.evaluation.counting import predicted
+from distill.evaluation.pictures import Shown
+from distill.evaluation.scoring import held_out_examples
+from distill.recipe import first_difference, load_config, to_tree, to_yaml
+from distill.reporting import plots
+from distill.reporting.summary import summarise
+from distill.studies.comparison import main_arm
+from distill.tasks import traits
+from distill.tracking import (
+    RunLog,
+    commit,
+    hardware,
+    open_run_folder,
+    stop_on_signals,
+)
+from distill.training.fit import check_schedule, fit_batch, with_batch
+from distill.training.loop import checkpoint_path, train_arm
+from distill.training.trainer import Trainer
+from students.student import Student
+
+SHOWN = 6  # images in predictions.png
+
+
+def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Train and score every arm of the recipe, export the distilled student.
+
+    Returns:
+        What is written to summary.json.
+
+    Raises:
+        UserError: A mistake in the recipe, the data or the teacher; or a run that failed.
+        Interrupted: The user stopped it; `resume=True` goes on.
+    """
+    folder = Path(config.output) / config.name
+    accelerator, written = build_accelerator(config.device), folder / "config.yaml"
+    if resume and written.exists():
+        config = _resumed(config, written)
+    data = build_training_set(config.data)
+    config = fit_batch(config, data, accelerator)
+    check_schedule(config, accelerator.num_processes)
+    held_out = held_out_examples(config, data.benchmark, data.size)
+    validation = held_out
+    if config.train.evaluate_every:
+        validation = held_out_examples(config, data.benchmark, data.size, "val")
+    first = config.train.arms[0]  # built before there is a folder: its mistakes leave none behind
+    trainers = {first: _trainer(config, first, data, accelerator)}
+    if accelerator.is_main_process:
+        open_run_folder(folder, resume)
+        checkpoint.write_text(written, to_yaml(config))
+    accelerator.wait_for_everyone()
+
+    def observe(trainer: Trainer, log: RunLog | None) -> None:
+        _observe(trainer, log, validation)
+
+    with stop_on_signals() as stop:
+        for arm in config.train.arms:
+            result = folder / "checkpoints" / arm / "result.json"
+            if resume and result.exists():
+                continue
+            trainer = trainers.pop(arm, None) or _trainer(config, arm, data, accelerator)
+            path = checkpoint_path(folder, arm)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if resume and path.exists():
+                trainer.load_state(checkpoint.load(path), path)
+            try:
+                parts = train_arm(trainer, folder, stop, observe)
+            except Interrupted as error:
+                raise Interrupted(f"{error}; go on with --resume") from None
+            finally:
+                if trainer.cache is not None:
+                    trainer.cache.flush()
+            scores = score(trainer.average.module, held_out, data.benchmark, config, accelerator)
+            if accelerator.is_main_process:
+                _finish_arm(trainer, folder, held_out, scores, parts)
+            del trainer
+            accelerator.free_memory()  # for the next arm
+    accelerator.wait_for_everyone()
+    return summarise(config, folder, data.benchmark) if accelerator.is_main_process else {}
+
+
+def _trainer(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accelerator) -> Trainer:
+    """A new arm, its feature cache open."""
+    trainer = Trainer(config, arm, data, accelerator)
+    with accelerator.main_process_first():  # one makes the folder, the others find it
+        trainer.open_cache()
+    if trainer.cache is not None and accelerator.is_main_process:
+        print(f"{arm}: {trainer.cache}", file=sys.stderr)
+    return trainer
+
+
+def score(
+    student: Student,
+    examples: Examples,
+    benchmark: Benchmark,
+    config: RunConfig,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Score a student on a split, over all processes."""
+    student.eval()
+    for buffer in student.buffers():  # of batch norm every process has its own statistics
+        broadcast(buffer)
+    size = (student.image_size[0], student.image_size[1])
+    look = predictor(student)
+    return scoring.score(look, size, examples, benchmark, config, accelerator).scores
+
+
+def _observe(trainer: Trainer, log: RunLog | None, examples: Examples) -> None:
+    """Score the student on the way, and show TensorBoard what it predicts."""
+    benchmark, student = trainer.data.benchmark, trainer.average.module
+    if trainer.step < trainer.config.train.steps:
+        scores = score(student, examples, benchmark, trainer.config, trainer.accelerator)
+        if log:
+            numbers = {f"val/{k}": v for k, v in scores.items() if isinstance(v, float)}
+            log.scalars(trainer.step, numbers)
+    if log and benchmark.task == "segmentation":
+        images, _, guesses = predict(student, examples)
+        colours = torch.as_tensor(benchmark.palette)
+        for index, (image, guess) in enumerate(zip(images, guesses, strict=True)):
+            mask = as_float(colours[guess].permute(2, 0, 1))
+            shown = torch.stack(
+                [image, torch.nn.functional.interpolate(mask[None], image.shape[-2:])[0]]
+            )
+            log.images(trainer.step, f"predictions/{index}", shown)
+
+
+def _resumed(config: RunConfig, path: Path) -> RunConfig:
+    """A resumed run goes on; nothing may change but where it computes."""
+    saved = load_config(RunConfig, path)
+    if not config.train.batch:  # the number that `auto` found
+        config = with_batch(config, saved.train.batch)
+    if changed := first_difference(saved, config):
+        raise UserError(
+            f"resume: {changed.key} is {changed.before!r} in {path} and {changed.now!r} now; go on "
+            "with the run's own recipe, or start a new run (student.init_from takes weights)"
+        )
+    return config
+
+
+def _finish_arm(
+    trainer: Trainer,
+    folder: Path,
+    examples: Examples,
+    scores: Mapping[str, Any],
+    parts: Mapping[str, float],
+) -> None:
+    """Write an arm's result; for the main one the student and a picture."""
+    config, benchmark = trainer.config, trainer.data.benchmark
+    student = trainer.average.module.cpu().eval()
+    if trainer.arm == main_arm(config.train.arms):
+        provenance = {
+            "arm": trainer.arm,
+            "step": trainer.step,
+            "teacher": trainer.teacher.fingerprint if trainer.teacher else None,
+        }
+        card = make_card(config, benchmark, student, provenance)
+        export_student(student, card, folder / "student")
+        _draw(folder / "predictions.png", predict(student, examples), benchmark)
+    result = {
+        "scores": scores,
+        "images_per_second": trainer.images / max(trainer.seconds, 1e-9),
+        "looked": trainer.looked,
+        "seconds": trainer.seconds,
+        "parts": parts,
+        "flops": flops(student, trainer.teacher, trainer.data.size),
+        "hardware": hardware(trainer.accelerator.device),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if trainer.teacher is not None:
+        result["policy"] = {
+            "timesteps": trainer.timesteps.tolist(),
+            "noise_fraction": trainer.teacher.noise_schedule.noise_fraction(
+                trainer.timesteps
+            ).tolist(),
+        }
+        result["noise_floor"] = {"mean": trainer.floor.means(), "bins": trainer.floor.by_bin()}
+    checkpoint.write_text(
+        checkpoint_path(folder, trainer.arm).with_name("result.json"), json.dumps(result)
+    )
+
+
+def predict(
+    student: Student, examples: Examples
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Some examples with truth and prediction; evenly spread, as neighbours are alike in videos."""
+    count = min(SHOWN, len(examples))
+    items = [examples[index * len(examples) // count] for index in range(count)]
+    images = [as_float(image) for image, _ in items]
+    device = next(student.parameters()).device
+    with torch.no_grad():
+        logits = student(torch.stack(images).to(device))[0].cpu()
+    truths = [torch.as_tensor(target) for _, target in items]
+    guesses = [predicted(one, truth) for one, truth in zip(logits, truths, strict=True)]
+    return images, truths, guesses
+
+
+def _draw(
+    path: Path, predictions: tuple[list[Tensor], list[Tensor], list[Tensor]], benchmark: Benchmark
+) -> None:
+    """What `predict` gives, as a picture."""
+    names, palette = benchmark.class_names, benchmark.palette
+    if traits(benchmark).classes:
+        plots.predictions(path, *predictions, names, palette)
+    else:
+        shown = [Shown("", *item) for item in zip(*predictions, strict=True)]
+        pictures.overlays(path, shown, names, palette)
+
+
+def make_card(
+    config: RunConfig, benchmark: Benchmark, student: Student, provenance: Mapping[str, Any]
+) -> StudentCard:
+    """What stands beside an exported student.
+
+    Args:
+        config: The recipe.
+        benchmark: Names the classes.
+        student: Built after the recipe.
+        provenance: Its arm, step, and the teacher's fingerprint; the commit is added.
+    """
+    return StudentCard(
+        model=config.student.model,
+        classes=benchmark.num_classes,
+        dense=traits(benchmark).dense,
+        image_size=student.image_size,
+        layers=student.layers,
+        head=config.student.head,
+        head_layers=student.head_layers,
+        input_size=student.input_size,
+        kwargs=config.student.kwargs,
+        class_names=benchmark.class_names,
+        palette=benchmark.palette.tolist(),
+        ignore_index=benchmark.ignore_index,
+        task=benchmark.task,
+        recipe=to_tree(config),
+        provenance={**provenance, "commit": commit()},
+    )

@@ -1,0 +1,353 @@
+"""The state of one arm of a run, and its training step: Algorithm 1 of RepFusion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill import seeding
+from distill.build import TrainingSet, autocast, build_distiller, build_teacher
+from distill.caching.cache import FeatureCache, Plan
+from distill.caching.plan import open_cache, plan_cache
+from distill.config import Arm, RunConfig
+from distill.deployment.folder import load_backbone
+from distill.errors import UserError, blame
+from distill.recipe import to_tree
+from distill.tasks import traits
+from distill.training.batch import Batch
+from distill.training.clock import Timed, untimed
+from distill.training.distiller import Losses, merge
+from distill.training.feedback import Feedback
+from distill.training.floor import NoiseFloor, distinct
+from distill.training.late import Late, not_finite
+from distill.training.lesson import Lesson, choose, mixture
+from distill.training.optim import build_optimizer, freeze_backbone, stage_lr_factor
+from distill.training.policies import build_policy
+from students.student import Student
+
+REMEDY = "a smaller train.lr, or train.precision=no"
+
+
+class Phase(NamedTuple):
+    """What a step trains on."""
+
+    teach: bool
+    task_weight: float
+
+
+class Trainer:
+    """The state of one arm: student and losses, policy, optimiser, average, step.
+
+    Args:
+        config: The recipe.
+        arm: `distilled`, `random_teacher` (the control with a teacher of random weights), or
+            `scratch` (the control without teacher: labels alone, the same batches and budget).
+        data: The training images.
+        accelerator: Device, autocast and processes.
+
+    Attributes:
+        images: How many images the student has seen, over all processes.
+        looked: How many the teacher has, every draw of the noise, timestep of a mixture and
+            measurement of the floor counted; none where features came from the cache.
+    """
+
+    def __init__(
+        self, config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accelerator
+    ) -> None:
+        self.config, self.arm, self.data, self.accelerator = config, arm, data, accelerator
+        device = accelerator.device
+        self.teacher = None
+        self.plan: Plan | None = None
+        self.cache: FeatureCache | None = None
+        if config.teacher.labels and data.benchmark.task != "classification":
+            label = "a mask" if traits(data.benchmark).classes else "a set of points"
+            raise UserError(
+                f"teacher.labels: {label} is no class that a teacher could be told; leave it false "
+                f"for {data.benchmark.task}"
+            )
+        if arm != "scratch":
+            random_weights = config.seed if arm == "random_teacher" else None
+            self.teacher = build_teacher(config, random_weights).to(device)
+            with blame("data.size, or teacher.image_size"):  # a size that does not fit shows here
+                image = torch.zeros(1, 3, *data.size, device=device)
+                maps = self.teacher.features(image, torch.zeros(1, dtype=torch.int64))
+        # Every arm starts from the same student.
+        torch.manual_seed(seeding.derive_seed(config.seed, "network"))
+        self.distiller = build_distiller(config, data.benchmark, data.size, self.teacher)
+        if config.train.channels_last:
+            self.distiller.to(memory_format=torch.channels_last)
+        self._prepare_student()
+        self.model = accelerator.prepare_model(self.distiller)
+        self.optimizer = build_optimizer(self.distiller, config.train)
+        self.average = ModelEmaV3(self.student, decay=config.train.ema, use_warmup=True)
+        if config.student.compile:
+            self.student.compile(dynamic=False)
+        self.policy, self.timesteps = None, torch.zeros(0, dtype=torch.int64)
+        self.feedback: Feedback | None = None
+        if self.teacher is not None:
+            self.policy, self.timesteps = build_policy(
+                config,
+                self.teacher,
+                self.distiller.context_size,
+                unlabelled=bool(data.unlabelled_indices),
+            )
+            self.feedback = Feedback(self.policy, config.policy.rewards, accelerator.gather)
+            self.plan = plan_cache(config, data, self.distiller, maps, len(self.timesteps))
+        names = [str(match) for match in self.distiller.matches]
+        losses = [pair.loss for pair in config.pairs[: len(names)]]  # `scratch` has no match
+        self.floor = NoiseFloor(distinct(names, losses), len(self.timesteps))
+        self.step, self.images, self.looked, self.seconds = 0, 0, 0, 0.0
+        self.clock: Timed = untimed
+        self.figures: dict[str, float] = {}
+        self._late: Late | None = None
+
+    def _prepare_student(self) -> None:
+        """Training mode, the weights that the recipe starts from, and what of them is frozen."""
+        self.distiller.train()
+        student = self.config.student
+        if student.init_from is not None:
+            load_backbone(self.student, student.init_from)
+        if student.freeze:
+            freeze_backbone(self.student)
+
+    def open_cache(self) -> None:
+        """Find or make the folder of the feature cache that the recipe asks for, if it does.
+
+        Raises:
+            UserError: It holds other features, or there is no room for it.
+        """
+        if self.plan is not None:
+            assert self.teacher is not None
+            parts = self.config, self.arm, self.data, self.teacher, self.timesteps, self.plan
+            self.cache = open_cache(*parts, self.accelerator)
+
+    @property
+    def student(self) -> Student:
+        """The student that is being trained; `average` holds the one that is scored."""
+        return self.distiller.student
+
+    def phase(self, step: int) -> Phase:
+        """What a step trains on, by the recipe's schedule."""
+        train = self.config.train
+        labels_only = step >= train.steps - train.finetune_steps
+        if self.teacher is None or labels_only:
+            return Phase(teach=False, task_weight=1.0)
+        return Phase(teach=True, task_weight=float(train.schedule == "joint"))
+
+    def train_step(
+        self,
+        labelled: Tensor,
+        targets: Tensor,
+        unlabelled: Tensor | None = None,
+        tags: Tensor | None = None,
+    ) -> Losses:
+        """One step of Algorithm 1: choose t, look at the teacher, learn, reward the policy.
+
+        That its figures were finite shows a step later on a GPU, but always before a checkpoint.
+        The arguments are those of `Batch`, on the device but for the tags.
+        """
+        train, phase = self.config.train, self.phase(self.step)
+        # For what draws from torch's default generator, such as dropout.
+        torch.manual_seed(seeding.derive_seed(self.config.seed, "network", 1 + self.step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.lr * stage_lr_factor(train, self.step, self.teacher is not None)
+        batch = Batch(labelled, targets, *([unlabelled, tags] if phase.teach else []))
+        parts = [
+            self._backward(place, part, phase)
+            for place, part in enumerate(batch.cut(train.accumulate))
+        ]
+        losses = merge(parts)
+        with self.clock("optimizer"):
+            norm = self.accelerator.clip_grad_norm_(
+                self.distiller.parameters(), math.inf if train.clip is None else train.clip
+            )
+            self.settle()
+            figures = {"task_loss": losses.task} if phase.task_weight else {}
+            if phase.teach:
+                figures["feature_loss"] = losses.feature
+                figures["reward_head_loss"] = losses.reward_head
+            self._late = Late(self.step, **figures, gradient=norm)
+            if self._late.arrived:
+                self.settle()
+            with self._progress(batch) if phase.teach else nullcontext():
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            self.average.update(self.student, step=self.step)
+        if phase.teach:
+            with self.clock("policy"):
+                self._reward_policy()
+        if len(losses.floor):
+            measured = self.accelerator.gather((losses.floor.T.contiguous(), losses.bins))
+            self.floor.add(*(x.cpu() for x in measured))
+        return losses
+
+    def _backward(self, place: int, batch: Batch, phase: Phase) -> Losses:
+        """Gradients of one of the parts that the step's images are cut into."""
+        train, labelled = self.config.train, len(batch.targets)
+        images = batch.images
+        if train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        weights: Tensor | None = None
+
+        def teach(context: Tensor) -> Lesson:
+            nonlocal weights
+            lesson = self._lesson(place, images, batch, context)
+            weights = lesson.choice.weights
+            return lesson
+
+        last = place == train.accumulate - 1
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.clock("student"), autocast(self.accelerator.device, train.precision):
+                losses: Losses = self.model(
+                    images, batch.targets, teach if phase.teach else None, phase.task_weight
+                )
+            if self.feedback and phase.teach and weights is None:
+                self.feedback.add(losses, labelled)  # copied while the device computes gradients
+            with self.clock("backward"):
+                self.accelerator.backward(losses.total / train.accumulate)
+            if self.feedback and weights is not None:
+                assert weights.grad is not None
+                each = weights.grad * (labelled * train.accumulate)  # of each image's own loss
+                self.feedback.add(losses, labelled, weights.detach(), each)
+        return losses
+
+    def _lesson(self, place: int, images: Tensor, batch: Batch, context: Tensor) -> Lesson:
+        """Let the policy choose a timestep an image, and the teacher show its features there."""
+        assert self.policy is not None
+        seed, device = self.config.seed, images.device
+        rank = self.accelerator.process_index * self.config.train.accumulate + place
+        with self.clock("policy"), torch.autocast("cpu", enabled=False):  # it computes in float32
+            seen = context.float().cpu()
+            if not bool(seen.isfinite().all()):
+                raise not_finite(self.step, "student feature map", REMEDY, f"{self.arm}: ")
+            draws = seeding.generator(seed, "policy", self.step, rank)
+            choice = choose(self.policy, self.timesteps, seen, draws, self.progress)
+        # Copied now, while the device is idle; after the teacher the copy would wait for it.
+        chosen = choice.to(device)
+        labels: tuple[Tensor, ...] = ()
+        if self.config.teacher.labels:
+            labels = (F.pad(batch.targets, (0, len(images) - len(batch.targets)), value=-1),)
+
+        def look(stream: Literal["noise", "floor"]) -> Mapping[str, Tensor]:
+            noise = seeding.generator(seed, stream, self.step, rank, device)
+
+            def at(bins: Tensor) -> Mapping[str, Tensor]:
+                assert self.teacher is not None
+                if self.cache is None:
+                    self._count(len(images))
+                    return self.teacher.features(images, self.timesteps[bins], noise, *labels)
+                assert batch.tags is not None
+                before = self.cache.looked
+                maps = self.cache.features(images, batch.tags, bins)
+                self._count(self.cache.looked - before)
+                return maps
+
+            return at(choice.bins) if chosen.weights is None else mixture(chosen.weights, at)
+
+        with self.clock("teacher"):
+            maps = look("noise")
+            again = look("floor") if self._measures_floor() else None
+        return Lesson(chosen, maps, again)
+
+    def _count(self, images: int) -> None:
+        """Add to `looked` what the teacher has looked at in this process, and so in each."""
+        draws = self.config.teacher.draws if self.config.teacher.input == "average" else 1
+        self.looked += images * draws * self.accelerator.num_processes
+
+    def _measures_floor(self) -> bool:
+        """Whether this step measures the target-noise floor; without noise there is none."""
+        every, clean = self.config.train.floor_every, self.config.teacher.input == "clean"
+        if every == 0 or self.step % every or clean or self.cache is not None:
+            return False
+        assert self.teacher is not None
+        return self.teacher.noise_schedule.has_noise
+
+    def _progress(self, batch: Batch) -> AbstractContextManager[None]:
+        """Around an update: what it does to the task losses of the labelled images, if asked."""
+        train = self.config.train
+
+        def measure() -> list[Tensor]:
+            with self.clock("policy"), autocast(self.accelerator.device, train.precision):
+                parts = batch.cut(train.accumulate)
+                return [self.distiller.task_losses(part.labelled, part.targets) for part in parts]
+
+        assert self.feedback is not None
+        return self.feedback.watching(measure)
+
+    def _reward_policy(self) -> None:
+        """Let the policy learn from what the step's choices earned."""
+        assert self.feedback is not None
+        if not self.feedback.learn(self.progress):
+            raise not_finite(self.step - 1, "reward", REMEDY, f"{self.arm}: ")
+        self.figures |= self.feedback.figures
+
+    @property
+    def progress(self) -> float:
+        """Share that is done of the steps in which the policy acts: those before fine-tuning."""
+        train = self.config.train
+        return min(1.0, self.step / max(1, train.steps - train.finetune_steps))
+
+    def settle(self) -> None:
+        """Read the newest step's `figures`. Raises UserError if one of them is not finite."""
+        if self._late is not None:
+            late, self._late = self._late, None
+            self.figures = late.read_finite(REMEDY, where=f"{self.arm}: ")
+            if self.feedback and "feature_loss" in self.figures:
+                self.figures |= self.feedback.figures
+
+    @property
+    def _origin(self) -> dict[str, str]:
+        """What a checkpoint must share with the run that goes on from it."""
+        teacher = self.teacher.fingerprint if self.teacher else ""
+        return {"arm": self.arm, "teacher": teacher, "data": self.data.fingerprint}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs; randomness is a function of seed and step."""
+        self.settle()
+        return {
+            "config": to_tree(self.config),
+            **self._origin,
+            "step": self.step,
+            "images": self.images,
+            "looked": self.looked,
+            "seconds": self.seconds,
+            "distiller": self.distiller.state_dict(),
+            "average": self.average.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "policy": self.policy.state_dict() if self.policy else {},
+            "rewards": self.feedback.rewards.state_dict() if self.feedback else {},
+            "floor": self.floor.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any], source: Path) -> None:
+        """Go on where `state` was taken. Raises UserError if it is of something else."""
+        for what, mine in self._origin.items():
+            if state.get(what) != mine:
+                raise UserError(f"{source}: the {what} is not the one this run began with")
+        try:
+            self.distiller.load_state_dict(state["distiller"])
+            self.average.module.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.policy:
+                self.policy.load_state_dict(state["policy"])
+            if self.feedback:  # one reward alone has no state, and had none in older checkpoints
+                self.feedback.rewards.load_state_dict(state.get("rewards", {}))
+            self.floor.load_state_dict(state["floor"])
+            self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
+            self.looked = state.get("looked", 0)  # older checkpoints have not counted
+        except (RuntimeError, ValueError, KeyError) as error:
+            line = " ".join(str(error).split())
+            raise UserError(
+                f"{source} is of another architecture: {line[:200]}; resume with the recipe that "
+                "the run began with"
+            ) from error

@@ -1,0 +1,170 @@
+"""`distill evaluate`: the figures of a run again, another split, its options and its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from distill.cli import main
+from distill.evaluation import evaluate as verb
+from distill.evaluation.evaluate import evaluate_subject
+
+
+def evaluate(student: Path, *changes: str) -> dict[str, Any]:
+    return evaluate_subject(str(student), changes, "own")[0]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert main(["evaluate", *map(str, arguments)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture
+def summary(finished_run: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((finished_run / "summary.json").read_text())
+    return loaded
+
+
+def test_the_own_head_gives_the_figures_of_the_summary(
+    finished_run: Path, summary: dict[str, Any]
+) -> None:
+    for student in (finished_run, finished_run / "student"):
+        result = evaluate(student)
+        assert result["scores"] == summary["metrics"]["distilled"]
+        told = result["protocol"], result["benchmark"], result["split"], result["subject"]
+        assert told == ("own", "shapes", "test", str(student))
+        assert result["figures"] == {"miou": result["scores"]["miou"]}
+
+
+def test_the_table_has_every_class(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], summary: dict[str, Any]
+) -> None:
+    assert main(["evaluate", str(finished_run)]) == 0
+    rows = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:] if line.strip())
+    scores = summary["metrics"]["distilled"]
+    assert rows["miou"] == f"{100 * scores['miou']:.1f}"
+    means = {"miou", "mean_accuracy", "pixel_accuracy", "frequency_weighted_iou", "boundary_iou"}
+    assert rows.keys() == means | scores["iou"].keys()
+    shown = {name: "-" if x is None else f"{100 * x:.1f}" for name, x in scores["iou"].items()}
+    assert {name: rows[name] for name in shown} == shown
+
+
+def test_overrides_choose_split_and_number_of_images(
+    finished_run: Path, summary: dict[str, Any]
+) -> None:
+    val = evaluate(finished_run, "evaluate.split=val")
+    assert val["split"] == "val"
+    one = evaluate(finished_run, "evaluate.images=1")
+    test = summary["metrics"]["distilled"]
+    assert val["scores"]["pixel_accuracy"] != test["pixel_accuracy"]
+    assert one["scores"]["pixel_accuracy"] != test["pixel_accuracy"]
+
+
+def test_the_batch_of_the_evaluation_changes_no_figure(
+    finished_run: Path, summary: dict[str, Any]
+) -> None:
+    result = evaluate(finished_run, "evaluate.batch=2")
+    assert result["scores"]["miou"] == pytest.approx(
+        summary["metrics"]["distilled"]["miou"], abs=0.01
+    )
+
+
+def test_flips_scales_and_windows_change_the_look_at_an_image(
+    finished_run: Path, summary: dict[str, Any]
+) -> None:
+    once = summary["metrics"]["distilled"]
+    window = evaluate(finished_run, "evaluate.window=[32, 32]")["scores"]
+    assert window["pixel_accuracy"] == pytest.approx(once["pixel_accuracy"], abs=1e-6)
+    for change in ("evaluate.flip=true", "evaluate.scales=[1.0, 2.0]", "evaluate.window=16"):
+        scores = evaluate(finished_run, change)["scores"]
+        assert scores != once
+
+
+def test_pictures_lie_beside_the_scores(finished_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    assert main(["evaluate", str(finished_run), "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["scores"] == evaluate(finished_run)["scores"]
+    names = {"scores.json", "scores-confusion.png", "scores-overlays.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for name in sorted(names)[:2]:
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 200
+            assert len(picture.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_a_run_refuses_windows(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "evaluate.window=16"]) == 2
+    assert "evaluate.window: a run scores whole images" in capsys.readouterr().err
+
+
+def test_another_number_of_classes_asks_for_a_new_head(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "own_two.py").write_text(
+        "from distill.benchmarks.shapes import Shapes\n"
+        "class Two(Shapes):\n"
+        "    name, num_classes, class_names = 'two', 2, ('off', 'on')\n"
+        "    def dataset(self, split):\n"
+        "        scenes = super().dataset(split)\n"
+        "        return [(scenes[i][0], (scenes[i][1] > 0).byte()) for i in range(len(scenes))]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    line = refused(capsys, finished_run, "data.benchmark=own_two:Two")
+    assert (
+        "the student predicts 7 classes, two has 2; fit a new head with --protocol linear" in line
+    )
+    (tmp_path / "own_others.py").write_text(
+        "from distill.benchmarks.shapes import Shapes\n"
+        "class Others(Shapes):\n"
+        "    name, class_names = 'others', ('background', 'cat', *Shapes.class_names[2:])\n"
+    )
+    line = refused(capsys, finished_run, "data.benchmark=own_others:Others")
+    assert "where others has 'cat'; fit a new head with --protocol linear" in line
+    changes = ["evaluate.steps=1"]
+    result = evaluate_subject(str(finished_run), changes, "linear", "own_two:Two")[0]
+    assert set(result["scores"]["iou"]) == {"off", "on"}
+
+
+def test_several_processes_are_refused(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = SimpleNamespace(num_processes=2)
+    monkeypatch.setattr(verb, "build_accelerator", lambda device: two)
+    assert "in one process, not in 2; start them without" in refused(capsys, finished_run)
+
+
+def test_mistakes_are_one_line(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "holds no exported student: name a run folder" in refused(capsys, tmp_path)
+    assert "did you mean 'evaluate.split'?" in refused(capsys, finished_run, "evaluate.splitt=val")
+    assert "invalid choice: 'pca'" in refused(capsys, finished_run, "--protocol", "pca")
+    assert "timm:test_resnet:scratch has no head of its own" in refused(
+        capsys, "timm:test_resnet:scratch"
+    )
+    assert "teacher stays frozen" in refused(
+        capsys, "teacher:teachers/pretrained/shapes,layers=mid_block", "--protocol", "finetune"
+    )
+    assert "knn votes on whole images" in refused(capsys, finished_run, "--protocol", "knn")
+    line = refused(capsys, finished_run, "data.size=64")
+    assert "data.size: with its own head the student sees images of 32x32 px" in line
+    line = refused(capsys, f"{finished_run},layers=layer3")
+    assert "layers=layer3 names maps to read, and --protocol own takes the whole network" in line
+    assert "must be a .json file" in refused(capsys, finished_run, "--out", tmp_path / "a.png")
+    assert "evaluate.labels: 17 of 16 training images" in refused(
+        capsys, finished_run, "--protocol", "label_efficient", "evaluate.labels=[17]"
+    )
+    assert "evaluate.labels" in refused(capsys, finished_run, "evaluate.labels=[half]")
+    assert "there is no folder /none" in refused(
+        capsys, finished_run, "data={benchmark: folder, root: /none, options: {num_classes: 7}}"
+    )
+    assert "nowhere" in refused(capsys, finished_run, "--out", tmp_path / "nowhere" / "a.json")

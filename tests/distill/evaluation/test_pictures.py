@@ -1,0 +1,45 @@
+"""The pictures of an evaluation fit a screen and name what is in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill.evaluation import pictures
+from distill.evaluation.pictures import Shown
+
+
+def overlays(path: Path, size: tuple[int, int], count: int) -> np.ndarray:
+    """So many grey images with two of three classes; returns the picture (H, W, 3)."""
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(size, dtype=torch.int64)
+    mask[:, size[1] // 2 :] = 1
+    mask[0] = 255
+    palette = [(30, 60, 200), (0, 150, 90), (200, 10, 10)]
+    shown = [Shown(f"best: {i}", image, mask, 1 - mask.clamp(max=1)) for i in range(count)]
+    pictures.overlays(path, shown, ("sky", "car", "tree"), palette)
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+@pytest.mark.parametrize("size", [(24, 24), (64, 16), (12, 32)])
+def test_the_best_and_worst_images_fit_a_screen(tmp_path: Path, size: tuple[int, int]) -> None:
+    height, width, _ = overlays(tmp_path / "a.png", size, 8).shape
+    assert height <= 1600
+    assert width <= 2100
+
+
+def test_one_image_leaves_no_place_for_a_second(tmp_path: Path) -> None:
+    assert overlays(tmp_path / "a.png", (24, 24), 1).shape[1] < 1100
+
+
+def test_the_legend_names_the_classes_that_occur(tmp_path: Path) -> None:
+    pixels = overlays(tmp_path / "a.png", (24, 24), 3)
+    below = pixels[-40:].reshape(-1, 3)
+    found = {tuple(colour) for colour in np.unique(below, axis=0).tolist()}
+    assert {(30, 60, 200), (0, 150, 90)} <= found
+    assert (200, 10, 10) not in found

@@ -1,0 +1,384 @@
+"""`distill report` writes a page that needs nothing else and says what the run folders say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+
+from distill.cli import main
+from distill.reporting import report
+from distill.reporting.choices import load_policy, load_state
+from distill.reporting.page import Table
+from distill.reporting.policy import _nothing_to_map, _preference
+from distill.reporting.report import write_report
+from distill.reporting.training import _operations
+from distill.studies.comparison import group_runs, read_run
+from rl_policy.table import ReplayTable
+from tests.distill.conftest import write_recipe
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+SECTIONS = ["results", "policy", "regret", "losses", "cost", "making"]
+
+
+class Reader(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def values(self, tag: str, attribute: str) -> list[str | None]:
+        return [found.get(attribute) for name, found in self.tags if name == tag]
+
+
+def copied(run: Path, folder: Path, seed: int, score: float) -> Path:
+    """The run once more as another seed's."""
+    shutil.copytree(run, folder)
+    for name, load, dump in (
+        ("config.yaml", yaml.safe_load, yaml.safe_dump),
+        ("summary.json", json.loads, json.dumps),
+    ):
+        content = load((folder / name).read_text()) | {"seed": seed}
+        if "metrics" in content:
+            content["metrics"]["distilled"]["miou"] = score
+            content["metrics"]["scratch"]["miou"] = 0.1 + seed / 100
+        (folder / name).write_text(dump(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose policy came to prefer something in its few steps, with its page."""
+    recipe = write_recipe(tmp_path_factory.mktemp("report"), teacher_folder)
+    seen = ["policy.context=image", "policy.image_size=4", "policy.options={learning_rate: 0.1}"]
+    assert main(["train", str(recipe), *seen]) == 0
+    folder = recipe.parent / "runs" / "tiny"
+    assert main(["report", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return (run / "report.html").read_text()
+
+
+def test_a_single_runs_page_lies_in_its_folder_with_all_sections(run: Path, page: str) -> None:
+    reader = Reader(page)
+    assert re.findall(r'<h2 id="(\w+)">', page) == ["findings", *SECTIONS]
+    links = [link for link in reader.values("a", "href") if link]
+    assert links == [f"#{name}" for name in SECTIONS]
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"{100 * summary['metrics']['distilled']['miou']:.1f}" in reader.text
+    assert "One run has one seed, so that there is no interval" in reader.text
+    assert f"distill train {run / 'config.yaml'} name=tiny-again" in reader.text
+    for told in (summary["hardware"], summary["commit"][:12], "labelled: 6", "distill probe"):
+        assert told in reader.text, told
+    assert "Asked about 3 validation images, as the student of step 5 sees them" in reader.text
+    pictures = sorted(path.name for path in (run / "report-pictures").iterdir())
+    assert pictures == [
+        *("classes-policy.png", "classes.png", "curves.png", "floor.png", "images.png"),
+        *("policy-trend.png", "policy.png"),
+    ]
+
+
+def test_the_page_loads_nothing_and_describes_its_pictures(page: str) -> None:
+    reader = Reader(page)
+    sources = [value for _, found in reader.tags for value in (found.get("src"),) if value]
+    assert len(sources) == 8  # and the run's own predictions.png
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert all(len(alt or "") > 10 for alt in reader.values("img", "alt"))
+    assert reader.values("link", "href") == ["data:,"]
+    assert not {"script", "iframe", "object"} & {tag for tag, _ in reader.tags}
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_of_a_policy_that_prefers_nothing_the_page_says_why_and_draws_nothing(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    write_report([str(finished_run)], html=str(page))
+    text = Reader(page.read_text()).text
+    assert "The policy (a2c) stayed diffuse" in text
+    assert "chose all 4 timesteps alike, or nearly so, from the first to the last step" in text
+    assert "It chose in 5 steps only; policies take some hundreds to learn." in text
+    assert "the image decides less than 1% of the choice" in text
+    assert "Images for which the policy prefers" not in text
+    pictures = {path.name for path in (tmp_path / "page-pictures").iterdir()}
+    assert pictures == {"classes.png", "curves.png", "floor.png"}
+
+
+@pytest.mark.parametrize(
+    ("name", "distributions", "words"),
+    [
+        ("uniform", [[0.25] * 4] * 5, "It is a yardstick that learns nothing."),
+        ("fixed", [[0.0, 1.0, 0.0, 0.0]] * 5, "chose the same from the first to the last step: t="),
+        ("a2c", [[0.4, 0.2, 0.2, 0.2]] * 2, "The log has 2 rows of the policy, too few for a map"),
+    ],
+)
+def test_a_policy_without_a_course_is_told_in_words(
+    run: Path, name: str, distributions: list[list[float]], words: str
+) -> None:
+    finished = read_run(run)
+    rows = [
+        {"arm": "distilled", "step": step, "probabilities": shares}
+        for step, shares in enumerate(distributions, 1)
+    ]
+    late = finished.summary["policy"] | {"name": name, "probabilities": distributions[-1]}
+    summary = finished.summary | {"policy": late}
+    assert words in _nothing_to_map(dataclasses.replace(finished, rows=rows, summary=summary))
+    assert _nothing_to_map(finished) == ""
+
+
+def test_names_of_a_run_stay_text(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a&b $x_{"
+    shutil.copytree(run, folder)
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(tree | {"name": "<script>alert(1)</script>"})
+    )
+    result = folder / "checkpoints" / "distilled" / "result.json"
+    content = json.loads(result.read_text())
+    content["scores"]["iou"] = {"$\\frac{<img src=x>": 0.5}
+    result.write_text(json.dumps(content))
+    write_report([str(folder)], ["data.options={size: 64}"])
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "$\\frac{&lt;img src=x&gt;" in page
+
+
+def test_without_the_data_the_page_says_so_and_has_the_rest(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    words = ["data.benchmark=cifar10", f"data.root={tmp_path / 'nowhere'}", "data.options={}"]
+    assert main(["report", str(run), *words, "--html", str(page)]) == 0
+    assert f"page written to {page}" in capsys.readouterr().out
+    text = page.read_text()
+    assert "What the policy prefers by class and by image cannot be shown: " in text
+    assert "nowhere" in text
+    assert re.findall(r'<h2 id="(\w+)">', text) == ["findings", *SECTIONS]
+    assert not (tmp_path / "page-pictures" / "images.png").exists()
+
+
+def test_several_seeds_and_recipes_are_compared(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [copied(run, tmp_path / f"s{i}", i, 0.3 + 0.01 * i) for i in (1, 2)]
+    folders.append(copied(run, tmp_path / "other", 1, 0.25))
+    tree = yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())
+    tree["train"]["lr"] = 0.5
+    (tmp_path / "other" / "config.yaml").write_text(yaml.safe_dump(tree))
+    page = tmp_path / "all.html"
+    assert main(["report", *map(str, folders), "--html", str(page)]) == 0
+    assert "| train.lr=0.001 | distilled | 31.0, 32.0 |" in capsys.readouterr().out
+    reader = Reader(page.read_text())
+    # 20 points over scratch with both seeds; the other recipe 6 below in the seed they share
+    assert "Distilled is above scratch by 20.0 (20.0 to 20.0) points, paired over 2" in reader.text
+    assert "-6.0 (one seed)" in reader.text
+    assert "What the recipes differ in" in reader.text
+    assert (tmp_path / "all-pictures" / "2-policy.png").is_file()
+
+
+AT = [100, 400, 900]  # timesteps of the probe's table; the policy's are 0, 333, 666 and 999
+MIX = np.array(  # from the table to the policy's timesteps, beyond the ends as at the ends
+    [[1, 0, 0], [67 / 300, 233 / 300, 0], [0, 234 / 500, 266 / 500], [0, 0, 1]]
+)
+
+
+def write_probe(folder: Path, **figures: object) -> ReplayTable:
+    """A probe's folder with a table of 8 images, each with contexts and rewards of its own."""
+    random = np.random.default_rng(5)
+    table = ReplayTable(
+        contexts=4 * random.random((8, 192), dtype=np.float32),
+        rewards=random.random((8, 3), dtype=np.float32) + np.array([0, 0, 0.3], np.float32),
+        timesteps=np.array(AT),
+    )
+    (folder / "table.safetensors").write_bytes(table.to_bytes())
+    (folder / "probe.json").write_text(json.dumps({"best": {"layer": "mid_block"}} | figures))
+    return table
+
+
+def expected(table: ReplayTable, probabilities: NDArray[np.float64]) -> list[str]:
+    """The rows that the report has, from (4, 4): the policy's choice for the held-out images."""
+    order = np.random.default_rng(0).permutation(8)
+    rewards = table.rewards.astype(np.float64) @ MIX.T  # (8, 4)
+    best = int(rewards[order[:4]].mean(0).argmax())
+    held_out = rewards[order[4:]]
+    fixed, oracle = held_out[:, best].mean(), held_out.max(1).mean()
+    earned = {
+        "uniform": held_out.mean(),
+        f"best fixed, t={[0, 333, 666, 999][best]}": fixed,
+        "the policy": (probabilities * held_out).sum(1).mean(),
+        "oracle: the best of each image": oracle,
+    }
+    return [f"{name} {x:.4f} {fixed - x:.4f} {oracle - x:.4f}" for name, x in earned.items()]
+
+
+def test_regret_is_that_of_the_late_policy_on_the_probes_table(run: Path, tmp_path: Path) -> None:
+    table = write_probe(tmp_path, settings={"teacher.input": "clean"})
+    write_report([str(run)], html=str(tmp_path / "page.html"), probe=str(tmp_path))
+    text = " ".join(Reader((tmp_path / "page.html").read_text()).text.split())
+    late = np.array(json.loads((run / "summary.json").read_text())["policy"]["probabilities"])
+    for row in expected(table, np.tile(late, (4, 1))):
+        assert row in text
+    assert "The table is of layer mid_block, the policy was rewarded for up_blocks.0." in text
+    assert "The probe has teacher.input=clean, the run teacher.input=noised." in text
+    assert "no yardstick" not in text
+
+
+def test_rewards_between_the_timesteps_of_the_table_are_interpolated(run: Path) -> None:
+    table = ReplayTable(
+        contexts=np.zeros((1, 2), np.float32),
+        rewards=np.array([[1.0, 4.0, -1.0]], np.float32),
+        timesteps=np.array(AT),
+    )
+    at = report._at_bins(table, read_run(run))
+    assert at.timesteps is not None
+    assert at.timesteps.tolist() == [0, 333, 666, 999]
+    # 1 + 3 * 233 / 300 and 4 - 5 * 266 / 500
+    assert at.rewards[0].tolist() == pytest.approx([1.0, 3.33, 1.34, -1.0])
+
+
+def test_a_policy_that_sees_what_the_table_holds_is_asked_by_image(
+    recipe: Path, tmp_path: Path
+) -> None:
+    words = [
+        *("policy.context=image", "policy.rewards={label_free: 1}", "train.arms=[distilled]"),
+        # Two pairs of the same maps, each with a name of its own.
+        "pairs=[{student: layer3, teacher: up_blocks.0}, "
+        "{student: layer3, teacher: up_blocks.0, loss: cosine}]",
+        *("policy.options={learning_rate: 0.01}", "train.floor_every=1"),
+    ]
+    assert main(["train", str(recipe), *words]) == 0
+    folder = recipe.parent / "runs" / "tiny"
+    table = write_probe(tmp_path)
+    write_report([str(folder)], html=str(tmp_path / "page.html"), probe=str(tmp_path))
+    text = " ".join(Reader((tmp_path / "page.html").read_text()).text.split())
+    run = read_run(folder)
+    state = load_state(run, "distilled")
+    contexts = torch.from_numpy(table.contexts[np.random.default_rng(0).permutation(8)[4:]])
+    probabilities = load_policy(run, "distilled", state, 192).probabilities(contexts).double()
+    assert (probabilities - probabilities[0]).abs().max() > 0.001
+    for row in expected(table, probabilities.numpy()):
+        assert row in text
+    assert "rewarded for label_free, the table has teacher_task alone: it is no yardstick" in text
+    floor = run.summary["noise_floor"]["mean"]
+    assert list(floor) == ["layer3-up_blocks.0-mse", "layer3-up_blocks.0-cosine"]
+    for name, mean in floor.items():
+        loss = name.rpartition("-")[2]
+        assert f"{name} up_blocks.0 1 {loss} {mean:.3f}" in text
+
+
+@pytest.mark.parametrize(
+    ("rewards", "row"),
+    [
+        # 3 x 100 images x 2 GFLOP and 70 looks x 5 GFLOP
+        ({"teacher_task": 1}, ["distilled", "2.000", "5.000", "9.000", "70", "0.95"]),
+        # and 2 x 4 labelled images in each of 4 steps, forward alone
+        ({"student_progress": 1}, ["distilled", "2.000", "5.000", "9.000", "70", "1.01"]),
+    ],
+)
+def test_operations_of_training_are_those_that_were_counted(
+    finished_run: Path, rewards: dict[str, float], row: list[str]
+) -> None:
+    run = read_run(finished_run)
+    counted = {"student": 2 * 10**9, "teacher": 5 * 10**9, "teacher_whole": 9 * 10**9}
+    result = {"images_per_second": 10.0, "seconds": 10.0, "flops": counted, "looked": 70}
+    config = dataclasses.replace(
+        run.config,
+        policy=dataclasses.replace(run.config.policy, rewards=rewards),
+        train=dataclasses.replace(run.config.train, finetune_steps=1),
+    )
+    without = counted | {"teacher": None, "teacher_whole": None}
+    results = {"distilled": result, "scratch": result | {"flops": without, "looked": 0}}
+    table = _operations(dataclasses.replace(run, config=config, results=results))
+    assert isinstance(table, Table)
+    assert table.rows == [row, ["scratch", "2.000", "–", "–", "0", "0.60"]]
+    del result["looked"]  # of an older version
+    table = _operations(dataclasses.replace(run, config=config, results={"distilled": result}))
+    assert isinstance(table, Table)
+    assert table.rows == [[*row[:4], "–", "–"]]
+
+
+def test_grid_is_a_yardstick(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "grid"
+    shutil.copytree(run, folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["policy"] |= {"name": "grid", "probabilities": [0, 1, 0, 0], "effective_arms": 1}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (group,) = group_runs([read_run(folder)])
+    assert _preference(group).startswith("the policy is grid, a yardstick that learns nothing")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["policy.bins=5"], "only data.KEY=value may say where its data lie today"),
+        (["data.rot=x"], "unknown key 'data.rot'; did you mean 'data.root'?"),
+        (["--html", "page.png"], "--html: page.png is a page, such as report.html"),
+        (["--probe", "nowhere"], "--probe: "),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(refuse, finished_run, words, line):
+    before = sorted(finished_run.iterdir())
+    assert line in refuse("report", finished_run, *words)
+    assert sorted(finished_run.iterdir()) == before
+
+
+def test_a_probe_without_a_page_is_refused(refuse, finished_run, tmp_path):
+    other = copied(finished_run, tmp_path / "other", 3, 0.5)
+    assert "say where it goes with --html" in refuse(
+        "report", finished_run, other, "--probe", tmp_path
+    )
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome")
+def test_a_browser_shows_the_page_without_complaint(run: Path, tmp_path: Path) -> None:
+    assert BROWSER
+    shot = tmp_path / "shot.png"
+    finished = subprocess.run(
+        [
+            BROWSER,
+            *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *("--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--window-size=500,1600", f"--screenshot={shot}"),
+            (run / "report.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert [line for line in finished.stderr.splitlines() if "CONSOLE" in line] == []
+    with Image.open(shot) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape == (1600, 500, 3)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    # Text or pictures all the way down, and none cut off at the right edge.
+    rows = (pixels != pixels[-1, -1]).any(-1).any(-1).reshape(16, -1).any(-1)
+    assert rows.all()
+    assert (pixels[:, -10:] == pixels[-1, -1]).all()

@@ -1,0 +1,374 @@
+"""`distill sweep`: which runs a study comes down to, how they are trained, and what they give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from distill import checkpoint
+from distill.cli import main
+from distill.studies.results import markdown, study_results, write_results
+from distill.studies.study import Cell, Study, load_study, run_folder
+from distill.training.loop import checkpoint_path
+
+Interrupter = Callable[[str, int], None]
+Refuse = Callable[..., str]
+Write = Callable[..., Path]
+
+ARMS = [
+    {"name": "scratch", "overrides": ["train.arms=[scratch]"]},
+    {"name": "a2c"},
+    {"name": "uniform", "overrides": ["policy.name=uniform"], "seeds": [0]},
+]
+
+
+@pytest.fixture
+def write(recipe: Path) -> Write:
+    """A study of the tiny recipe, with what a test changes in it."""
+
+    def written(**changes: Any) -> Path:
+        tree = {
+            "recipe": recipe.name,
+            "seeds": [0, 1],
+            "baselines": ["scratch", "uniform"],
+            "overrides": ["train.arms=[distilled]", "train.steps=2"],
+            "arms": ARMS,
+        }
+        path = recipe.parent / "small.yaml"
+        path.write_text(yaml.safe_dump(tree | changes))
+        return path
+
+    return written
+
+
+def fake_runs(study: Study, scores: dict[tuple[str, int], float]) -> None:
+    """Put finished runs with these scores in the study's folders."""
+    for (arm, seed), score in scores.items():
+        folder, take = run_folder(study.cells[Cell(arm, seed)]), study.takes[arm]
+        result = {
+            "scores": {"miou": score},
+            "seconds": 10.0 + seed,
+            "images_per_second": 50.0,
+            "commit": "c0ffee",
+            "hardware": "a machine",
+        }
+        summary = {"task": "segmentation", "benchmark": "shapes", "split": "test"}
+        path = checkpoint_path(folder, take).with_name("result.json")
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(result))
+        (folder / "summary.json").write_text(json.dumps(summary | {"wall_seconds": 20.0 + seed}))
+
+
+# What a study comes down to
+
+
+def test_every_arm_has_a_run_a_seed_with_its_overrides_last(write: Write, recipe: Path) -> None:
+    study = load_study(write(), ["policy.bins=3", "name=other"])
+    assert list(study.cells) == [
+        ("scratch", 0), ("a2c", 0), ("uniform", 0), ("scratch", 1), ("a2c", 1),
+    ]  # fmt: skip
+    uniform, a2c = study.cells[Cell("uniform", 0)], study.cells[Cell("a2c", 1)]
+    assert (uniform.policy.name, a2c.policy.name) == ("uniform", "a2c")
+    assert {run.train.steps for run in study.cells.values()} == {2}
+    assert {run.policy.bins for run in study.cells.values()} == {3}
+    assert (uniform.seed, a2c.seed) == (0, 1)
+    assert run_folder(a2c) == recipe.parent / "runs" / "other" / "a2c-1"
+    assert study.takes == {"scratch": "scratch", "a2c": "distilled", "uniform": "distilled"}
+
+
+def test_arms_of_one_recipe_have_one_run_a_seed(write: Write) -> None:
+    arms = ["distilled", "scratch", "random_teacher"]
+    study = load_study(
+        write(
+            overrides=[f"train.arms=[{', '.join(arms)}]"],
+            baselines=["scratch"],
+            arms=[{"name": arm, "take": arm} for arm in arms],
+        )
+    )
+    assert {run.name for run in study.cells.values()} == {"distilled-0", "distilled-1"}
+    assert study.takes == {arm: arm for arm in arms}
+    assert study.cells[Cell("scratch", 1)] == study.cells[Cell("random_teacher", 1)]
+
+
+def test_a_seed_may_stand_in_an_override(write: Write) -> None:
+    overrides = ["data.split_seed={seed}", "teacher.cache=caches/{seed}"]
+    study = load_study(write(overrides=overrides))
+    for (_, seed), run in study.cells.items():
+        assert (run.data.split_seed, run.teacher.cache) == (seed, f"caches/{seed}")
+
+
+def test_the_main_arm_is_scored_where_none_is_named(write: Write) -> None:
+    study = load_study(
+        write(overrides=["train.arms=[scratch, distilled]"], arms=[{"name": "a"}], baselines=[])
+    )
+    assert study.takes == {"a": "distilled"}
+
+
+def test_a_run_that_was_begun_keeps_its_folder_when_arms_are_added_before_it(write: Write) -> None:
+    equal = [{"name": "first"}, {"name": "second"}]
+    study = load_study(write(arms=equal, baselines=[]))
+    assert {run.name for run in study.cells.values()} == {"first-0", "first-1"}
+    (study.folder / "second-1").mkdir(parents=True)
+    names = {run.name for run in load_study(study.path).cells.values()}
+    assert names == {"first-0", "second-1"}
+
+
+# What it finds
+
+
+def test_results_have_paired_gains_with_intervals(write: Write, tmp_path: Path) -> None:
+    study = load_study(write(seeds=[0, 1, 2]), ["policy.bins=3"])
+    scores = {("scratch", 0): 0.50, ("scratch", 1): 0.60, ("a2c", 0): 0.52, ("a2c", 1): 0.64}
+    fake_runs(study, scores | {("a2c", 2): 0.7, ("uniform", 0): 0.51})
+    results = study_results(study)
+    a2c = results["arms"]["a2c"]
+    assert a2c["values"] == [0.52, 0.64, 0.7]
+    assert a2c["miou"]["mean"] == pytest.approx(0.62)
+    gain = a2c["gain_over_scratch"]  # 2 and 4 points of the seeds that both have
+    assert gain["seeds"] == [0, 1]
+    assert gain["values"] == pytest.approx([0.02, 0.04])
+    # Student's t with one degree of freedom: 12.706 x the standard error, here 0.01.
+    assert gain["mean"] == pytest.approx(0.03)
+    assert gain["high"] - gain["mean"] == pytest.approx(0.12706, rel=1e-4)
+    uniform = results["arms"]["uniform"]
+    assert uniform["miou"] == {"mean": 0.51, "low": None, "high": None}
+    assert "gain_over_uniform" not in uniform
+    assert a2c["gain_over_uniform"]["low"] is None
+    assert a2c["seconds"] == [10, 11, 12]
+    assert results["runs"] == {"finished": 6, "planned": 7}
+    assert results["command"] == f"distill sweep {study.path} policy.bins=3"
+    table = markdown(results)
+    assert "| a2c | 52.0, 64.0, 70.0 | 62.0 (39.2 to 84.8) | 3.0 (-9.7 to 15.7) |" in table
+    assert "| uniform | 51.0 | 51.0 (one seed) | 1.0 (one seed) |  |" in table
+    assert "7, 1 unfinished" in table
+    assert "* uniform: `policy.name=uniform`" in table
+    assert "all have the same labelled images, so that the intervals leave out" in table
+    assert write_results(study, tmp_path) == table
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_another_commit_than_a_baseline_are_marked(write: Write) -> None:
+    study = load_study(write(overrides=["train.arms=[distilled]", "data.split_seed={seed}"]))
+    fake_runs(study, {("scratch", 0): 0.5, ("scratch", 1): 0.5, ("a2c", 0): 0.5, ("a2c", 1): 0.5})
+    path = checkpoint_path(run_folder(study.cells[Cell("a2c", 1)]), "distilled")
+    path = path.with_name("result.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "0ther"}))
+    table = markdown(study_results(study))
+    assert "| a2c † | 50.0, 50.0 |" in table
+    assert "| scratch | 50.0, 50.0 |" in table
+    assert "† of another commit than a baseline" in table
+    assert "and which images have labels: the intervals are over all of these" in table
+
+
+# Training it
+
+
+def test_a_study_is_trained_once_and_its_runs_are_ordinary_ones(
+    write: Write, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, out = write(), tmp_path / "results"
+    assert main(["sweep", str(study), "--out", str(out), "--seeds", "0", "policy.bins=3"]) == 0
+    printed, progress = capsys.readouterr()
+    assert "small: run 1 of 3, scratch-0, ETA" in progress
+    assert "small: run 3 of 3, uniform-0, ETA" in progress
+    results = json.loads((out / "small.json").read_text())
+    assert list(results["arms"]) == ["scratch", "a2c", "uniform"]
+    assert (out / "small.md").read_text() == printed.partition("\n\nwritten to")[0] + "\n"
+    assert (out / "small.png").exists()
+
+    runs = recipe.parent / "runs"
+    alone = ["train.arms=[distilled]", "train.steps=2", "policy.name=uniform", "policy.bins=3"]
+    assert main(["train", str(recipe), *alone]) == 0
+    mine, theirs = (
+        checkpoint.load(checkpoint_path(runs / name, "distilled"))["average"]
+        for name in ("tiny", "small/uniform-0")
+    )
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("last.pt")}
+    capsys.readouterr()
+    assert main(["sweep", str(study), "--out", str(out), "--seeds", "0", "policy.bins=3"]) == 0
+    again, progress = capsys.readouterr()
+    assert (again, progress) == (printed, "")
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("last.pt")} == before
+
+
+def test_an_interrupted_study_has_results_and_goes_on_where_it_stopped(
+    write: Write,
+    recipe: Path,
+    interrupt: Interrupter,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = ["train.arms=[distilled]", "train.steps=5"]
+    study = write(seeds=[0], arms=ARMS[:2], baselines=["scratch"], overrides=overrides)
+    runs = recipe.parent / "runs" / "small"
+    main(["sweep", str(study), "--only", "scratch"])
+    interrupt("distilled", 3)
+    assert main(["sweep", str(study)]) == 130
+    monkeypatch.undo()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        error == f"distill: stopped in {runs / 'a2c-0'}, which is saved; the same command goes on"
+    )
+    assert list(json.loads((runs / "small.json").read_text())["arms"]) == ["scratch"]
+    steps = [json.loads(x)["step"] for x in (runs / "a2c-0/metrics.jsonl").open()]
+    assert main(["sweep", str(study)]) == 0
+    resumed = [json.loads(x)["step"] for x in (runs / "a2c-0/metrics.jsonl").open()]
+    assert (steps, resumed) == ([1, 2, 3], [1, 2, 3, 4, 5])
+    assert list(json.loads((runs / "small.json").read_text())["arms"]) == ["scratch", "a2c"]
+
+
+WILD = """
+def wild(student, teacher):
+    return (student - teacher).square().mean(dim=(1, 2, 3)) * float("nan")
+"""
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(
+    write: Write,
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Two steps, with which recipes are tried, would find this one; others diverge later.
+    (recipe.parent / "own_later.py").write_text(WILD)
+    monkeypatch.syspath_prepend(recipe.parent)
+    monkeypatch.setattr(
+        "distill.studies.sweep._try_recipes", lambda study, cells: dict.fromkeys("abc", 1)
+    )
+    arms = [{"name": "a", "overrides": ["pairs.0.loss=own_later:wild"]}, {"name": "b"}]
+    study = write(arms=arms, baselines=[], seeds=[0])
+    assert main(["sweep", str(study)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    runs = recipe.parent / "runs" / "small"
+    assert error.startswith(
+        f"distill: error: study {study}: 1 of 2 runs failed, the others are done: {runs / 'a-0'}: "
+        "distilled: the feature loss is not finite at step 0"
+    )
+    assert list(json.loads((runs / "small.json").read_text())["arms"]) == ["b"]
+
+
+def test_dry_run_says_what_would_be_trained_and_trains_nothing(
+    write: Write, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_runs(load_study(write()), {("scratch", 0): 0.5})
+    before = sorted(recipe.parent.rglob("*"))
+    words = ["sweep", str(write()), "--dry-run", "--only", "scratch", "uniform", "policy.bins=3"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "| scratch | scratch | 0 1 | 1 of 2 runs | 20 | `train.arms=[scratch]` |" in printed
+    assert "| uniform | distilled | 0 | 1 of 1 runs |" in printed
+    assert "a2c" not in printed
+    assert "1 of 3 runs are done; the other 2 would be trained below" in printed
+    assert sorted(recipe.parent.rglob("*")) == before
+
+
+def test_dry_run_says_which_arms_are_done_and_which_are_in_the_runs_of_others(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = {"name": "both", "take": "distilled", "seeds": [0]}
+    of_it = {"name": "its_scratch", "take": "scratch", "seeds": [0]}
+    words = ["train.arms=[distilled, scratch]", "train.steps=2"]
+    study = str(write(overrides=words, arms=[ARMS[0], both, of_it], baselines=[]))
+    fake_runs(load_study(study), {("scratch", 0): 0.5, ("scratch", 1): 0.6})
+    assert main(["sweep", study, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "| scratch | scratch | 0 1 | done | 20 |" in printed
+    assert "| both | distilled | 0 | 1 of 1 runs |" in printed
+    assert "| its_scratch | scratch | 0 | in the runs of both |" in printed
+    assert "2 of 3 runs are done; the other 1 would be trained below" in printed
+    assert main(["sweep", study, "--dry-run", "--only", "scratch"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 runs are done; nothing was trained" in printed
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"baselines": ["scrath"]}, "baselines: 'scrath' is no arm; did you mean 'scratch'?"),
+        ({"arms": [ARMS[0], ARMS[0]]}, "two arms have the name 'scratch'"),
+        ({"seeds": []}, "seeds: list should have at least 1 item"),
+        ({"seeds": [3, 3]}, "seeds: 3 stands twice among [3, 3]"),
+        ({"arms": []}, "arms: list should have at least 1 item"),
+        ({"arms": [{"name": "a/b"}]}, "arms.0.name: string should match pattern"),
+        ({"arms": [{"name": "a", "seed": 1}]}, "'arms.0.seed'; did you mean 'arms.0.seeds'?"),
+        (
+            {"arms": [{"name": "a", "overrides": ["policy.nam=ppo"]}], "baselines": []},
+            "arm a: {recipe}: unknown key 'policy.nam'; did you mean 'policy.name'?",
+        ),
+        (
+            {"arms": [{"name": "a", "overrides": ["seed=3"]}], "baselines": []},
+            "arm a: override 'seed=3': seed is set by the study itself",
+        ),
+        (
+            {"arms": [{"name": "a", "take": "scratch"}], "baselines": []},
+            "arm a: take: 'scratch' is not among its train.arms, distilled",
+        ),
+        (
+            {"arms": [*ARMS, {"name": "v", "overrides": ["evaluate.split=val"]}]},
+            "arm v: evaluate.split is 'val', in arm scratch 'test'",
+        ),
+        ({"recipe": "none.yaml"}, "arm scratch: recipe {folder}/none.yaml: No such file"),
+        ({"name": "../up"}, "name: string should match pattern"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_study_is_named(
+    changes: dict[str, Any], line: str, write: Write, refuse: Refuse, recipe: Path
+) -> None:
+    error = refuse("sweep", write(**changes))
+    assert error.startswith(f"study {recipe.parent / 'small.yaml'}")
+    assert line.format(recipe=recipe, folder=recipe.parent) in error
+    assert not (recipe.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--only", "unifrm"], "--only: 'unifrm' is no arm of study {}; did you mean 'uniform'?"),
+        (["--seeds", "4"], "--seeds: 4 is no seed of study {}; choose from 0, 1"),
+        (["--seeds", "one"], "--seeds: 'one' is no seed, which is a whole number"),
+        (["--only", "uniform", "--seeds", "1"], "none of these arms has one of these seeds"),
+        (["seed=3"], "study {}, arm scratch: override 'seed=3': seed is set by the study itself"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(
+    words: list[str], line: str, write: Write, refuse: Refuse
+) -> None:
+    study = write()
+    assert line.format(study) in refuse("sweep", study, *words)
+
+
+def test_a_missing_study_is_named(refuse: Refuse) -> None:
+    assert refuse("sweep", "none.yaml") == "study none.yaml: No such file or directory"
+
+
+def test_all_recipes_are_tried_before_anything_is_trained(
+    write: Write, refuse: Refuse, recipe: Path
+) -> None:
+    arms = [*ARMS, {"name": "typo", "overrides": ["policy.name=uniforn"]}]
+    error = refuse("sweep", write(arms=arms))
+    assert (
+        f"study {recipe.parent / 'small.yaml'}, arm typo: policy.name: unknown name 'uniforn'"
+        in error
+    )
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_a_run_of_an_earlier_version_of_the_study_is_named(
+    write: Write, refuse: Refuse, recipe: Path
+) -> None:
+    study = write(baselines=[], arms=ARMS[:1], seeds=[0])
+    assert main(["sweep", str(study)]) == 0
+    error = refuse("sweep", study, "train.lr=2e-3")
+    written = recipe.parent / "runs/small/scratch-0/config.yaml"
+    assert f"arm scratch: train.lr is 0.001 in {written} and 0.002 in the study" in error

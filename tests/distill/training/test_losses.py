@@ -1,0 +1,391 @@
+"""Feature losses and task losses against hand-computed numbers and independent numpy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.errors import UserError
+from distill.training.losses import (
+    MEASURES,
+    FeatureLoss,
+    Measure,
+    Standardise,
+    class_shares,
+    task_loss,
+)
+
+T = torch.zeros(4, dtype=torch.int64)
+
+
+def maps(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(name: str, student: Tensor, teacher: Tensor, **settings: object) -> Tensor:
+    """The loss of maps as they are: no standardisation, no projector."""
+    loss = FeatureLoss(
+        name, student.shape[1], teacher.shape[1], projector="none", standardise=False, **settings
+    )
+    return loss(student, teacher, T[: len(student)])
+
+
+@pytest.mark.parametrize("name", sorted(set(MEASURES) - {"infonce", "mse_at"}))
+def test_perfect_match_gives_zero(name):
+    x = maps(4, 3, 2, 2)
+    torch.testing.assert_close(loss_of(name, x, x.clone()), torch.zeros(4), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("mse", {}, (9 + 0.25) / 2),
+        ("l1", {}, (3 + 0.5) / 2),
+        ("smooth_l1", {}, (3 - 0.5 + 0.5 * 0.25) / 2),
+        ("smooth_l1", {"beta": 4.0}, (0.5 * 9 / 4 + 0.5 * 0.25 / 4) / 2),
+    ],
+)
+def test_known_values_of_one_position(name, options, expected):
+    student = torch.tensor([3.0, 0.5]).view(1, 2, 1, 1)
+    loss = loss_of(name, student, torch.zeros(1, 2, 1, 1), options=options)
+    assert loss.tolist() == pytest.approx([expected])
+
+
+def test_cosine_is_a_mean_over_positions():
+    student = torch.tensor([[[1.0, 1.0]], [[0.0, 1.0]]])[None]  # (1, 2, 1, 2): (1, 0), (1, 1)
+    teacher = torch.tensor([[[0.0, 5.0]], [[2.0, 5.0]]])[None]  # (0, 2), (5, 5)
+    assert loss_of("cosine", student, teacher).tolist() == pytest.approx([0.5])
+
+
+def test_attention_transfer_of_known_attention():
+    student = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 2)
+    teacher = torch.tensor([[0.0, 1.0], [0.0, 0.0]]).view(1, 1, 2, 2)
+    assert loss_of("at", student, teacher).tolist() == pytest.approx([2.0])
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_attention_transfer_equals_numpy_with_different_channels(power):
+    student, teacher = maps(3, 5, 4, 4), maps(3, 2, 4, 4, seed=1)
+    expected = []
+    for s, t in zip(student.numpy(), teacher.numpy(), strict=True):
+        attention = [(np.abs(x) ** power).sum(axis=0).ravel() for x in (s, t)]
+        unit = [a / np.sqrt((a**2).sum()) for a in attention]
+        expected.append(((unit[0] - unit[1]) ** 2).sum())
+    loss = loss_of("at", student, teacher, options={"power": power})
+    assert loss.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def huber(x: float) -> float:
+    return 0.5 * x * x if abs(x) < 1 else abs(x) - 0.5
+
+
+def numpy_relational(student: np.ndarray, teacher: np.ndarray, weight: float) -> list[float]:
+    """Park et al. 2019 with loops over pairs and triplets. student, teacher: (B, D), (B, D')."""
+    batch = range(len(student))
+    relations = []
+    for x in (student.astype(np.float64), teacher.astype(np.float64)):
+        distance = {(i, j): np.linalg.norm(x[i] - x[j]) for i in batch for j in batch if i != j}
+        scale = np.mean(list(distance.values()))
+        distance = {pair: value / scale for pair, value in distance.items()}
+        angle = {}
+        for vertex in batch:
+            for i in batch:
+                for k in batch:
+                    if len({vertex, i, k}) == 3:
+                        a, b = x[i] - x[vertex], x[k] - x[vertex]
+                        angle[vertex, i, k] = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        relations.append((distance, angle))
+    (ds, as_), (dt, at) = relations
+    return [
+        float(np.mean([huber(ds[key] - dt[key]) for key in ds if key[0] == image]))
+        + weight * float(np.mean([huber(as_[key] - at[key]) for key in as_ if key[0] == image]))
+        for image in batch
+    ]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_relational_equals_loops_over_pairs_and_triplets(pooled):
+    student, teacher = maps(5, 3, 2, 2) * 4, maps(5, 6, 2, 2, seed=1) + 2
+    rows = [x.mean(dim=(2, 3)) if pooled else x.flatten(1) for x in (student, teacher)]
+    expected = numpy_relational(rows[0].numpy(), rows[1].numpy(), weight=0.5)
+    timesteps = torch.zeros(5, dtype=torch.int64)
+    loss = FeatureLoss("rkd", 3, 6, pooled=pooled, standardise=False, options={"angle_weight": 0.5})
+    result = loss(student, teacher, timesteps)
+    assert result.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_relational_knows_only_relations():
+    x = maps(4, 3, 1, 1)
+    turned = torch.stack([-x[:, 1], x[:, 0], x[:, 2]], dim=1) * 7 + 3
+    assert loss_of("rkd", x, turned).abs().max() < 1e-6
+
+
+def test_relational_of_equal_images_is_finite():
+    x = torch.ones(3, 2, 2, 2, requires_grad=True)
+    loss = loss_of("rkd", x, maps(3, 2, 2, 2))
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+def numpy_infonce(student: np.ndarray, teacher: np.ndarray, temperature: float) -> list[float]:
+    """student, teacher: (B, N, C), one position after the other."""
+    batch, positions, _ = student.shape
+    unit = [x / np.linalg.norm(x, axis=2, keepdims=True) for x in (student, teacher)]
+    result = []
+    for b in range(batch):
+        losses = []
+        for n in range(positions):
+            query = unit[0][b, n]
+            keys = [unit[1][b, m] for m in range(positions)]
+            keys += [unit[1][other, n] for other in range(batch) if other != b]
+            scores = [math.exp(query @ key / temperature) for key in keys]
+            losses.append(-math.log(scores[n] / sum(scores)))
+        result.append(float(np.mean(losses)))
+    return result
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_infonce_equals_loops_over_candidates(pooled):
+    student, teacher = maps(3, 4, 2, 3), maps(3, 4, 2, 3, seed=1)
+    rows = [
+        x.mean(dim=(2, 3))[:, None] if pooled else x.flatten(2).transpose(1, 2)
+        for x in (student, teacher)
+    ]
+    expected = numpy_infonce(rows[0].numpy(), rows[1].numpy(), 0.2)
+    loss = loss_of("infonce", student, teacher, pooled=pooled, options={"temperature": 0.2})
+    assert loss.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_infonce_of_orthogonal_images_by_hand():
+    x = torch.eye(2).view(2, 2, 1, 1)
+    expected = math.log(1 + math.exp(-10))
+    assert loss_of("infonce", x, x.clone()).tolist() == pytest.approx([expected] * 2, abs=1e-6)
+
+
+def test_pooled_compares_averages():
+    student = torch.tensor([[0.0, 2.0], [4.0, 6.0]]).view(1, 1, 2, 2)
+    teacher = torch.tensor([[1.0, 1.0]]).view(1, 1, 1, 2)
+    assert loss_of("mse", student, teacher, pooled=True).tolist() == pytest.approx([(3 - 1) ** 2])
+
+
+def test_mse_at_is_zero_for_the_whitened_map_and_adds_up():
+    student, teacher = maps(2, 3, 4, 4), 5 * maps(2, 3, 4, 4, seed=1) + 2
+    centred = teacher - teacher.mean(dim=(1, 2, 3), keepdim=True)
+    whitened = centred / (teacher.var(dim=(1, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(
+        loss_of("mse_at", whitened, teacher), torch.zeros(2), atol=1e-6, rtol=0
+    )
+    expected = loss_of("mse", student, whitened) + 4 * loss_of("at", student, whitened)
+    weighted = loss_of("mse_at", student, teacher, options={"attention_weight": 4.0})
+    torch.testing.assert_close(weighted, expected)
+
+
+@pytest.mark.parametrize("finer", ["student", "teacher"])
+def test_finer_map_is_averaged_down_to_the_coarser_grid(finer):
+    fine = torch.arange(16.0).view(1, 1, 4, 4)
+    coarse = torch.zeros(1, 1, 2, 2)
+    pair = (fine, coarse) if finer == "student" else (coarse, fine)
+    expected = (2.5**2 + 4.5**2 + 10.5**2 + 12.5**2) / 4
+    assert loss_of("mse", *pair).tolist() == pytest.approx([expected])
+
+
+def test_sizes_that_do_not_divide_meet_on_the_coarser_grid():
+    constant = torch.full((2, 3, 5, 7), 2.0)
+    torch.testing.assert_close(
+        loss_of("mse", constant, torch.zeros(2, 3, 3, 8)), torch.full((2,), 4.0)
+    )
+
+
+def test_gradients_reach_student_and_projector_but_not_the_teacher():
+    for name in MEASURES:
+        student = maps(4, 3, 2, 2).requires_grad_()
+        teacher = maps(4, 5, 2, 2, seed=1).requires_grad_()
+        loss = FeatureLoss(name, 3, 5, projector="linear")
+        loss(student, teacher, T).mean().backward()
+        assert student.grad.abs().sum() > 0, name
+        assert loss.projector.weight.grad.abs().sum() > 0, name
+        assert teacher.grad is None, name
+
+
+def test_projector_exists_only_where_channels_must_be_aligned():
+    def parameters(*arguments: object) -> int:
+        return sum(p.numel() for p in FeatureLoss(*arguments).parameters())
+
+    assert parameters("mse", 3, 5) == 3 * 5 + 5
+    assert parameters("mse", 5, 5) == 0
+    assert parameters("at", 3, 5) == 0
+    assert parameters("rkd", 3, 5) == 0
+
+
+@pytest.mark.parametrize("name", ["mse", "l1", "smooth_l1", "cosine", "at"])
+def test_batch_of_one(name):
+    loss = FeatureLoss(name, 3, 3)(maps(1, 3, 2, 2), maps(1, 3, 2, 2, seed=1), T[:1])
+    assert loss.shape == (1,)
+    assert loss.isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(MEASURES))
+def test_bfloat16_maps_give_a_float32_loss_near_the_float32_one(name):
+    torch.manual_seed(0)
+    loss = FeatureLoss(name, 3, 5)
+    student, teacher = maps(4, 3, 4, 4), maps(4, 5, 2, 2, seed=1)
+    expected = loss(student, teacher, T)
+    half = loss(student.bfloat16(), teacher.bfloat16(), T)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = loss(student, teacher, T)
+    assert half.dtype == autocast.dtype == torch.float32
+    torch.testing.assert_close(half, expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(autocast, expected, rtol=0.05, atol=0.05)
+
+
+def test_one_image_does_not_change_the_loss_of_another():
+    student, teacher = maps(4, 3, 2, 2), maps(4, 3, 2, 2, seed=1)
+    together = loss_of("mse", student, teacher)
+    torch.testing.assert_close(together[2:3], loss_of("mse", student[2:3], teacher[2:3]))
+
+
+def test_first_batch_is_standardised_by_itself():
+    x = maps(8, 3, 4, 4) * torch.tensor([1.0, 10.0, 0.1]).view(3, 1, 1) + 1000
+    y = Standardise(3)(x)
+    torch.testing.assert_close(y.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-2, rtol=0)
+    torch.testing.assert_close(y.var(dim=(0, 2, 3), correction=0), torch.ones(3), atol=2e-2, rtol=0)
+
+
+def test_statistics_of_several_batches_are_those_of_all_images():
+    standardise = Standardise(2)
+    x = maps(12, 2, 3, 3) * 3 + torch.arange(12.0).view(12, 1, 1, 1)
+    for batch in x.split(4):
+        standardise(batch)
+    torch.testing.assert_close(standardise.mean, x.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(standardise.variance, x.var(dim=(0, 2, 3), correction=0))
+
+
+def test_statistics_follow_a_drift_after_the_window():
+    standardise = Standardise(1, window=4)
+    for value in [0.0] * 50 + [1.0] * 20:
+        standardise(torch.full((1, 1, 1, 1), value))
+    assert standardise.mean.item() == pytest.approx(1 - 0.75**20, rel=1e-5)
+
+
+def test_statistics_rest_in_eval_mode_and_return_from_a_state_dict():
+    standardise = Standardise(2)
+    standardise(maps(4, 2, 3, 3))
+    frozen = standardise.eval().mean.clone()
+    standardise(maps(4, 2, 3, 3, seed=1) + 5)
+    torch.testing.assert_close(standardise.mean, frozen, rtol=0, atol=0)
+    again = Standardise(2)
+    again.load_state_dict(standardise.state_dict())
+    x = maps(2, 2, 3, 3)
+    torch.testing.assert_close(again.eval()(x), standardise(x), rtol=0, atol=0)
+
+
+def test_constant_channel_stays_finite():
+    assert Standardise(1)(torch.full((2, 1, 2, 2), 7.0)).abs().max() == 0
+
+
+def test_mse_of_a_constant_student_is_the_variance_of_the_standardised_target():
+    loss = FeatureLoss("mse", 3, 3, projector="none")
+    result = loss(torch.zeros(8, 3, 4, 4), maps(8, 3, 4, 4) * 9 + 4, torch.zeros(8))
+    assert result.mean().item() == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [Measure, lambda function: function])
+def test_own_measure_is_taken_as_it_is(wrap):
+    def largest(student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).abs().amax(dim=(1, 2, 3))
+
+    loss = FeatureLoss(wrap(largest), 1, 1, standardise=False)
+    student = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    assert loss(student, torch.zeros(2, 1, 1, 1), T[:2]).tolist() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"measure": "cosin"}, "no feature loss 'cosin'; did you mean 'cosine'?"),
+        ({"measure": "at", "pooled": True}, "'at' compares positions: it has no pooled form"),
+        ({"measure": "mse", "projector": "none"}, "'mse' compares 3 channels with 5"),
+        (
+            {"measure": "infonce", "options": {"temperatur": 1.0}},
+            "no option 'temperatur'; did you mean 'temperature'?",
+        ),
+        ({"measure": "mse", "options": {"beta": 1.0}}, "no option 'beta'; it has none"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(UserError) as error:
+        FeatureLoss(student_channels=3, teacher_channels=5, **settings)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "batch", "needed"), [("rkd", 2, 3), ("infonce", 1, 2)])
+def test_batch_too_small_to_compare_images_is_named(name, batch, needed):
+    x = maps(batch, 3, 2, 2)
+    with pytest.raises(UserError, match=f"{name}.*needs {needed} or more, not {batch}"):
+        loss_of(name, x, x)
+
+
+def test_classification_loss_is_cross_entropy_an_image():
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
+    loss = task_loss(logits, torch.tensor([0, 1]))
+    assert loss.tolist() == pytest.approx([math.log(2), math.log(4)])
+
+
+def test_segmentation_loss_is_the_mean_over_valid_pixels():
+    logits = torch.zeros(2, 4, 2, 2)
+    logits[0, 1, 0, 0] = math.log(5.0)
+    targets = torch.tensor([[[1, 255], [255, 2]], [[0, 1], [2, 3]]])
+    expected = [(math.log(8 / 5) + math.log(4)) / 2, math.log(4)]
+    assert task_loss(logits, targets).tolist() == pytest.approx(expected)
+
+
+def test_image_without_valid_pixel_costs_nothing():
+    logits = maps(2, 3, 2, 2).requires_grad_()
+    targets = torch.stack([torch.full((2, 2), 255), torch.zeros(2, 2, dtype=torch.int64)])
+    loss = task_loss(logits, targets)
+    loss.sum().backward()
+    assert loss[0] == 0
+    assert logits.grad.isfinite().all()
+    assert logits.grad[0].abs().sum() == 0 < logits.grad[1].abs().sum()
+
+
+def test_logits_are_resized_to_the_mask_in_float32():
+    logits = maps(1, 3, 2, 2).bfloat16()
+    targets = torch.zeros(1, 6, 4, dtype=torch.int64)
+    full = F.interpolate(logits.float(), (6, 4), mode="bilinear", align_corners=False)
+    loss = task_loss(logits, targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(full, targets)[None])
+
+
+def test_a_channel_10_000_times_larger_has_its_share_of_the_loss_and_no_more():
+    """As the massive activations of diffusion transformers (Sun et al. 2024)."""
+    student, plain = maps(4, 4, 4, 4), maps(4, 4, 4, 4, seed=1)
+    massive = plain.clone()
+    massive[:, 2] = 10_000 * (plain[:, 2] + 3)
+
+    def loss_and_gradient(teacher: Tensor, standardise: bool = True) -> tuple[Tensor, Tensor]:
+        x = student.clone().requires_grad_()
+        loss = FeatureLoss("mse", 4, 4, projector="none", standardise=standardise)(x, teacher, T)
+        loss.sum().backward()
+        return loss.detach(), x.grad
+
+    for result, expected in zip(loss_and_gradient(massive), loss_and_gradient(plain), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+    _, unchecked = loss_and_gradient(massive, standardise=False)
+    assert unchecked[:, 2].norm() > 1000 * unchecked[:, [0, 1, 3]].norm()
+
+
+def test_class_shares_are_of_what_is_labelled() -> None:
+    assert class_shares(torch.tensor([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
+    masks = torch.tensor([[[0, 0], [2, 255]], [[255, 255], [255, 255]], [[1, 1], [1, 0]]])
+    assert class_shares(masks, 3).flatten().tolist() == pytest.approx(
+        [2 / 3, 0, 1 / 3, 0, 0, 0, 0.25, 0.75, 0]
+    )
