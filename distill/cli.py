@@ -197,7 +197,7 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _teacher_train(options: argparse.Namespace) -> int:
-    from distill.config import TeacherTrainConfig
+    from distill.pretraining.config import TeacherTrainConfig
     from distill.recipe import load_config
 
     config = load_config(TeacherTrainConfig, options.recipe, options.overrides)

@@ -16,10 +16,11 @@ from distill.build import (
     embedded,
     in_order,
 )
-from distill.config import RunConfig, TeacherTrainConfig
+from distill.config import RunConfig
 from distill.data import Draw
 from distill.errors import UserError, blame
 from distill.evaluation.scoring import held_out_examples
+from distill.pretraining.config import TeacherTrainConfig
 from distill.pretraining.teach import TeacherTraining
 from distill.recipe import to_yaml
 from distill.registry import resolve

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from distill.config import RunConfig, TeacherTrainConfig
+from distill.config import RunConfig
 from distill.errors import UserError, nearest
+from distill.pretraining.config import TeacherTrainConfig
 from distill.registry import is_own
 
 Config = TypeVar("Config")

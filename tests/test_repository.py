@@ -14,7 +14,8 @@ from torchvision.utils import save_image
 
 from distill.arguments import build_parser
 from distill.cli import main
-from distill.config import RunConfig, TeacherTrainConfig
+from distill.config import RunConfig
+from distill.pretraining.config import TeacherTrainConfig
 from distill.recipe import apply_override, load_config
 from distill.studies.study import load_study, run_folder
 from teachers.ddpm import build_unet, save_pipeline

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.config import DiffusionConfig, TeacherTrainConfig
+from distill.pretraining.config import DiffusionConfig, TeacherTrainConfig
 from distill.pretraining.judge import Losses, Probe
 from distill.recipe import to_yaml
 from distill.tracking import commit, read_metrics

@@ -26,10 +26,10 @@ from distill.build import (
     image_size,
     training_examples,
 )
-from distill.config import TeacherTrainConfig
 from distill.data import StepSampler, loader
 from distill.errors import Interrupted, UserError, blame
 from distill.pretraining.card import teacher_card
+from distill.pretraining.config import TeacherTrainConfig
 from distill.pretraining.judge import judge_features, judge_losses
 from distill.recipe import build_config, to_tree, to_yaml
 from distill.tracking import Progress, RunLog, hardware, open_run_folder, stop_on_signals

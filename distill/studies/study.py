@@ -12,8 +12,9 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from distill.config import STRICT, Arm, RunConfig, TeacherTrainConfig
+from distill.config import STRICT, Arm, RunConfig
 from distill.errors import UserError, nearest
+from distill.pretraining.config import TeacherTrainConfig
 from distill.recipe import apply_override, build_config, load_config, read_tree, to_tree
 from distill.studies.comparison import main_arm, scored_on
 

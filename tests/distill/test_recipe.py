@@ -11,8 +11,9 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from distill.config import RunConfig, TeacherTrainConfig
+from distill.config import RunConfig
 from distill.errors import UserError
+from distill.pretraining.config import TeacherTrainConfig
 from distill.recipe import build_config, load_config, to_tree, to_yaml
 
 PAIR = {"student": "layer4", "teacher": "mid_block"}

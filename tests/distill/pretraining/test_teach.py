@@ -25,9 +25,9 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.cli import main
-from distill.config import TeacherTrainConfig, UNetConfig
 from distill.errors import UserError
 from distill.pretraining.card import means
+from distill.pretraining.config import TeacherTrainConfig, UNetConfig
 from distill.pretraining.judge import held_out
 from distill.pretraining.teach import TeacherTraining
 from distill.recipe import build_config, to_tree
