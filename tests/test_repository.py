@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import configparser
+import hashlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler
 from torchvision.utils import save_image
 
 from distill.arguments import build_parser
 from distill.cli import main
 from distill.config import RunConfig
+from distill.pretraining.card import WEIGHTS
 from distill.pretraining.config import TeacherTrainConfig
 from distill.recipe import apply_override, load_config
 from distill.studies.study import load_study, run_folder
@@ -31,6 +33,9 @@ DOCUMENTS = (
     "docs/benchmarks.md",
 )
 STUDIES = sorted((CHECKOUT / "experiments" / "studies").glob("*.yaml"))
+TEACHERS = sorted(
+    path.parent for path in (CHECKOUT / "teachers" / "pretrained").glob("*/README.md")
+)
 RECIPES = sorted({*(CHECKOUT / "experiments").rglob("*.yaml")} - {*STUDIES})
 
 
@@ -51,6 +56,18 @@ COMMANDS = [
 
 def kind_of(recipe: Path) -> type[RunConfig] | type[TeacherTrainConfig]:
     return TeacherTrainConfig if recipe.parent.name == "teachers" else RunConfig
+
+
+@pytest.mark.parametrize("teacher", TEACHERS, ids=lambda path: path.name)
+def test_embedded_teacher_is_the_one_of_its_card(teacher, tmp_path):
+    card, weights = (teacher / "README.md").read_text(), teacher / WEIGHTS
+    assert weights.stat().st_size < 16 * 2**20
+    assert f"`{hashlib.sha256(weights.read_bytes()).hexdigest()}`" in card
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(re.findall(r"^```yaml\n(.*?)^```", card, re.DOTALL | re.MULTILINE)[0])
+    unet = DDPMPipeline.from_pretrained(teacher).unet
+    asked = load_config(TeacherTrainConfig, recipe).unet
+    assert unet.config["block_out_channels"] == asked.block_out_channels
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
