@@ -172,7 +172,7 @@ def test_ctrl_c_ends_it_and_leaves_no_upload(
     uploads = next(tmp_path_factory.getbasetemp().glob("uploads*"))
     assert [path for path in uploads.rglob("*") if path.is_file()]
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors == "distill: stopped\n"
     assert not [path for path in uploads.rglob("*") if path.is_file()]
