@@ -66,6 +66,8 @@ def served(model: Path, uploads: Path) -> Iterator[tuple[str, subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"TMPDIR": str(uploads)},
+        # A shell's background jobs, such as these tests may be, are born deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         assert process.stdout
@@ -172,7 +174,7 @@ def test_ctrl_c_ends_it_and_leaves_no_upload(
     uploads = next(tmp_path_factory.getbasetemp().glob("uploads*"))
     assert [path for path in uploads.rglob("*") if path.is_file()]
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == "distill: stopped\n"
     assert not [path for path in uploads.rglob("*") if path.is_file()]
