@@ -16,12 +16,12 @@ from distill.reporting import charts, plots
 from distill.reporting.choices import Choices, recall_choices
 from distill.reporting.page import Block, Picture, Section, Table, Text
 from distill.reporting.results import heading, picture_path, said_of
+from distill.reporting.summary import is_even, preferred
 from distill.studies.comparison import FinishedRun, Group
 from rl_policy.summary import policy_summary
 
 YARDSTICKS = ("fixed", "uniform", "linear_decay", "grid")
 DIFFUSE = 0.75  # of the timesteps on offer are effective: the policy has hardly chosen
-EVEN = 0.98  # of them: no timestep is chosen, a probability a fifth above chance stays within this
 FEW = 200  # steps in which no policy learns much
 TOLD = 0.01  # of the entropy: less of the choice is not decided by the image
 SHOWN = 16  # images of the smallest, and of the largest timesteps
@@ -90,7 +90,7 @@ def _over_training(groups: Sequence[Group], group: Group, pictures: Path) -> lis
             table.append(
                 [
                     str(one.seed),
-                    _preferred(late),
+                    preferred(late),
                     f"{late['effective_arms']:.1f} of {bins}",
                     f"{late['entropy']:.2f} of {math.log(bins):.2f}",
                     "–" if late["mean_reward"] is None else f"{late['mean_reward']:.3f}",
@@ -126,7 +126,7 @@ def _nothing_to_map(run: FinishedRun) -> str:
     """Why a run's policy needs no map over training; nothing where it does."""
     of, rows = run.summary["policy"], history(run)
     who = f"The policy ({of['name']}) of seed {run.seed}"
-    if all(_is_even(row["probabilities"]) for row in rows):
+    if all(is_even(row["probabilities"]) for row in rows):
         return (
             f"{who} chose all {len(of['timesteps'])} timesteps alike, or nearly so, from the first "
             f"to the last step: there is no preference to show. {_why_even(of['name'], rows)}"
@@ -137,7 +137,7 @@ def _nothing_to_map(run: FinishedRun) -> str:
             f"over training; rows are train.log_every={run.config.train.log_every} steps apart."
         )
     if all(row["probabilities"] == rows[0]["probabilities"] for row in rows):
-        return f"{who} chose the same from the first to the last step: {_preferred(of)}."
+        return f"{who} chose the same from the first to the last step: {preferred(of)}."
     return ""
 
 
@@ -150,19 +150,6 @@ def _why_even(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
         "Either no timestep earns more than another, which a probe can tell (below), or it learns "
         "too slowly."
     )
-
-
-def _is_even(probabilities: Sequence[float]) -> bool:
-    """Whether no timestep is preferred: their effective number, exp(entropy), is near all K."""
-    entropy = -sum(p * math.log(p) for p in probabilities if p > 0)
-    return len(probabilities) > 1 and math.exp(entropy) >= EVEN * len(probabilities)
-
-
-def _preferred(late: Mapping[str, Any]) -> str:
-    if _is_even(late["probabilities"]):
-        return "none"
-    best = sorted(zip(late["probabilities"], late["timesteps"], strict=True), reverse=True)[:3]
-    return ", ".join(f"t={t} ({share:.0%})" for share, t in best if share >= 0.005)
 
 
 def _best(late: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from distill.studies.comparison import (
 from distill.studies.intervals import Interval
 from distill.tracking import read_metrics
 from rl_policy.summary import policy_summary
+
+EVEN = (
+    0.98  # of the timesteps are effective: none is chosen, a fifth above chance stays within this
+)
 
 
 def summarise(config: RunConfig, folder: Path, benchmark: Benchmark) -> dict[str, Any]:
@@ -85,6 +90,20 @@ def _policy_figures(
     }
 
 
+def is_even(probabilities: Sequence[float]) -> bool:
+    """Whether no timestep is preferred: their effective number, exp(entropy), is near all K."""
+    entropy = -sum(p * math.log(p) for p in probabilities if p > 0)
+    return len(probabilities) > 1 and math.exp(entropy) >= EVEN * len(probabilities)
+
+
+def preferred(late: Mapping[str, Any]) -> str:
+    """The timesteps that a policy preferred in the end, `late` as in `summary.json`; or `none`."""
+    if is_even(late["probabilities"]):
+        return "none"
+    best = sorted(zip(late["probabilities"], late["timesteps"], strict=True), reverse=True)[:3]
+    return ", ".join(f"t={t} ({share:.0%})" for share, t in best if share >= 0.005)
+
+
 def report(summary: Mapping[str, Any]) -> str:
     """A summary as a table for the terminal."""
     metric = METRICS[summary["task"]]
@@ -95,10 +114,8 @@ def report(summary: Mapping[str, Any]) -> str:
         gain = 100 * (worth(metric, scores["distilled"]) - worth(metric, scores["scratch"]))
         rows.append(("gain over scratch", f"{gain:+.1f} points"))
     if policy := summary["policy"]:
-        best = sorted(zip(policy["probabilities"], policy["timesteps"], strict=True), reverse=True)
-        preferred = ", ".join(f"t={t} ({p:.0%})" for p, t in best[:3])
-        arms = f"{policy['effective_arms']:.1f} effective of {len(best)}"
-        rows.append(("preferred timesteps", f"{preferred}; {arms} ({policy['name']})"))
+        arms = f"{policy['effective_arms']:.1f} effective of {len(policy['timesteps'])}"
+        rows.append(("preferred timesteps", f"{preferred(policy)}; {arms} ({policy['name']})"))
     if floor := (summary["noise_floor"] or {}).get("mean"):
         shares = ", ".join(f"{value:.2f} ({pair})" for pair, value in floor.items())
         rows.append(("target noise", f"{shares} of a variance of 1"))
