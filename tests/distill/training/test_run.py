@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 from distill import checkpoint
 from distill.cli import main
+from distill.reporting.summary import preferred
 from distill.tracking import read_metrics
 from distill.training.loop import checkpoint_path
 
@@ -77,12 +78,14 @@ def test_the_terminal_shows_the_table(recipe: Path, capsys: pytest.CaptureFixtur
     assert main(["train", str(recipe)]) == 0
     out, err = capsys.readouterr()
     run = recipe.parent / "runs" / "tiny"
-    scores = json.loads((run / "summary.json").read_text())["metrics"]
+    summary = json.loads((run / "summary.json").read_text())
+    scores = summary["metrics"]
     gain = 100 * (scores["distilled"]["miou"] - scores["scratch"]["miou"])
     assert f"mIoU distilled       {100 * scores['distilled']['miou']:.1f}\n" in out
     assert f"mIoU scratch         {100 * scores['scratch']['miou']:.1f}\n" in out
     assert f"{gain:+.1f} points" in out
-    assert "t=333" in out
+    arms = summary["policy"]["effective_arms"]
+    assert f"preferred timesteps  {preferred(summary['policy'])}; {arms:.1f} effective of" in out
     assert f'timm.create_model("local-dir:{run / "student"}", pretrained=True)' in out
     assert "distilled 5/5: " in err
     assert "images/s" in err
