@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,11 +27,11 @@ MaskReader = Callable[[Path, tuple[int, int]], Tensor]
 """Reads the mask of an image of size (H, W) from a file: (H, W) uint8."""
 
 
-def _decode(path: Path) -> Image.Image:
+def _decode(path: Path, upright: bool = False) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return image
+            return ImageOps.exif_transpose(image) if upright else image
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -39,9 +39,14 @@ def _decode(path: Path) -> Image.Image:
         ) from error
 
 
-def read_image(path: Path) -> Tensor:
-    """Read a picture as RGB, (3, H, W) uint8. Raises UserError on damaged and on deeper files."""
-    image = _decode(path)
+def read_image(path: Path, upright: bool = False) -> Tensor:
+    """Read a picture as RGB, (3, H, W) uint8. Raises UserError on damaged and on deeper files.
+
+    Args:
+        path: The file.
+        upright: Turn it as its camera noted. The masks of benchmarks lie over pixels as stored.
+    """
+    image = _decode(path, upright)
     if image.mode not in EIGHT_BIT_MODES:
         raise UserError(f"{path}: {image.mode!r} is not an 8-bit image; convert it to 8-bit RGB")
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
@@ -180,16 +185,19 @@ def read_pairs(names: Path, images: Mapping[str, Path], masks: Mapping[str, Path
     lists of the SegNet release (image and mask path) and of Oxford Pets (class, species) are read.
 
     Raises:
-        UserError: The file is missing, empty, or names an image that has no image or mask file.
+        UserError: The file is missing, empty, names an image twice, or one that has no image or
+            mask file.
     """
     if not names.is_file():
         raise UserError(f"there is no list file {names}; write one image name a line")
     pairs, problems = [], []
-    lines = names.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    listed: dict[str, int] = {}
+    for number, line in enumerate(read_lines(names), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         stem = next((stem for stem in _possible_stems(line.strip()) if stem in images), None)
+        if stem in listed:
+            raise UserError(f"{names}, line {number}: {stem!r} stands in line {listed[stem]} too")
         if stem is None:
             problems.append(f"{names}, line {number}: no image file is named {line.strip()!r}")
         elif stem not in masks:
@@ -197,6 +205,7 @@ def read_pairs(names: Path, images: Mapping[str, Path], masks: Mapping[str, Path
                 f"{names}, line {number}: {images[stem].name} has no mask file {stem}.*"
             )
         else:
+            listed[stem] = number
             pairs.append(Pair(images[stem], masks[stem]))
     if problems:
         count = f" ({len(problems)} of {len(problems) + len(pairs)} listed images are incomplete)"
@@ -204,6 +213,14 @@ def read_pairs(names: Path, images: Mapping[str, Path], masks: Mapping[str, Path
     if not pairs:
         raise UserError(f"{names} names no images; write one image name a line")
     return pairs
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, UTF-8 with or without a mark of it. A UserError where it is not."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8: {error.reason}; save it as such") from error
 
 
 def pair_all(images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[Pair]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from distill.benchmarks.files import (
     Pair,
     image_files,
     read_colour_mask,
+    read_lines,
     read_mask,
     read_pairs,
 )
@@ -25,6 +27,7 @@ from distill.benchmarks.images import UnlabelledImages
 from distill.errors import UserError, nearest
 
 LISTS = {"train": "train.txt", "val": "val.txt", "test": "test.txt"}
+LOOKED_AT = 8  # masks, for what they hold
 UNSCORED = frozenset({"void", "ignore", "unlabelled", "unlabeled"})
 
 
@@ -107,6 +110,12 @@ class Folder:
         image_paths, mask_paths = image_files(self.root / images), image_files(self.root / masks)
         if lists == LISTS and not any((self.root / file).exists() for file in lists.values()):
             pairs = [Pair(image_paths[s], mask_paths[s]) for s in image_paths if s in mask_paths]
+            if not pairs:
+                image, mask = next(iter(image_paths.values())), next(iter(mask_paths.values()))
+                raise UserError(
+                    f"{self.root}: no image has a mask of its name, as {image.name} in {images}/ "
+                    f"and {mask.name} in {masks}/; a mask has the stem of its image"
+                )
             self._pairs = _split(pairs, val_ratio, test_ratio, split_seed)
         else:
             self._pairs = {
@@ -118,6 +127,9 @@ class Folder:
             self._pairs["train"], self._pairs["val"] = hold_out_share(
                 self._pairs["train"], val_ratio, split_seed, "data.options.val_ratio"
             )
+        _tell_of_shared(self._pairs)
+        if palette is None and value_map is None and IGNORE_INDEX not in ignore_values:
+            _tell_of_255(self.dataset("train"))
         used = {pair.image for pairs in self._pairs.values() for pair in pairs}
         self._bare = [path for path in image_paths.values() if path not in used]
 
@@ -147,6 +159,33 @@ def _split(
     return {"train": train, "val": val, "test": test}
 
 
+def _tell_of_shared(splits: Mapping[str, Sequence[Pair]]) -> None:
+    """A line on stderr where lists hold images of train out for val or test."""
+    train = {pair.image for pair in splits["train"]}
+    for split in ("val", "test"):
+        shared = [pair.image for pair in splits.get(split, ()) if pair.image in train]
+        if shared:
+            notice(
+                f"folder: {len(shared)} images of {split} are also in train, as {shared[0].name}: "
+                f"scores on {split} are not those of unseen images"
+            )
+
+
+def _tell_of_255(train: MaskedImages) -> None:
+    """A line on stderr where the first masks hold 0 and 255 alone: 255 may be meant as a class."""
+    seen: set[int] = set()
+    for index in range(min(LOOKED_AT, len(train))):
+        with suppress(UserError):  # a file that is wrong is named when it is used
+            seen |= set(np.unique(train[index][1].numpy()).tolist())
+        if not seen <= {0, IGNORE_INDEX}:
+            return
+    if seen == {0, IGNORE_INDEX}:
+        notice(
+            f"folder: the first masks hold 0 and {IGNORE_INDEX} alone, and {IGNORE_INDEX} has no "
+            f"label; if it is class 1, say data.options.value_map={{0: 0, {IGNORE_INDEX}: 1}}"
+        )
+
+
 class Labels(NamedTuple):
     """The classes: their names, their (classes, 3) colours, and what reads their masks."""
 
@@ -160,7 +199,7 @@ def read_palette(path: Path) -> Labels:
     if not path.is_file():
         raise UserError(f"data.options.palette: there is no file {path}; write 'R G B name' lines")
     names: dict[Colour, str] = {}
-    for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for place, line in enumerate(read_lines(path), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         *levels, name = line.split(maxsplit=3)

@@ -76,6 +76,56 @@ def test_lists_with_further_columns_are_read(root: Path) -> None:
     assert folder.dataset("train").names == ["cell.3", "cell.0"]
 
 
+def test_an_image_that_a_list_names_twice_is_refused(root: Path) -> None:
+    """Held out for val, it would be in train as well."""
+    (root / "train.txt").write_text("cell.0\ncell.1.png\ncell.0.png\n")
+    with pytest.raises(UserError, match=r"train\.txt, line 3: 'cell\.0' stands in line 1 too"):
+        Folder(str(root), num_classes=3)
+
+
+def test_images_that_train_shares_with_another_list_are_told(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "test.txt").write_text("cell.9\ncell.3\n")
+    (root / "val.txt").write_text("cell.9\n")
+    Folder(str(root), num_classes=3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "1 images of test are also in train, as cell.3.png" in lines[0]
+
+
+def test_lists_may_begin_with_a_byte_order_mark_and_are_utf8(root: Path) -> None:
+    (root / "test.txt").write_bytes(b"\xef\xbb\xbfcell.9\n")
+    assert Folder(str(root), num_classes=3).dataset("test").names == ["cell.9"]
+    (root / "test.txt").write_bytes(b"cell.9\n\xe9\n")
+    with pytest.raises(UserError, match=r"test\.txt is no text in UTF-8"):
+        Folder(str(root), num_classes=3)
+
+
+def test_masks_of_other_names_than_their_images_are_named(root: Path) -> None:
+    (root / "train.txt").unlink()
+    (root / "test.txt").unlink()
+    for mask in list((root / "masks").iterdir()):
+        mask.rename(mask.with_name(f"{mask.stem}_mask.png"))
+    with pytest.raises(UserError, match=r"as cell\.0\.png in images/ and cell\.0_mask\.png in"):
+        Folder(str(root), num_classes=3)
+
+
+def test_masks_that_hold_0_and_255_alone_are_told(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Folder(str(root), num_classes=3)
+    assert capsys.readouterr().err == ""
+    values = np.repeat(np.array([[0], [255]], dtype=np.uint8), 4, axis=0).repeat(4, axis=1)
+    for name in NAMES:
+        Image.fromarray(values[2:6]).save(root / "masks" / f"{name}.png")
+    Folder(str(root), num_classes=2)
+    assert "data.options.value_map={0: 0, 255: 1}" in capsys.readouterr().err
+    for meant in ({"value_map": {0: 0, 255: 1}}, {"ignore_values": [255]}):
+        Folder(str(root), num_classes=2, **meant)  # type: ignore[arg-type]
+        assert capsys.readouterr().err == ""
+
+
 def test_missing_test_list_is_named_when_test_is_asked_for(root: Path) -> None:
     (root / "test.txt").unlink()
     folder = Folder(str(root), num_classes=3)
