@@ -82,5 +82,29 @@ class PyramidHead(nn.Module):
         return logits
 
 
+class FullyConvolutionalHead(nn.Module):
+    """torchvision's head of an FCN (Long et al. 2015), on the last map alone: a 3x3 convolution to
+    a quarter of the channels, dropout and a classifier.
+
+    Published FCNs keep the last map at an eighth of the image: `output_stride` of the backbone.
+
+    Args:
+        channels: Channels of each map.
+        classes: Number of classes.
+    """
+
+    def __init__(self, channels: Sequence[int], classes: int) -> None:
+        super().__init__()
+        from torchvision.models.segmentation.fcn import FCNHead
+
+        self.decoder = FCNHead(channels[-1], classes)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """maps: (B, C_i, h_i, w_i), in the order of `channels` -> (B, classes, h, w), the last's
+        grid."""
+        logits: Tensor = self.decoder(maps[-1])
+        return logits
+
+
 def _finest_size(maps: Sequence[Tensor]) -> tuple[int, int]:
     return max(x.shape[-2] for x in maps), max(x.shape[-1] for x in maps)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from students.decoders import DecoderHead
-from students.heads import LinearHead, PyramidHead
+from students.heads import FullyConvolutionalHead, LinearHead, PyramidHead
 
 HEADS: Mapping[str, Callable[[Sequence[int], int], nn.Module]] = MappingProxyType(
     {
         "linear": LinearHead,
         "fpn": PyramidHead,
+        "fcn": FullyConvolutionalHead,
         "upernet": partial(DecoderHead, "upernet"),
         "deeplabv3plus": partial(DecoderHead, "deeplabv3plus"),
         "segformer": partial(DecoderHead, "segformer"),
@@ -208,10 +209,11 @@ def _create_backbone(
             model, {"img_size": size}, num_classes=classes, **kwargs
         )
         backbone = timm.create_model(pretrained=pretrained, **arguments)
-    except TypeError as error:
-        raise ValueError(f"{model!r} does not take {dict(kwargs)}: {error}") from error
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (TypeError, AssertionError, ArithmeticError) as error:  # what timm's networks raise
+        reason = str(error) or "timm refuses it"
+        raise ValueError(f"{model!r} does not take {dict(kwargs)}: {reason}") from error
+    except (OSError, RuntimeError, KeyError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise OSError(
             f"the model or weights of {model!r} cannot be read: {reason}; "
             "give 'local-dir:FOLDER', or go without pretrained weights"

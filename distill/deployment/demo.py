@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from distill.benchmarks.files import EIGHT_BIT_MODES, UNREADABLE
+from distill.benchmarks.files import read_image
 from distill.deployment.overlays import blend, shares
 from distill.deployment.predict import logits_of, mask_of, open_model
 from distill.deployment.runtimes import ModelFile, needs
@@ -119,12 +118,12 @@ def look(model: ModelFile, path: str) -> tuple[Image.Image | None, Any, str]:
         class; as HTML the legend, largest class first, and the time. Or what is wrong alone.
     """
     try:
-        image = _read_upright(path)
-    except UNREADABLE:
+        pixels = read_image(Path(path), upright=True)
+    except UserError:
         name = escape(Path(path).name)
         wrong = f"{name} cannot be read as an 8-bit image; try a JPEG or PNG."
         return None, None, f'<p class="problem">{wrong}</p>'
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     began = time.perf_counter()
     (logits,) = logits_of(model, [pixels])
     taken = 1e3 * (time.perf_counter() - began)
@@ -137,15 +136,6 @@ def look(model: ModelFile, path: str) -> tuple[Image.Image | None, Any, str]:
         return image, dict(zip(names, logits.softmax(0).tolist(), strict=True)), told
     mask, palette = mask_of(logits, (image.height, image.width)), model.metadata["palette"]
     return image, blend(np.array(image), mask, palette), _legend(mask, names, palette) + told
-
-
-def _read_upright(path: str) -> Image.Image:
-    """An image as RGB, turned as its camera noted; raises one of `UNREADABLE`."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-    if image.mode not in EIGHT_BIT_MODES:
-        raise ValueError(f"{image.mode!r} is not an 8-bit image")
-    return image.convert("RGB")
 
 
 def _legend(mask: NDArray[np.uint8], names: Sequence[str], palette: Sequence[Sequence[int]]) -> str:

@@ -46,8 +46,8 @@ def predict(
     """Predict images, and write what was seen in them.
 
     For segmentation `out` gets `masks/NAME.png`, class numbers with a palette at the image's own
-    size, and `overlays/NAME.png`; for classification `predictions.csv` and `predictions.json`.
-    Images in folders keep their place below them in NAME.
+    size, upright, and `overlays/NAME.png`; for classification `predictions.csv` and
+    `predictions.json`. Images in folders keep their place below them in NAME.
 
     Args:
         model: A run folder, an exported student, or a file that `distill export` wrote.
@@ -182,7 +182,7 @@ def _groups(
     group: list[tuple[Picture, Tensor]] = []
     for picture in pictures:
         try:
-            group.append((picture, read_image(picture.path)))
+            group.append((picture, read_image(picture.path, upright=True)))
         except UserError as error:
             print(f"skipped {error}", file=sys.stderr)
             broken.append(picture.path)

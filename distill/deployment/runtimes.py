@@ -55,11 +55,11 @@ def load(path: Path, threads: int = 0, *, trust: bool = False) -> ModelFile:
         UserError: The file is missing, damaged, not trusted or not written by `distill export`, or
             its runtime is not installed.
     """
+    if not path.is_file():
+        raise UserError(f"there is no file or folder {path}")
     loader = LOADERS.get(path.suffix)
     if loader is None:
         raise UserError(f"{path} is no exported file: {', '.join(LOADERS)}")
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
     if loader is _torchscript and not trust:
         raise UserError(
             f"{path} is TorchScript, a program that may do anything to this machine; `distill "

@@ -189,7 +189,8 @@ def at_size(student: Student, size: tuple[int, int]) -> Student:
     """The same student, sharing its weights, for images of another (H, W).
 
     Raises:
-        UserError: Its backbone takes images of one size alone, as a plain ViT does.
+        UserError: Its backbone takes images of one size alone, as a plain ViT does, or its deepest
+            map would have no position.
     """
     if tuple(student.image_size) == size:
         return student
@@ -203,6 +204,12 @@ def at_size(student: Student, size: tuple[int, int]) -> Student:
     pairs = zip(student.input_size, size, student.image_size, strict=True)
     view.input_size = tuple(round(seen * now / given) for seen, now, given in pairs)
     view.image_size = size
+    deepest = max(info["reduction"] for info in student.backbone.feature_info)
+    if min(view.input_size) < deepest:
+        raise UserError(
+            f"evaluate.scales: images of {size[0]}x{size[1]} px are too small for this network, "
+            f"which reduces by {deepest}; leave the smallest scale out"
+        )
     return view
 
 

@@ -160,6 +160,8 @@ def _setting(result: Mapping[str, Any]) -> dict[str, Any]:
     keys["seed"] = recipe.get("seed")
     if finetuned:
         keys["student.head"] = recipe.get("student", {}).get("head")
+    if result["protocol"] != "own":
+        keys.pop("data.unlabelled", None)  # of a student's own training
     # What came of these two is told instead.
     keys.pop("data.size", None)
     told = {"protocol": result["protocol"], "size": result["size"]}

@@ -96,6 +96,7 @@ def depth_scores(guess: Tensor, truth: Tensor) -> DepthScores:
     """guess, truth: (H, W), above 0, the latter NaN where nothing is to be scored."""
     known = ~truth.isnan()
     guess, truth = guess[known].double(), truth[known].double()
+    guess = guess.where(~guess.isnan(), torch.inf)  # of a head that diverged: wrong, not unknown
     error, ratio = guess - truth, torch.maximum(guess / truth, truth / guess)
     return DepthScores(
         error.square().mean().sqrt().item(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from distill.errors import UserError
 from distill.evaluation import pictures
 from distill.evaluation.backbones import Subject, parse_subject
 from distill.evaluation.counting import Tally, predicted
-from distill.evaluation.geometry import correspondence, depth
+from distill.evaluation.geometry import best_and_worst, correspondence, depth, setting
 from distill.evaluation.metrics import figure_text
 from distill.evaluation.pictures import Shown
 from distill.evaluation.protocols import (
@@ -41,7 +42,6 @@ from distill.recipe import to_tree
 from distill.studies.intervals import Interval, interval
 from distill.tracking import commit, hardware
 
-SHOWN = 4  # best and worst images each, in the picture
 PLACES = {"correspondence": correspondence, "depth": depth}
 
 
@@ -68,6 +68,8 @@ def rescore(
     """
     if out is not None and (Path(out).suffix != ".json" or not Path(out).parent.is_dir()):
         raise UserError(f"--out: {out} must be a .json file in a folder that exists")
+    if out is not None and not os.access(Path(out).parent, os.W_OK):
+        raise UserError(f"--out: {Path(out).parent} is a folder that you may not write to")
     result, draw = evaluate_subject(text, overrides, protocol, benchmark)
     if out is not None:
         checkpoint.write_text(out, json.dumps(result, indent=2) + "\n")
@@ -97,7 +99,7 @@ def evaluate_subject(
         scored = _score(fitted, config, kind, accelerator)
         draw, metric = partial(_write_pictures, scored), metric_of(kind)
         result |= {
-            **_setting(config, kind, fitted, labelled),
+            **setting(config, metric, fitted.size, labelled, fitted.layers),
             "details": fitted.details,
             "figures": {metric: scored.scores[metric]},
             "scores": scored.scores,
@@ -140,7 +142,7 @@ def _fit(
         benchmark = build_benchmark(config.data)
         check_looks(config.evaluate, benchmark)
         return own(subject, config, benchmark, accelerator), benchmark, None
-    data = build_training_set(config.data)
+    data = build_training_set(dataclasses.replace(config.data, unlabelled=0))
     check_looks(config.evaluate, data.benchmark)
     fitted = {"linear": linear, "knn": knn, "finetune": finetune}[protocol](
         subject, config, data, accelerator
@@ -157,14 +159,14 @@ def _score(
 
 def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
     """Scores by number of labels, each with its choices of images."""
-    data = build_training_set(dataclasses.replace(config.data, labelled=None))
+    data = build_training_set(dataclasses.replace(config.data, labelled=None, unlabelled=0))
     benchmark = data.benchmark
     check_looks(config.evaluate, benchmark)
     metric, rows = metric_of(benchmark), dict[int, list[dict[str, Any]]]()
-    setting: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     for choice in label_efficient(subject, config, data, accelerator):
         scored = _score(choice.fitted, config, benchmark, accelerator)
-        setting = _setting(config, benchmark, choice.fitted, None)
+        told = setting(config, metric, choice.fitted.size, None, choice.fitted.layers)
         rows.setdefault(choice.labels, []).append(
             {
                 "seed": choice.seed,
@@ -180,21 +182,7 @@ def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -
         figures[name] = sum(values) / len(values)
         intervals[name] = interval(values)._asdict() if len(values) > 1 else None
     by_labels = {str(labels): choices for labels, choices in rows.items()}
-    return {**setting, "figures": figures, "intervals": intervals, "choices": by_labels}
-
-
-def _setting(
-    config: RunConfig, benchmark: Benchmark, fitted: Fitted, labelled: int | None
-) -> dict[str, Any]:
-    """What must be equal where two results are compared, and the layers."""
-    return {
-        "benchmark": config.data.benchmark,
-        "split": config.evaluate.split,
-        "metric": metric_of(benchmark),
-        "size": list(fitted.size),
-        "labelled": labelled,
-        "layers": fitted.layers,
-    }
+    return {**told, "figures": figures, "intervals": intervals, "choices": by_labels}
 
 
 def _write_pictures(scored: Scored, out: Path) -> None:
@@ -207,20 +195,17 @@ def _write_pictures(scored: Scored, out: Path) -> None:
     known = [index for index, value in enumerate(each) if not math.isnan(value)]
     # Of classes it is told how much is right, of points how far they are off.
     ranked = sorted(known, key=each.__getitem__, reverse=isinstance(tally, Tally))
-    best = ranked[:SHOWN]
-    worst = [index for index in reversed(ranked[-SHOWN:]) if index not in best]
     shown = []
-    for kind, indices in (("best", best), ("worst", worst)):
-        for index in indices:
-            image, target = scored.examples[index]
-            pixels, truth = as_float(image), torch.as_tensor(target)
-            with torch.no_grad():
-                logits = scored.predict(pixels[None].to(tally.device))[0].float()
-            guess = predicted(logits, truth)
-            told = f"{each[index]:.1%} NME"
-            if isinstance(tally, Tally):
-                told = f"{each[index]:.0%} {'of pixels right' if truth.ndim else 'for its class'}"
-            shown.append(Shown(f"{kind}: {told}", pixels, truth, guess))
+    for kind, index in best_and_worst(ranked):
+        image, target = scored.examples[index]
+        pixels, truth = as_float(image), torch.as_tensor(target)
+        with torch.no_grad():
+            logits = scored.predict(pixels[None].to(tally.device))[0].float()
+        guess = predicted(logits, truth)
+        told = f"{each[index]:.1%} NME"
+        if isinstance(tally, Tally):
+            told = f"{each[index]:.0%} {'of pixels right' if truth.ndim else 'for its class'}"
+        shown.append(Shown(f"{kind}: {told}", pixels, truth, guess))
     pictures.overlays(
         out.with_name(f"{out.stem}-overlays.png"), shown, benchmark.class_names, benchmark.palette
     )

@@ -72,7 +72,7 @@ def correspondence(subject: Subject, config: RunConfig, accelerator: Accelerator
         )
     scores = pck(matched)
     result = {
-        **_setting(config, "pck_box", size, None, backbone.layers),
+        **setting(config, "pck_box", size, None, backbone.layers),
         "details": {"alpha": ALPHA, "pairs": len(matched)},
         "figures": {name: scores[name] for name in ("pck_image", "pck_box")},
         "scores": scores,
@@ -110,7 +110,7 @@ def depth(subject: Subject, config: RunConfig, accelerator: Accelerator) -> Outc
     (each,) = predict(tested)
     scores = mean_scores(each, benchmark.name)._asdict()
     result = {
-        **_setting(config, "rmse", size, count, backbone.layers),
+        **setting(config, "rmse", size, count, backbone.layers),
         "details": {
             "lr": options.lrs[best],
             "chosen_on": "val",
@@ -143,7 +143,7 @@ def _training_views(config: RunConfig, examples: Examples, size: tuple[int, int]
     return Augmented(resized, augmentation(strength, None, size))
 
 
-def _setting(
+def setting(
     config: RunConfig,
     metric: str,
     size: tuple[int, int],
@@ -161,7 +161,7 @@ def _setting(
     }
 
 
-def _best_and_worst(ranked: Sequence[int]) -> list[tuple[str, int]]:
+def best_and_worst(ranked: Sequence[int]) -> list[tuple[str, int]]:
     """Which to show, of indices from the best to the worst; the worst first among its kind."""
     best = list(ranked[:SHOWN])
     worst = [index for index in reversed(ranked[-SHOWN:]) if index not in best]
@@ -174,7 +174,7 @@ def _draw_matches(pairs: KeypointPairs, matched: Sequence[Matched], out: Path) -
 
     ranked = sorted(range(len(matched)), key=share, reverse=True)
     shown = []
-    for kind, place in _best_and_worst(ranked):
+    for kind, place in best_and_worst(ranked):
         one, pair = matched[place], pairs[matched[place].number]
         right = f"{int(one.in_box.sum())} of {len(one.in_box)}"
         shown.append(ShownPair(f"{kind}: {one.category}, {right}", pair, one.found, one.in_box))
@@ -191,7 +191,7 @@ def _draw_depths(
 ) -> None:
     known = [index for index, scores in enumerate(each) if not math.isnan(scores.rmse)]
     shown = []
-    for kind, index in _best_and_worst(sorted(known, key=lambda index: each[index].rmse)):
+    for kind, index in best_and_worst(sorted(known, key=lambda index: each[index].rmse)):
         image, target = examples[index]
         pixels, truth = as_float(image), torch.as_tensor(target)
         with torch.no_grad():

@@ -52,7 +52,7 @@ def several_looks(
         for scale in scales:
             sized = images
             if scale != 1:
-                shape = (round(scale * height), round(scale * width))
+                shape = scaled((height, width), scale)
                 sized = F.interpolate(images, shape, mode="bilinear", antialias=True)
             looks += [look(sized), mirrored(sized)] if flip else [look(sized)]
         if len(looks) == 1:
@@ -65,6 +65,11 @@ def several_looks(
         return mean if dense else mean.clamp(min=1e-12).log()
 
     return average
+
+
+def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(H, W) of an image at a scale; a pixel at least."""
+    return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
 
 
 def _slide(

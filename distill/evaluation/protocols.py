@@ -48,7 +48,13 @@ FINETUNE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "finetune_steps": 0,
             "batch": 16,
             "unlabelled_batch": 0,
+            "accumulate": 1,
             "auxiliary": 0.0,
+            "optimizer": "adamw",
+            "weight_decay": 0.05,
+            "decay_all": False,
+            "clip": 1.0,
+            "ema": 0.99,
             "lr": 5e-4,
             "lr_schedule": "poly",
             "warmup": 50,
@@ -88,6 +94,12 @@ def own(
             f"the student predicts {card.classes} classes, {benchmark.name} has "
             f"{benchmark.num_classes}; fit a new head with --protocol linear"
         )
+    if card.dense != traits(benchmark).dense:
+        raise UserError(
+            f"the student predicts {'every position' if card.dense else 'whole images'}, and "
+            f"{benchmark.name} has {traits(benchmark).labels}; fit a new head with --protocol "
+            "linear"
+        )
     pairs = zip(card.class_names, benchmark.class_names, strict=True)
     if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
         raise UserError(
@@ -125,6 +137,11 @@ def fit_linear(
 ) -> Fitted:
     """The same of a backbone that is open; `label` stands before the progress."""
     benchmark, options, device = data.benchmark, config.evaluate, accelerator.device
+    val = benchmark.dataset("val")
+    if not len(val):
+        raise UserError(
+            f"{benchmark.name}: the split val has no images to choose the learning rate on"
+        )
     probe = LinearProbe(
         backbone,
         options.lrs,
@@ -142,7 +159,7 @@ def fit_linear(
         )
     tallies = count(
         probe,
-        Resized(benchmark.dataset("val"), data.size, masks=False),
+        Resized(val, data.size, masks=False),
         benchmark,
         candidates=len(options.lrs),
         device=device,

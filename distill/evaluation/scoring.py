@@ -65,7 +65,10 @@ def held_out_examples(
         split: None: `evaluate.split`.
     """
     check_looks(config.evaluate, benchmark)
-    examples = benchmark.dataset(split or config.evaluate.split)
+    split = split or config.evaluate.split
+    examples = benchmark.dataset(split)
+    if not len(examples):
+        raise UserError(f"{benchmark.name}: the split {split} has no images")
     if config.evaluate.window is None:
         examples = Resized(examples, size, masks=False)
     if config.evaluate.images is not None:

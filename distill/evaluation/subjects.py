@@ -13,7 +13,7 @@ from timm.models import load_state_dict
 from distill.build import build_teacher
 from distill.config import RunConfig, StudentConfig
 from distill.deployment.folder import load_backbone, read_card, student_folder
-from distill.errors import blame
+from distill.errors import UserError, blame
 from distill.evaluation.backbones import (
     SCRATCH,
     Backbone,
@@ -21,6 +21,7 @@ from distill.evaluation.backbones import (
     Subject,
     TeacherBackbone,
 )
+from distill.evaluation.inference import scaled
 from distill.recipe import apply_override, build_config, refuse_foreign
 from students.student import Student
 
@@ -91,13 +92,33 @@ def open_backbone(
         backbone.to(device)
         with blame(f"{subject.text} at data.size {size[0]}x{size[1]}, or teacher.image_size"):
             backbone.maps(torch.zeros(1, 3, *size, device=device))
+        _try_scales(backbone, subject, config, size, device)
         return backbone
     with blame(subject.text), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         student = _network(subject, config.student, size)
     if config.student.init_from is not None:
         load_backbone(student, config.student.init_from)
-    return NetworkBackbone(student, config.student.model).to(device)
+    backbone = NetworkBackbone(student, config.student.model).to(device)
+    _try_scales(backbone, subject, config, size, device)
+    return backbone
+
+
+def _try_scales(
+    backbone: Backbone,
+    subject: Subject,
+    config: RunConfig,
+    size: tuple[int, int],
+    device: torch.device,
+) -> None:
+    """Refuse scales that the network does not take before anything is fitted; windows have one."""
+    for scale in config.evaluate.scales if config.evaluate.window is None else ():
+        try:
+            if scale != 1:
+                backbone.maps(torch.zeros(1, 3, *scaled(size, scale), device=device))
+        except (AssertionError, RuntimeError, ValueError) as error:  # networks know all three
+            line = " ".join(str(error).split())[:200]
+            raise UserError(f"{subject.text} at evaluate.scales {scale:g}: {line}") from error
 
 
 def _network(subject: Subject, config: StudentConfig, size: tuple[int, int]) -> Student:

@@ -13,6 +13,7 @@ from distill.reporting.page import Block, Code, Finding, Heading, Picture, Secti
 from distill.studies.comparison import Group, differences, gains, spoken
 from distill.studies.intervals import Interval, interval
 
+DRAWN = 200  # classes at most: browsers show no picture as tall as a thousand need
 ONE_SEED = (
     "One run has one seed, so that there is no interval: what another seed would change is not "
     "known. Train the recipe with other seeds (seed=1 name=...) and report the runs together."
@@ -133,16 +134,17 @@ def _classes(groups: Sequence[Group], group: Group, pictures: Path) -> list[Bloc
     rows = {name: row for name, row in rows.items() if row}
     if not rows:
         return []
-    path = picture_path(pictures, groups, group, "classes.png")
-    charts.scores(path, rows, f"{measure}, points")
     table = [
         [name, *(_mean(row.get(spoken(arm), [])) for arm in arms)] for name, row in rows.items()
     ]
     caption = f"{measure} by class, in points"
-    return [
-        Picture(path, f"{caption}, as in the table below", f"{caption}: {_legend([group])}"),
-        Table(caption, ["class", *map(spoken, arms)], table),
-    ]
+    blocks: list[Block] = [Table(caption, ["class", *map(spoken, arms)], table)]
+    if len(rows) <= DRAWN:
+        path = picture_path(pictures, groups, group, "classes.png")
+        charts.scores(path, rows, f"{measure}, points")
+        legend = f"{caption}: {_legend([group])}"
+        blocks.insert(0, Picture(path, f"{caption}, as in the table below", legend))
+    return blocks
 
 
 def _mean(points: list[float]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from students.heads import LinearHead, PyramidHead, resize_logits
+from students.heads import FullyConvolutionalHead, LinearHead, PyramidHead, resize_logits
+from students.student import Student
 
 
 def two_maps() -> list[torch.Tensor]:
@@ -36,6 +37,20 @@ def test_pyramid_head_predicts_at_the_finest_map_and_hears_every_map():
     logits.square().sum().backward()
     assert logits.shape == (2, 4, 8, 16)
     assert all(x.grad.abs().sum() > 0 for x in maps)
+
+
+def test_fcn_head_predicts_from_the_last_map_alone():
+    torch.manual_seed(0)
+    student = Student(
+        "test_resnet", classes=4, dense=True, image_size=(64, 32), head="fcn",
+        kwargs={"output_stride": 8},
+    )  # fmt: skip
+    assert student(torch.rand(2, 3, 64, 32))[0].shape == (2, 4, 8, 4)
+    head = FullyConvolutionalHead([3, 8], classes=4).eval()
+    fine, coarse = torch.randn(2, 3, 8, 8), torch.randn(2, 8, 4, 4)
+    assert head([fine, coarse]).shape == (2, 4, 4, 4)
+    assert torch.equal(head([fine, coarse]), head([fine + 1, coarse]))
+    assert not torch.equal(head([fine, coarse]), head([fine, coarse + 1]))
 
 
 def test_logits_are_resized_to_float32_of_the_masks_size():

@@ -162,6 +162,14 @@ def test_same_seed_gives_the_same_weights():
         ({"head_layers": ["layer4"]}, "head_layers are read by a dense head"),
         ({"kwargs": {"patch_size": 4}}, "'resnet18' does not take {'patch_size': 4}"),
         (
+            {"kwargs": {"output_stride": 3}},
+            "'resnet18' does not take {'output_stride': 3}: timm refuses it",
+        ),
+        (
+            {"model": "test_vit", "kwargs": {"patch_size": 0}},
+            "'test_vit' does not take {'patch_size': 0}: integer division",
+        ),
+        (
             {"model": "vit_tiny_patch16_224", "image_size": (100, 64)},
             "cannot take images of 100x64 px: each side must be a multiple of 16; 96x64 would do",
         ),
@@ -181,6 +189,12 @@ def test_wrong_settings_are_named(settings, message):
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(OSError, match="Config file not found"):
         build(f"local-dir:{tmp_path}", (64, 64), pretrained=True)
+
+
+def test_a_folder_whose_config_names_no_model_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OSError, match="cannot be read: no 'architecture'"):
+        build(f"local-dir:{tmp_path}", (64, 64))
 
 
 def test_images_of_another_size_are_refused():

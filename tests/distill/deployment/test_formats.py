@@ -468,6 +468,7 @@ def test_a_foreign_file_says_so(tmp_path: Path) -> None:
         load(tmp_path / "foreign.pt", trust=True)
     with pytest.raises(UserError, match=r"there is no file"):
         load(tmp_path / "missing.onnx")
+    (tmp_path / "x.pth").touch()
     with pytest.raises(UserError, match=r"is no exported file: .onnx, .pt2, .ts, .pt"):
         load(tmp_path / "x.pth")
 

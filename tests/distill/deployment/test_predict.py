@@ -72,6 +72,19 @@ def test_masks_are_the_students_at_the_images_own_size(
     assert palette[3:6] == list(card.palette[1])
 
 
+def test_photographs_are_predicted_as_people_see_them(
+    finished_run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    image, exif = Image.open(pictures / "a" / "one.png"), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    image.transpose(Image.Transpose.ROTATE_90).save(pictures / "a" / "turned.png", exif=exif)
+    out = tmp_path / "out"
+    assert main(["predict", str(finished_run), str(pictures / "a"), "--out", str(out)]) == 0
+    for kind in ("masks", "overlays"):
+        turned, one = (out / kind / f"{name}.png" for name in ("turned", "one"))
+        assert turned.read_bytes() == one.read_bytes()
+
+
 def test_an_exported_file_predicts_the_same(
     finished_run: Path, student_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -166,6 +179,8 @@ def test_mistakes_are_one_line_before_anything_is_written(
     line = refuse("predict", finished_run, pictures, *out)
     assert line.endswith("a/one.png have one name; predict them apart")
     assert "holds no exported student" in refuse("predict", tmp_path / "empty", pictures, *out)
+    assert "there is no file or folder runs/typo" in refuse("predict", "runs/typo", pictures, *out)
+    (tmp_path / "x.pth").touch()
     assert "is no exported file" in refuse("predict", tmp_path / "x.pth", pictures, *out)
     student, card = load_student(student_folder)
     backbone, file = Deployed(student, "backbone"), tmp_path / "backbone.pt2"

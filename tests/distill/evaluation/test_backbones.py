@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from distill.deployment.folder import load_student
 from distill.errors import UserError
 from distill.evaluation.backbones import Backbone, parse_subject
+from distill.evaluation.evaluate import evaluate_subject
 from distill.evaluation.subjects import open_backbone, subject_config
 
 CPU = torch.device("cpu")
@@ -99,6 +100,23 @@ def test_a_transformer_says_that_it_takes_one_size() -> None:
     backbone = opened("timm:vit_tiny_patch16_224:scratch", small)
     with pytest.raises(UserError, match=r"32x32 px alone; .* evaluate.window"):
         backbone.maps(torch.rand(1, 3, 64, 64))
+
+
+def test_scales_that_a_network_does_not_take_are_refused_when_it_is_opened(
+    finished_run: Path, teacher_folder: Path
+) -> None:
+    teacher = f"teacher:{teacher_folder},layers=mid_block"
+    for text, scale, told in (
+        (teacher, 0.9, "at evaluate.scales 0.9: an image of 29x29 does not fit this teacher"),
+        (str(finished_run), 0.01, "images of 1x1 px are too small for this network, which reduces"),
+        ("timm:test_vit:scratch", 1.25, "at evaluate.scales 1.25: "),
+    ):
+        with pytest.raises(UserError) as caught:
+            opened(text, f"evaluate.scales=[1.0, {scale}]")
+        assert told in str(caught.value)
+        opened(text, f"evaluate.scales=[1.0, {scale}]", "evaluate.window=16")  # windows keep theirs
+    with pytest.raises(UserError, match="too small"):
+        evaluate_subject(str(finished_run), ["evaluate.scales=[0.01]"], "own")
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,7 @@ def test_whatever_of_the_setting_differs_is_named() -> None:
         "note: evaluate.lrs differs: [0.2], [0.1]",
         "note: seed differs: 0, 4",
     ]
+    assert notes(result(), result(data={"augment": "crop", "unlabelled": 12})) == []
     heads = [result("finetune", student={"head": head}) for head in ("fpn", "linear")]
     assert notes(*heads) == ["note: student.head differs: fpn, linear"]
     trained = [result("own", data={"labelled": labelled}) for labelled in (6, None)]

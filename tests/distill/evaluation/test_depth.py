@@ -86,6 +86,12 @@ def test_scores_are_those_by_hand() -> None:
     assert depth_scores(torch.tensor([[1.24]]), torch.tensor([[1.0]])).delta1 == 1.0
 
 
+def test_a_head_that_diverged_is_the_worst_and_not_unknown() -> None:
+    scores = depth_scores(torch.full((2, 2), torch.nan), torch.ones(2, 2))
+    assert scores == (math.inf, math.inf, 0.0)
+    assert mean_scores([scores], "rooms").rmse == math.inf
+
+
 def test_means_are_over_the_images_with_known_depth() -> None:
     one, two = torch.ones(2, 2), torch.full((2, 2), 2.0)
     nothing = torch.full((2, 2), math.nan)

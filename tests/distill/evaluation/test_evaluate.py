@@ -168,3 +168,39 @@ def test_mistakes_are_one_line(
         capsys, finished_run, "data={benchmark: folder, root: /none, options: {num_classes: 7}}"
     )
     assert "nowhere" in refused(capsys, finished_run, "--out", tmp_path / "nowhere" / "a.json")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    images = f"data={{benchmark: images, root: {tmp_path}}}"
+    assert "data.benchmark: 'images' has no labels" in refused(capsys, finished_run, images)
+
+
+def test_a_folder_that_takes_no_scores_is_named_before_the_work(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(verb.os, "access", lambda path, mode: False)
+    line = refused(capsys, finished_run, "--out", tmp_path / "a.json")
+    assert f"{tmp_path} is a folder that you may not write to" in line
+
+
+def test_a_head_of_another_task_and_a_split_without_images_are_named(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "own_odd.py").write_text(
+        "from distill.benchmarks.shapes import Shapes\n"
+        "class Whole(Shapes):\n"
+        "    name, task = 'whole', 'classification'\n"
+        "class Empty(Shapes):\n"
+        "    name = 'empty'\n"
+        "    def dataset(self, split): return [] if split == 'val' else super().dataset(split)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    line = refused(capsys, finished_run, "data.benchmark=own_odd:Whole")
+    assert "predicts every position, and whole has classes of whole images; fit a new" in line
+    changes = ["data.benchmark=own_odd:Empty", "evaluate.split=val"]
+    assert "empty: the split val has no images" in refused(capsys, finished_run, *changes)
+    line = refused(capsys, finished_run, "--protocol", "linear", *changes)
+    assert "the split val has no images to choose the learning rate on" in line
+    words = ["export", str(finished_run), "--format", "torchscript", *changes]
+    assert main([*words, "--out", str(tmp_path / "a.ts")]) == 0
+    assert "images of noise, as there are no held-out ones: empty" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from distill.cli import main
 from distill.errors import UserError
-from distill.evaluation.evaluate import evaluate_subject
+from distill.evaluation.evaluate import evaluate_subject, subject_recipe
 from distill.evaluation.linear import LinearProbe, fit
 from distill.evaluation.neighbours import NearestNeighbours, pooled
 from distill.evaluation.protocols import label_counts
@@ -133,6 +135,14 @@ def test_one_protocol_takes_students_teachers_and_others(
     assert again.scores == result.scores
 
 
+def test_what_a_student_was_distilled_on_plays_no_part_on_other_data(finished_run: Path) -> None:
+    """Its recipe has 12 unlabelled images, more than there are here."""
+    fewer = "data.options={size: 32, train: 8, val: 3, test: 5}"
+    assert evaluated(finished_run, "linear", fewer, *SMALL).labelled == 6
+    few = ["evaluate.labels=[2]", "evaluate.splits=1"]
+    assert "2" in evaluated(finished_run, "label_efficient", fewer, *SMALL, *few).choices
+
+
 def test_fine_tuning_starts_from_the_subjects_weights_and_fits(finished_run: Path) -> None:
     """On its own training images, with time, a whole network beats what it began with by far."""
     train = [SHAPES, "evaluate.split=train", "data.augment=none", "train.batch=16"]
@@ -196,6 +206,24 @@ def test_few_labels_are_chosen_several_times_and_named() -> None:
     spread = result.intervals["miou at 3"]
     assert spread["low"] <= result.figures["miou at 3"] <= spread["high"]
     assert result.intervals["miou at 16"] is None
+
+
+def test_finetune_trains_all_subjects_alike_whatever_a_students_recipe_says(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    card = json.loads((finished_run / "student" / "student.json").read_text())
+    card["recipe"]["train"] |= {
+        **{"optimizer": "momentum", "weight_decay": 1e-4, "decay_all": True, "clip": None},
+        **{"ema": 0.999, "accumulate": 2, "lr_schedule": "step", "lr": 0.1},
+    }
+    (tmp_path / "student.json").write_text(json.dumps(card))
+    trained = [
+        dataclasses.asdict(subject_recipe(subject, [], "finetune", None)[1].train)
+        for subject in (str(tmp_path), "timm:test_resnet:scratch")
+    ]
+    beside = {"precision", "channels_last", "log_every", "checkpoint_every"}  # do not teach
+    mine, timms = ({k: v for k, v in train.items() if k not in beside} for train in trained)
+    assert mine == timms
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from distill.reporting.choices import load_policy, load_state
 from distill.reporting.page import Table
 from distill.reporting.policy import _nothing_to_map, _preference
 from distill.reporting.report import write_report
+from distill.reporting.results import DRAWN, _classes
 from distill.reporting.training import _operations
 from distill.studies.comparison import group_runs, read_run
 from rl_policy.table import ReplayTable
@@ -382,3 +385,13 @@ def test_a_browser_shows_the_page_without_complaint(run: Path, tmp_path: Path) -
     rows = (pixels != pixels[-1, -1]).any(-1).any(-1).reshape(16, -1).any(-1)
     assert rows.all()
     assert (pixels[:, -10:] == pixels[-1, -1]).all()
+
+
+def test_more_classes_than_a_browser_shows_are_a_table_alone(tmp_path: Path) -> None:
+    rows = {f"class {number}": 0.5 for number in range(DRAWN + 1)}
+    first = SimpleNamespace(results={"scratch": {}}, by_class=lambda arm: rows)
+    group: Any = SimpleNamespace(first=first, runs=(first,), metric="top1")
+    (table,) = _classes([group], group, tmp_path)
+    assert isinstance(table, Table)
+    assert len(table.rows) == DRAWN + 1
+    assert list(tmp_path.iterdir()) == []
