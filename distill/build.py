@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
@@ -62,9 +63,10 @@ def open_data(data: DataConfig, table: str) -> Any:
     """What `data` names in a table of the registry."""
     factory = resolve(table, data.benchmark, "data.benchmark")
     check_options(data.options, factory, "data.options")
+    options = typed_options(data.options, factory, "data.options")
     try:
         with blame("data"):
-            return factory(data.root, **data.options)
+            return factory(data.root, **options)
     except TypeError as error:
         raise UserError(f"data.options: {data.benchmark} with {data.options}: {error}") from error
 
@@ -81,6 +83,30 @@ def check_options(
         if option not in known:
             near = nearest(option, known, f"{key}.") if known else "there are none"
             raise UserError(f"unknown key '{key}.{option}'; {near}")
+
+
+def typed_options(
+    options: Mapping[str, Any], factory: Callable[..., Any], key: str
+) -> dict[str, Any]:
+    """The options as the types that `factory` is annotated with; a UserError of one that is none.
+
+    A type that pydantic does not know is left to the factory.
+    """
+    try:
+        hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except NameError:  # of somebody's module that imports them for type checkers alone
+        hints = {}
+    found = {}
+    for name, value in options.items():
+        try:
+            found[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            raise UserError(f"{key}.{name}: {message}, got {value!r:.80}") from error
+        except PydanticUserError:
+            found[name] = value
+    return found
 
 
 def image_size(data: DataConfig, examples: Examples) -> tuple[int, int]:
@@ -151,11 +177,7 @@ class TrainingSet(NamedTuple):
 def build_training_set(data: DataConfig) -> TrainingSet:
     """Choose which training images show their labels (nested in the count, by `split_seed`)."""
     benchmark = build_benchmark(data)
-    if benchmark.task is None:
-        raise UserError(
-            f"data.benchmark: {data.benchmark!r} has no labels, so that no student can be scored; "
-            "use it for `distill teacher train`"
-        )
+    traits(benchmark)  # refuses images without labels
     if data.augment == "patch":
         raise UserError(
             "data.augment: patch is for `distill teacher train`: students are scored on whole "
@@ -183,15 +205,20 @@ def build_training_set(data: DataConfig) -> TrainingSet:
 
 
 def build_teacher(
-    config: RunConfig, random_weights: int | None = None, layers: Sequence[str] = ()
+    config: RunConfig,
+    random_weights: int | None = None,
+    layers: Sequence[str] = (),
+    asked_by: str = "teacher",
 ) -> Teacher:
-    """The frozen teacher, with these layers, or those that the pairs and the reward ask for."""
+    """The frozen teacher, with these layers, which `asked_by` named, or those that the pairs and
+    the reward ask for."""
     teacher = config.teacher
     factory = resolve("teachers", teacher.name, "teacher.name")
-    asked: dict[str, str] = {}
-    for index, pair in enumerate(config.pairs):
-        asked.setdefault(pair.teacher, f"pairs.{index}.teacher")
-    asked.setdefault(reward_layer(config), "policy.reward_layer")
+    asked = dict.fromkeys(layers, asked_by)
+    if not layers:
+        for index, pair in enumerate(config.pairs):
+            asked.setdefault(pair.teacher, f"pairs.{index}.teacher")
+        asked.setdefault(reward_layer(config), "policy.reward_layer")
     given = {
         "layers": list(layers or asked),
         "input": teacher.input,
@@ -202,8 +229,14 @@ def build_teacher(
         "compile": teacher.compile,
     }
     check_options(teacher.options, factory, "teacher.options", given)
-    with blame("teacher"), blame_layer({} if layers else asked):
-        built: Teacher = factory(embedded(teacher.path), **given, **teacher.options)
+    options = typed_options(teacher.options, factory, "teacher.options")
+    try:
+        with blame("teacher"), blame_layer(asked):
+            built: Teacher = factory(embedded(teacher.path), **given, **options)
+    except TypeError as error:  # of what lies deeper in the options, such as a member's name
+        if not options:
+            raise
+        raise UserError(f"teacher.options: {teacher.name} with {options}: {error}") from error
     return built
 
 
@@ -270,7 +303,7 @@ def build_distiller(
                 )
             )
         except UserError as error:
-            raise UserError(f"pairs.{index}: {error}") from error
+            raise UserError(f"pairs.{index}.{error}") from error
     reward_head, label_free = build_rewards(config, benchmark, student, teacher)
     return Distiller(
         student,

@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, say, wherever something is written
+        print(f"distill: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -142,7 +145,7 @@ def _sweep(options: argparse.Namespace) -> int:
     only, late = without_overrides(options.only)
     seeds, later = without_overrides(options.seeds)
     for seed in seeds:
-        if not seed.isdigit():
+        if not seed.isdecimal():
             raise UserError(f"--seeds: {seed!r} is no seed, which is a whole number")
     print(
         sweep(

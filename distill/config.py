@@ -109,7 +109,7 @@ class StudentConfig:
     """A finished run or exported student whose backbone weights this run starts from."""
     freeze: bool = False
     """Train the head alone, on a frozen backbone."""
-    head: Literal["fpn", "linear", "upernet", "deeplabv3plus", "segformer"] = "fpn"
+    head: Literal["fpn", "fcn", "linear", "upernet", "deeplabv3plus", "segformer"] = "fpn"
     """Head of segmentation, and of landmarks, where it gives a heat map a point; classification
     takes timm's own. The last three need the extra `segmentation`."""
     head_layers: list[str] = Field(default_factory=list)

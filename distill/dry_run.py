@@ -122,7 +122,7 @@ def teacher_layers(name: str, path: str, size: int | None) -> str:
     factory = resolve("teachers", name, "--name")
     with blame("teacher"):
         teacher = factory(embedded(path), layers=())
-        side = size or teacher.family.image_size
+        side = teacher.family.image_size if size is None else size
         if side is None:
             raise UserError(f"{path} does not say what size of images it takes; give --size")
         table = teacher.layer_table(side)

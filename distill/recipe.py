@@ -20,10 +20,15 @@ Config = TypeVar("Config")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without surprises: `1e-4` is a number, `no` a word, and a key given twice an error."""
+    """YAML without surprises: `1e-4` is a number, `no` and a date are words, and a key given twice
+    is an error."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as in the base class)
-        first: [pair for pair in pairs if first in "tTfF" or not pair[0].endswith(":bool")]
+        first: [
+            pair
+            for pair in pairs
+            if not pair[0].endswith((":timestamp",) if first in "tTfF" else (":timestamp", ":bool"))
+        ]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -75,7 +80,7 @@ def read_tree(file: str | Path, what: str) -> dict[str, Any]:
         tree = yaml.load(path.read_text(), Loader=_Loader)
     except OSError as error:
         raise UserError(f"{what} {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, `!!int x`
         raise UserError(f"{what} {path} is not YAML: {_syntax(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{what} {path}: expected sections like `train:`, found {tree!r:.60}")
@@ -83,7 +88,7 @@ def read_tree(file: str | Path, what: str) -> dict[str, Any]:
     return tree
 
 
-def _syntax(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+def _syntax(error: yaml.YAMLError | ValueError) -> str:
     """What YAML found wrong, and where: one line."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())
@@ -191,7 +196,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: expected section.key=value")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override {override!r}: the value is not YAML") from error
     *parents, last = path.split(".")
     node: Any = tree

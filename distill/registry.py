@@ -103,11 +103,15 @@ def resolve(table: str, name: str, key: str) -> Any:
     if ":" in name:
         _search_here()
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, ValueError) as error:
+        imported = importlib.import_module(module)
+    except Exception as error:  # a file of one's own can fail in any way at all
         raise UserError(f"{key}: {target!r} cannot be imported: {error}") from error
-    except AttributeError as error:
-        raise UserError(f"{key}: module {module!r} has no {attribute!r}") from error
+    if not hasattr(imported, attribute):
+        raise UserError(f"{key}: module {module!r} has no {attribute!r}")
+    found = getattr(imported, attribute)
+    if not callable(found):
+        raise UserError(f"{key}: {target!r} is no class and no function")
+    return found
 
 
 def is_own(name: str, received: Path) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.benchmarks import Benchmark, Task
+from distill.errors import UserError
 
 
 class Traits(NamedTuple):
@@ -36,8 +37,12 @@ TASKS: Mapping[Task, Traits] = MappingProxyType(
 
 
 def traits(benchmark: Benchmark) -> Traits:
-    """Of a benchmark that has labels."""
-    assert benchmark.task is not None, "what has no labels is refused before"
+    """Of a benchmark that has labels; a UserError where it has none."""
+    if benchmark.task is None:
+        raise UserError(
+            f"data.benchmark: {benchmark.name!r} has no labels, so that no student can be scored; "
+            "use it for `distill teacher train`"
+        )
     return TASKS[benchmark.task]
 
 

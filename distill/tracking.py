@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import psutil
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -33,12 +34,13 @@ def open_run_folder(folder: Path, resume: bool, other: str = "name=") -> None:
     """
     if resume and not folder.is_dir():
         raise UserError(f"there is no run {folder} to resume; start it without --resume")
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"run folder {folder} exists; go on with --resume, or give another {other}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        empty = not any(folder.iterdir())
     except OSError as error:
         raise UserError(f"run folder {folder} cannot be made: {error.strerror}") from error
+    if not resume and not empty:
+        raise UserError(f"run folder {folder} exists; go on with --resume, or give another {other}")
 
 
 class RunLog:
@@ -175,6 +177,14 @@ class StopSignal:
 
     def __bool__(self) -> bool:
         return self.set
+
+
+def stop_of_any(stop: StopSignal, accelerator: Accelerator) -> bool:
+    """Whether the user asked one of the processes to stop: they must all leave at one step."""
+    if accelerator.num_processes == 1:
+        return bool(stop)
+    asked = torch.tensor([float(bool(stop))], device=accelerator.device)
+    return bool(accelerator.gather(asked).any())
 
 
 @contextmanager

@@ -14,6 +14,10 @@ TOLD = ("timesteps", "image_size")
 """Keywords of policies that are no options: what they stand for follows from the run."""
 
 
+class OptionError(ValueError):
+    """An option that a policy does not take; the line begins with its name."""
+
+
 def create(
     policy: Callable[..., Any],
     context_size: int,
@@ -29,16 +33,17 @@ def create(
     its contexts are, (3, S, S) flattened, or None if they are something else.
 
     Raises:
-        ValueError: the policy refuses its options.
-        OSError: a file that they name cannot be read.
+        OptionError: the policy refuses an option.
+        ValueError: what it is told.
     """
+    parameters = inspect.signature(policy).parameters
     told = {}
     for name, fact in zip(TOLD, (timesteps, image_size), strict=True):
-        parameter = inspect.signature(policy).parameters.get(name)
-        if parameter is not None and parameter.kind is parameter.KEYWORD_ONLY:
-            if name in options:
-                raise ValueError(f"{name} is no option: the policy is told it by the run")
+        if name in parameters and parameters[name].kind is inspect.Parameter.KEYWORD_ONLY:
             told[name] = fact
+    for name in (*list(parameters)[:4], *told):
+        if name in options:
+            raise OptionError(f"{name} is no option: the policy is told it by the run")
     return policy(context_size, len(timesteps), batch, seed, **told, **options)
 
 
@@ -46,7 +51,7 @@ def refuse_unknown(policy: type, unknown: Iterable[str]) -> None:
     """Raise for option names that no keyword-only parameter of `policy` takes.
 
     Raises:
-        ValueError: `unknown` is not empty.
+        OptionError: `unknown` is not empty.
     """
     for name in unknown:
         parameters = inspect.signature(policy).parameters.values()
@@ -55,17 +60,17 @@ def refuse_unknown(policy: type, unknown: Iterable[str]) -> None:
         close = difflib.get_close_matches(name, choices, n=1)
         hint = f"did you mean {close[0]!r}?" if close else ""
         known = f"choose from {', '.join(choices)}" if choices else "it takes none"
-        raise ValueError(f"{policy.__name__} has no option {name!r}; {hint or known}")
+        raise OptionError(f"{name} is no option of {policy.__name__}; {hint or known}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise unless `value` is one of the choices.
 
     Raises:
-        ValueError: it is none of them.
+        OptionError: it is none of them.
     """
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise OptionError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_range(
@@ -80,7 +85,7 @@ def check_range(
     """Raise unless `value` is a number with least <= value <= most and value > above.
 
     Raises:
-        ValueError: it is not such a number, or not a whole one although `whole` is set.
+        OptionError: it is not such a number, or not a whole one although `whole` is set.
     """
     numeric = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     if (
@@ -93,4 +98,4 @@ def check_range(
     kind = "a whole number" if whole else "a number"
     limits = (("at least", least), ("above", above), ("at most", most))
     asked = " and ".join(f"{words} {limit}" for words, limit in limits if limit is not None)
-    raise ValueError(f"{name} must be {kind} {asked}, got {value!r}")
+    raise OptionError(f"{name} must be {kind} {asked}, got {value!r}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from rl_policy.options import check_choice, check_range, refuse_unknown
+from rl_policy.options import OptionError, check_choice, check_range, refuse_unknown
 from rl_policy.reward import RunningScale
 from rl_policy.seeding import seeded_torch
 
@@ -140,10 +140,10 @@ def convolutions(image_size: int | None, width: int) -> list[nn.Module]:
     """Flattened images (B, 3 S S) -> (B, width), for S of 1 px or more.
 
     Raises:
-        ValueError: contexts are no images.
+        OptionError: contexts are no images.
     """
     if image_size is None:
-        raise ValueError("network=conv reads images; it needs policy.context=image")
+        raise OptionError("network=conv reads images; it needs policy.context=image")
     layers: list[nn.Module] = [nn.Unflatten(1, (3, image_size, image_size))]
     for channels in (3, width, width):
         layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.ReLU()]
@@ -152,6 +152,6 @@ def convolutions(image_size: int | None, width: int) -> list[nn.Module]:
 
 def _check_drops(shares: Sequence[float]) -> None:
     if not isinstance(shares, list | tuple):
-        raise ValueError(f"rate_drops must be a list of shares of training, got {shares!r}")
+        raise OptionError(f"rate_drops must be a list of shares of training, got {shares!r}")
     for share in shares:
         check_range("rate_drops", share, above=0, most=1)

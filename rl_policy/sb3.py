@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Generator, Tensor
 
 from rl_policy.environment import TimestepEnv
-from rl_policy.options import check_range, refuse_unknown
+from rl_policy.options import OptionError, check_range, refuse_unknown
 from rl_policy.reward import RunningScale
 from rl_policy.seeding import seeded_numpy, seeded_torch
 from rl_policy.table import ReplayTable
@@ -158,7 +158,8 @@ class A2CPolicy(ActorCritic):
         refuse_unknown(type(self), unknown)
         entropy = entropy_weight, entropy_end, entropy_until
         _check_common(learning_rate, hidden, *entropy)
-        check_range("rewarded images a step", batch, least=2)  # advantages are normalised
+        if batch < 2:  # advantages are normalised
+            raise ValueError(f"A2CPolicy needs 2 rewarded images a step or more, got {batch}")
         with seeded_torch(seed):
             model = A2C(
                 "MlpPolicy",
@@ -216,7 +217,8 @@ class PPOPolicy(ActorCritic):
         check_range("minibatch", minibatch, least=2, whole=True)
         check_range("epochs", epochs, least=1, whole=True)
         check_range("clip_range", clip_range, above=0)
-        check_range("steps x rewarded images a step", steps * batch, least=2)
+        if steps * batch < 2:
+            raise OptionError("steps must be at least 2 where a step has a single rewarded image")
         with seeded_torch(seed), warnings.catch_warnings():
             # A last minibatch that is smaller does no harm
             warnings.filterwarnings("ignore", message="You have specified a mini-batch size")

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
-from rl_policy.options import check_range, refuse_unknown
+from rl_policy.options import OptionError, check_range, refuse_unknown
 from rl_policy.table import ReplayTable
 
 
@@ -66,11 +66,14 @@ class Grid(Fixed):
     ) -> None:
         refuse_unknown(type(self), unknown)
         if not isinstance(table, str):
-            raise ValueError(
-                "Grid needs the recorded rewards of a probe: table=FOLDER/table.safetensors, as "
+            raise OptionError(
+                "table must name the recorded rewards of a probe: FOLDER/table.safetensors, as "
                 "`distill probe` writes it"
             )
-        recorded = ReplayTable.read(table)
+        try:
+            recorded = ReplayTable.read(table)
+        except (OSError, ValueError) as error:
+            raise OptionError(f"table: {error}") from error
         assert recorded.timesteps is not None
         best = int(recorded.timesteps[recorded.rewards.mean(axis=0, dtype="float64").argmax()])
         nearest = int((timesteps - best).abs().argmin())

@@ -55,7 +55,7 @@ class ReplayTable:
         """
         try:
             arrays = load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, TypeError) as error:  # numpy has no bfloat16
             raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
         if missing := [name for name in COLUMNS if name not in arrays]:
             raise ValueError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -177,6 +178,7 @@ def save_pipeline(
 
     Raises:
         FileExistsError: the folder holds something else than a pipeline.
+        OSError: it cannot be written, such as for want of room.
         ValueError: a weight is not finite in `dtype`.
     """
     folder = Path(folder)
@@ -196,7 +198,11 @@ def save_pipeline(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
-        DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(new, safe_serialization=True)
+        pipeline = DDPMPipeline(unet=unet, scheduler=scheduler)
+        try:
+            pipeline.save_pretrained(new, safe_serialization=True)
+        except SafetensorError as error:
+            raise OSError(f"{folder} cannot be written: {error}") from error
         for path in new.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:

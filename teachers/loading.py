@@ -126,7 +126,7 @@ def read_config(
         with quiet(), torch.device("meta"):
             known, _, _ = architecture.extract_init_dict(content)
             config = dict(architecture(**known).config)
-    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+    except Exception as error:  # a config may be wrong in any way at all
         reason = textwrap.shorten(str(error), 200)
         raise ValueError(f"{path} does not describe a {name}: {reason}") from error
     return {key: value for key, value in config.items() if key[0] != "_"}
@@ -148,8 +148,8 @@ def load_schedule(folder: Path) -> NoiseSchedule:
     try:
         with quiet():
             return NoiseSchedule.from_scheduler(scheduler_class.from_pretrained(folder))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # it may be wrong in any way at all
+        raise ValueError(f"{path}: {textwrap.shorten(str(error), 200)}") from error
 
 
 def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:

@@ -241,6 +241,11 @@ class FeatureCache:
         written = torch.zeros(count, self.plan.row_bytes, dtype=torch.uint8)
         for layer, columns in self.plan.columns.items():
             stored, feature = self.plan.layers[layer], maps[layer][:count]
+            if not bool(feature.isfinite().all()):
+                raise UserError(
+                    f"teacher.cache: a feature of layer {layer!r} is not finite and was not kept; "
+                    "try teacher.dtype=bfloat16, or float32"
+                )
             feature = resize_map(feature, (stored.shape[1], stored.shape[2]))
             flat = feature.to("cpu", stored.dtype).flatten(1).contiguous()
             written[:, columns] = flat.view(torch.uint8)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distill import checkpoint
-from distill.build import build_accelerator, build_training_set
+from distill.build import build_accelerator, build_teacher, build_training_set
 from distill.config import (
     DataConfig,
     PairConfig,
@@ -77,8 +77,11 @@ def bench(
         raise UserError(f"bench: two images and one round at least, not {batch} and {rounds}")
     if out is not None and Path(out).suffix == ".png":
         raise UserError(f"--out: {out} is for the figures, such as bench.json; a chart lies beside")
+    if out is not None and not Path(out).parent.is_dir():
+        raise UserError(f"--out: there is no folder {Path(out).parent}")
     with tempfile.TemporaryDirectory() as scratch:
         config = _config(Path(scratch), batch, layer, teacher, compile)
+        build_teacher(config, layers=[layer], asked_by="--layer")  # a wrong one shows here
         cases = {
             "ours": _case(config),
             "cached": _case(_cached(config, Path(scratch))),
@@ -293,7 +296,8 @@ def _student_flops(case: Case) -> int:
 def _feature_error(ours: Trainer, naive: Trainer, batch: Batch) -> float:
     """Relative L2 distance of our features from those of the complete float32 network."""
     images = batch.labelled
-    timesteps = torch.linspace(0, 999, len(images)).long()
+    assert ours.teacher is not None
+    timesteps = torch.linspace(0, len(ours.teacher.noise_schedule) - 1, len(images)).long()
     maps = []
     for trainer in (ours, naive):
         assert trainer.teacher is not None

@@ -26,13 +26,20 @@ from distill.build import (
     image_size,
     training_examples,
 )
-from distill.data import StepSampler, loader
+from distill.data import StepSampler, fingerprint, loader
 from distill.errors import Interrupted, UserError, blame
 from distill.pretraining.card import teacher_card
 from distill.pretraining.config import TeacherTrainConfig
 from distill.pretraining.judge import judge_features, judge_losses
 from distill.recipe import build_config, to_tree, to_yaml
-from distill.tracking import Progress, RunLog, hardware, open_run_folder, stop_on_signals
+from distill.tracking import (
+    Progress,
+    RunLog,
+    hardware,
+    open_run_folder,
+    stop_of_any,
+    stop_on_signals,
+)
 from distill.training.late import Late
 from distill.training.optim import lr_factor
 from teachers.ddpm import build_unet, denoising_loss, sample_images, save_pipeline
@@ -49,8 +56,14 @@ class TeacherTraining:
             raise UserError(
                 f"batch: {config.batch} does not divide over {accelerator.num_processes} processes"
             )
+        if config.samples and config.sample_steps > config.diffusion.timesteps:
+            raise UserError(
+                f"sample_steps: {config.sample_steps} of diffusion.timesteps "
+                f"{config.diffusion.timesteps}"
+            )
         self.benchmark = build_benchmark(config.data)
-        examples = Unlabelled(self.benchmark.dataset("train"))
+        train = self.benchmark.dataset("train")
+        self.fingerprint, examples = fingerprint(train), Unlabelled(train)
         self.size = image_size(config.data, examples)
         self.examples = training_examples(examples, config.data, self.benchmark, self.size)
         torch.manual_seed(seeding.derive_seed(config.seed, "network"))
@@ -136,6 +149,7 @@ class TeacherTraining:
         self.settle()
         return {
             "config": to_tree(self.config),
+            "data": self.fingerprint,
             "step": self.step,
             "unet": self.unet.state_dict(),
             "average": self.average.state_dict(),
@@ -147,6 +161,8 @@ class TeacherTraining:
         written = build_config(TeacherTrainConfig, state.get("config", {}), where=str(source))
         if written != self.config:
             raise UserError(f"{source} is of another recipe; resume with the run's own config.yaml")
+        if state.get("data", self.fingerprint) != self.fingerprint:  # older files do not say
+            raise UserError(f"{source}: the training images are not those this run began with")
         self.unet.load_state_dict(state["unet"])
         self.average.load_state_dict(state["average"])
         self.average.to(self.accelerator.device)
@@ -223,9 +239,10 @@ def _loop(training: TeacherTraining, last: Path, log: RunLog | None) -> None:
                     step, {"loss/denoising": mean, "lr": rate, "images_per_second": progress.rate}
                 )
                 total, logged = torch.zeros_like(total), step
-            if main and (step % config.checkpoint_every == 0 or step == config.steps or stop):
+            asked = stop_of_any(stop, accelerator)
+            if main and (step % config.checkpoint_every == 0 or step == config.steps or asked):
                 checkpoint.save(last, training.state())
-            if stop:
+            if asked:
                 raise Interrupted(f"stopped at step {step} of {config.steps}; go on with --resume")
             due = config.samples and config.sample_every and step < config.steps
             if log and due and step % config.sample_every == 0:

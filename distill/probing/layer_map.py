@@ -199,6 +199,12 @@ class _Looks:
             self._seen += 1
             timesteps = torch.full((len(images),), self.timestep)
             maps = self.teacher.features(images.to(self.device), timesteps, noise)
+            for layer, feature in maps.items():
+                if not bool(feature.isfinite().all()):
+                    raise UserError(
+                        f"a feature of layer {layer!r} is not finite at timestep {self.timestep}; "
+                        "try teacher.dtype=bfloat16, or float32"
+                    )
             parts = {
                 layer: labelled(maps[layer], targets, self.ignore_index)
                 for layer in self.teacher.layers

@@ -182,7 +182,7 @@ def _teacher(
             with blame("data.size, or teacher.image_size"):
                 names = [row.name for row in teacher.layer_table(size)]
             layers = [name for name in names if names.count(name) == 1]  # what runs once
-    built = build_teacher(config, layers=layers).to(device)
+    built = build_teacher(config, layers=layers, asked_by="--layers").to(device)
     with blame("data.size, or teacher.image_size"):  # a size that does not fit shows here
         image = torch.zeros(1, 3, *size, device=device)
         built.features(image, torch.zeros(1, dtype=torch.int64))

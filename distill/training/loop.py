@@ -12,7 +12,7 @@ import torch
 from distill import checkpoint, seeding
 from distill.data import Augmented, StepSampler, Tagged, loader
 from distill.errors import Interrupted
-from distill.tracking import Progress, RunLog, StopSignal, memory
+from distill.tracking import Progress, RunLog, StopSignal, memory, stop_of_any
 from distill.training.batch import Batch
 from distill.training.clock import Clock, untimed
 from distill.training.distiller import Losses
@@ -75,9 +75,10 @@ def train_arm(
                 observe(trainer, log)
             if main and trainer.policy is not None and trainer.step == taught < train.steps:
                 _keep_taught(trainer, folder)
-            if main and (last or stop or trainer.step % train.checkpoint_every == 0):
+            asked = stop_of_any(stop, trainer.accelerator)
+            if main and (last or asked or trainer.step % train.checkpoint_every == 0):
                 checkpoint.save(checkpoint_path(folder, trainer.arm), trainer.state())
-            if stop and not last:
+            if asked and not last:
                 raise Interrupted(
                     f"stopped at step {trainer.step} of {train.steps} ({trainer.arm})"
                 )

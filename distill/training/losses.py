@@ -81,7 +81,8 @@ class FeatureLoss(nn.Module):
         options: Options of the measure, such as `temperature`.
 
     Raises:
-        UserError: On an unknown measure, projector or option, or a combination without meaning.
+        UserError: On an unknown measure, projector or option, or a combination without meaning; the
+            line begins with the key of the pair.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class FeatureLoss(nn.Module):
         super().__init__()
         if isinstance(measure, str):
             if measure not in MEASURES:
-                raise UserError(f"no feature loss {measure!r}; {nearest(measure, MEASURES)}")
+                raise UserError(f"loss: no feature loss {measure!r}; {nearest(measure, MEASURES)}")
             self.name, self.measure = measure, MEASURES[measure]
         else:
             self.measure = measure if isinstance(measure, Measure) else Measure(measure)
@@ -106,7 +107,9 @@ class FeatureLoss(nn.Module):
         self.options = _checked(options, self.name, self.measure.function)
         self.pooled = pooled
         if pooled and not self.measure.poolable:
-            raise UserError(f"feature loss {self.name!r} compares positions: it has no pooled form")
+            raise UserError(
+                f"pooled: feature loss {self.name!r} compares positions: it has no pooled form"
+            )
         channels = [student_channels] if isinstance(student_channels, int) else student_channels
         self.projector = self._projector(projector, channels, teacher_channels)
         self.standardise = Standardise(teacher_channels) if standardise else None
@@ -118,13 +121,13 @@ class FeatureLoss(nn.Module):
         if name == "none":
             if align or len(student) > 1:
                 raise UserError(
-                    f"feature loss {self.name!r} compares {_listed(student)} channels with "
-                    f"{teacher}: it needs a projector"
+                    f"projector: feature loss {self.name!r} compares {_listed(student)} channels "
+                    f"with {teacher}: it needs a projector"
                 )
             return None
         if name not in PROJECTORS:
             known = [*PROJECTORS, "auto", "none"]
-            raise UserError(f"no projector {name!r}; {nearest(name, known)}")
+            raise UserError(f"projector: no projector {name!r}; {nearest(name, known)}")
         with blame("projector"):
             projector: nn.Module = PROJECTORS[name](student, teacher)
         return projector
@@ -234,13 +237,19 @@ def class_shares(targets: Tensor, classes: int, ignore_index: int = 255) -> Tens
 def _checked(
     options: Mapping[str, float], name: str, function: Callable[..., Tensor]
 ) -> dict[str, float]:
-    """The options, if the function has them."""
+    """The options, if the function has them, and numbers where its defaults are."""
     parameters = inspect.signature(function).parameters.values()
-    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    for option in options:
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for option, value in options.items():
         if option not in known:
             near = nearest(option, known) if known else "it has none"
-            raise UserError(f"feature loss {name!r} has no option {option!r}; {near}")
+            raise UserError(
+                f"options.{option}: feature loss {name!r} has no option {option!r}; {near}"
+            )
+        if type(known[option]) in (int, float) and type(value) not in (int, float):
+            raise UserError(f"options.{option} must be a number, got {value!r}")
+        if name in MEASURES and value < 0:
+            raise UserError(f"options.{option} must be at least 0, got {value!r}")
     return dict(options)
 
 

@@ -12,7 +12,7 @@ from distill.registry import TABLES, resolve
 from distill.tasks import traits
 from rl_policy.bins import timestep_bins
 from rl_policy.label_free import LabelFreeReward
-from rl_policy.options import create
+from rl_policy.options import OptionError, create
 from rl_policy.protocol import MixingPolicy, TimestepPolicy
 from rl_policy.reward import TeacherTaskReward
 from students.student import Student
@@ -116,13 +116,16 @@ def policy_over(
         rewarded += config.train.unlabelled_batch
     factory = resolve("policies", policy.name, "policy.name")
     with blame("policy"):
-        built: TimestepPolicy | MixingPolicy = create(
-            factory,
-            context_size,
-            timesteps,
-            rewarded,
-            config.seed,
-            policy.options,
-            policy.image_size if policy.context == "image" else None,
-        )
+        try:
+            built: TimestepPolicy | MixingPolicy = create(
+                factory,
+                context_size,
+                timesteps,
+                rewarded,
+                config.seed,
+                policy.options,
+                policy.image_size if policy.context == "image" else None,
+            )
+        except OptionError as error:
+            raise UserError(f"policy.options.{error}") from error
     return built

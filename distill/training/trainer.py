@@ -77,9 +77,14 @@ class Trainer:
         if arm != "scratch":
             random_weights = config.seed if arm == "random_teacher" else None
             self.teacher = build_teacher(config, random_weights).to(device)
+            image = torch.zeros(1, 3, *data.size, device=device)
+            first = torch.zeros(1, dtype=torch.int64)
             with blame("data.size, or teacher.image_size"):  # a size that does not fit shows here
-                image = torch.zeros(1, 3, *data.size, device=device)
-                maps = self.teacher.features(image, torch.zeros(1, dtype=torch.int64))
+                maps = self.teacher.features(image, first)
+            if config.teacher.labels:
+                with blame("teacher.labels"):  # and here a class that it knows nothing of
+                    last = first + data.benchmark.num_classes - 1
+                    self.teacher.features(image, first, None, last)
         # Every arm starts from the same student.
         torch.manual_seed(seeding.derive_seed(config.seed, "network"))
         self.distiller = build_distiller(config, data.benchmark, data.size, self.teacher)
@@ -229,7 +234,7 @@ class Trainer:
         with self.clock("policy"), torch.autocast("cpu", enabled=False):  # it computes in float32
             seen = context.float().cpu()
             if not bool(seen.isfinite().all()):
-                raise not_finite(self.step, "student feature map", REMEDY, f"{self.arm}: ")
+                raise not_finite(self.step, "student feature map", self._remedy, f"{self.arm}: ")
             draws = seeding.generator(seed, "policy", self.step, rank)
             choice = choose(self.policy, self.timesteps, seen, draws, self.progress)
         # Copied now, while the device is idle; after the teacher the copy would wait for it.
@@ -288,7 +293,7 @@ class Trainer:
         """Let the policy learn from what the step's choices earned."""
         assert self.feedback is not None
         if not self.feedback.learn(self.progress):
-            raise not_finite(self.step - 1, "reward", REMEDY, f"{self.arm}: ")
+            raise not_finite(self.step - 1, "reward", self._remedy, f"{self.arm}: ")
         self.figures |= self.feedback.figures
 
     @property
@@ -301,9 +306,15 @@ class Trainer:
         """Read the newest step's `figures`. Raises UserError if one of them is not finite."""
         if self._late is not None:
             late, self._late = self._late, None
-            self.figures = late.read_finite(REMEDY, where=f"{self.arm}: ")
+            self.figures = late.read_finite(self._remedy, where=f"{self.arm}: ")
             if self.feedback and "feature_loss" in self.figures:
                 self.figures |= self.feedback.figures
+
+    @property
+    def _remedy(self) -> str:
+        """What to try where something is not finite; float16 ends at 65504."""
+        half = self.teacher is not None and self.config.teacher.dtype == "float16"
+        return f"teacher.dtype=bfloat16, {REMEDY}" if half else REMEDY
 
     @property
     def _origin(self) -> dict[str, str]:

@@ -126,6 +126,14 @@ def test_folder_that_is_gone_is_one_clear_line(tmp_path):
         checkpoint.save(tmp_path / "gone" / "last.pt", {})
 
 
+def test_a_place_where_nothing_can_be_is_one_clear_line(path):
+    path.write_text("a file")
+    with pytest.raises(UserError, match=r"Not a directory while saving .*nothing was written"):
+        checkpoint.write_text(path / "below.json", "{}")
+    with pytest.raises(UserError, match="File name too long while saving"):
+        checkpoint.write_text(path.with_name(250 * "n" + ".json"), "{}")
+
+
 def test_missing_checkpoint_names_the_file(path):
     with pytest.raises(UserError, match=r"no checkpoint at .*last\.pt; start without --resume"):
         checkpoint.load(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def test_mistakes_on_the_command_line_are_one_line(
         (["list", "teacher"], "invalid choice: 'teacher' (choose from"),
         (["teacher"], "the following arguments are required: VERB"),
         (["teacher", "layers", "/none"], "teacher: '/none' is not a folder"),
+        (["teacher", "layers", "teachers/pretrained/shapes", "--size", "0"], "an image of 0x0"),
         (["train", "/none.yaml"], "recipe /none.yaml: No such file or directory"),
         (["bench", "--batch", "many"], "argument --batch: invalid int value: 'many'"),
         (["train", recipe, "train.steps"], "override 'train.steps': expected section.key=value"),
@@ -96,6 +98,17 @@ def test_an_interrupt_outside_of_training_is_one_line_too(
     monkeypatch.setitem(cli.VERBS, "list", stop)
     assert main(["list"]) == 130
     assert capsys.readouterr().err == "distill: stopped\n"
+
+
+def test_a_disk_that_is_full_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/metrics.jsonl")
+
+    monkeypatch.setitem(cli.VERBS, "list", write)
+    line = refused(capsys, "list")
+    assert line.endswith("No space left on device: 'runs/a/metrics.jsonl'")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
-from distill.build import build_accelerator, build_training_set
+from distill.build import build_accelerator, build_teacher, build_training_set
 from distill.config import RunConfig
+from distill.errors import UserError
 from distill.evaluation.scoring import held_out_examples
 from distill.training.loop import batches
 from distill.training.run import score
@@ -96,6 +97,21 @@ def test_without_being_asked_for_labels_stay_hidden(load: Load, tones: list[str]
     teacher.features = watched
     trainer.train_step(*next(batches(trainer)))
     assert set(seen) == {3}  # images, timesteps, generator
+
+
+def test_a_class_that_the_teacher_has_not_is_refused(
+    load: Load, tones: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load(*tones, "teacher.labels=true")
+
+    def of_one_class(*arguments: Any) -> Any:
+        teacher: Any = build_teacher(*arguments)
+        teacher.family.classes = 1
+        return teacher
+
+    monkeypatch.setattr("distill.training.trainer.build_teacher", of_one_class)
+    with pytest.raises(UserError, match=r"^teacher\.labels: label 1 is not one of the .* 0\.\.0$"):
+        Trainer(config, "distilled", build_training_set(config.data), build_accelerator("cpu"))
 
 
 def test_masks_are_no_class_to_tell(recipe: Path, refuse: Refuse) -> None:

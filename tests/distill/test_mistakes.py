@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from distill import checkpoint
 from distill.cli import main
@@ -33,7 +35,7 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
             "data.options={sizee: 32}",
             "unknown key 'data.options.sizee'; did you mean 'data.options.size'?",
         ),
-        ("data.options={size: big}", "data.options: shapes with {'size': 'big'}: "),
+        ("data.options={size: big}", "data.options.size: input should be a valid integer"),
         ("data.options={size: 20}", "data.options.size: shapes are drawn at 32 to 128 px, not 20"),
         ("data.labelled=17", "data.labelled: 1 to 16 of the training images, not 17"),
         ("data.unlabelled=17", "data.unlabelled: 17 of 16 training images"),
@@ -55,19 +57,39 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
         ("teacher.options={revisoin: 1}", "unknown key 'teacher.options.revisoin'; did you mean"),
         ("teacher.options={layers: []}", "unknown key 'teacher.options.layers'"),
         (
+            "teacher={name: guided_diffusion, path: a.pt, options: {timesteps: many}}",
+            "teacher.options.timesteps: input should be a valid integer, ",
+        ),
+        (
+            "teacher={name: timm, path: test_vit, options: {kwargs: 5}}",
+            "teacher.options.kwargs: input should be a valid dictionary, got 5",
+        ),
+        ("teacher.name=os:sep", "teacher.name: 'os:sep' is no class and no function"),
+        (
             "pairs.0.teacher=mid_blok",
             "pairs.0.teacher: no layer 'mid_blok'; did you mean 'mid_block'?",
         ),
         ("policy.reward_layer=mid_blok", "policy.reward_layer: no layer 'mid_blok'; did you mean"),
         ("pairs.0.student=layr4", "pairs.0.student: no layer 'layr4'; did you mean 'layer4'?"),
         ("pairs.0.student=[layer3,layer9]", "pairs.0.student: no layer 'layer9'; did you mean"),
-        ("pairs.0.loss=msee", "pairs.0: no feature loss 'msee'; did you mean 'mse'?"),
-        ("pairs.0.options={beta: 2}", "pairs.0: feature loss 'mse' has no option 'beta'"),
+        ("pairs.0.loss=msee", "pairs.0.loss: no feature loss 'msee'; did you mean 'mse'?"),
+        (
+            "pairs.0.options={beta: 2}",
+            "pairs.0.options.beta: feature loss 'mse' has no option 'beta'",
+        ),
+        (
+            "pairs.0={student: layer3, teacher: mid_block, loss: infonce, "
+            "options: {temperature: hot}}",
+            "pairs.0.options.temperature must be a number, got 'hot'",
+        ),
+        ("pairs.0.projector=none", "pairs.0.projector: feature loss 'mse' compares "),
         ("student.model=test_resnt", "timm has no model 'test_resnt'; did you mean 'test_resnet'?"),
         ("student.kwargs={foo: 1}", "student: 'test_resnet' does not take {'foo': 1}"),
         ("student.head_layers=[layer9]", "student.head_layers: no layer 'layer9'; did you mean"),
         ("policy.name=a2", "policy.name: unknown name 'a2'; did you mean 'a2c'?"),
-        ("policy.options={rate: 1}", "policy: A2CPolicy has no option 'rate'"),
+        ("policy.options={rate: 1}", "policy.options.rate is no option of A2CPolicy; choose from"),
+        ("policy.options={hidden: 0}", "policy.options.hidden must be a whole number at least 1"),
+        ("policy.options={bins: 9}", "policy.options.bins is no option: the policy is told it by"),
         ("policy.bins=1000", "policy: 1000 timestep bins do not fit"),
         ("policy.highest=1000", "policy: timesteps from 0 to 1000 are no range within 0..999"),
         ("data.size=33", "an image of 33x33 does not fit this teacher"),
@@ -99,6 +121,47 @@ def test_a_layer_that_a_member_of_an_ensemble_lacks_names_its_pair(
         ),
     )
     assert line == ("pairs.0.teacher: member 'a': no layer 'mid_blok'; did you mean 'mid_block'?")
+
+
+def test_a_member_of_an_ensemble_that_is_no_section_is_one_line(
+    recipe: Path, refuse: Refuse
+) -> None:
+    members = "teacher.options={members: {a: {name: 5, path: here}}}"
+    ensemble = ["teacher.name=ensemble", "teacher.path=''", "pairs.0.teacher=a/mid_block"]
+    line = refuse("train", recipe, *ensemble, members)
+    assert line.startswith("teacher.options: ensemble with {'members': ")
+
+
+def test_an_own_file_that_fails_says_why(
+    recipe: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipe.parent / "own_broken.py").write_text("import torch\ntorch.nothing_such\n")
+    monkeypatch.syspath_prepend(recipe.parent)
+    line = refuse("train", recipe, "pairs.0.loss=own_broken:loss")
+    assert line.startswith("pairs.0.loss: 'own_broken:loss' cannot be imported: module 'torch' has")
+
+
+def test_a_teacher_that_leaves_float16_is_said_to(
+    recipe: Path,
+    teacher_folder: Path,
+    refuse: Refuse,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(teacher_folder, tmp_path / "large")
+    weights = tmp_path / "large" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"conv_in.weight": 1e6 * tensors["conv_in.weight"]}, weights)
+    large = [f"teacher.path={tmp_path / 'large'}", "teacher.dtype=float16"]
+    assert "is not finite at step 0; the last checkpoint is intact; try teacher.dtype=bfloat16" in (
+        refuse("train", recipe, *large)
+    )
+    cache = ["data.augment=none", f"teacher.cache={tmp_path / 'cache'}"]
+    assert main(["teacher", "extract", str(recipe), *large, *cache]) == 2
+    line = "is not finite and was not kept; try teacher.dtype=bfloat16, or float32"
+    assert line in capsys.readouterr().err
+    marks = (tmp_path / "cache" / "distilled" / "marks.bin").read_bytes()
+    assert not any(marks)
 
 
 def test_a_batch_too_small_for_the_loss_is_named(recipe: Path, refuse: Refuse) -> None:
@@ -227,5 +290,5 @@ def test_a_teacher_without_timesteps_asks_for_the_fixed_policy_and_then_runs(
         "use policy.name=fixed"
     )
     other_bin = refuse("train", *changes, "policy.name=fixed", "policy.options={bin: 1}")
-    assert other_bin.startswith("policy: bin")
+    assert other_bin.startswith("policy.options.bin must be a whole number")
     assert main(["train", *changes, "policy.name=fixed", "policy.spacing=log_snr"]) == 0

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill import checkpoint
 from distill.cli import main
 from distill.tracking import read_metrics
+from distill.training.loop import checkpoint_path
 from rl_policy.reward import RunningScale
 
 RANK = """
@@ -92,6 +94,25 @@ torch.save(kept, f"rank{rank}.pt")
 """
 
 
+STOPPED = """
+import os
+import signal
+import sys
+from distill.cli import main
+from distill.training.trainer import Trainer
+
+train_step = Trainer.train_step
+
+def stepping(trainer, *batch):
+    if trainer.accelerator.process_index == 1 and trainer.step == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+    return train_step(trainer, *batch)
+
+Trainer.train_step = stepping
+sys.exit(0 if main(sys.argv[1:]) == 130 else 1)
+"""
+
+
 def launch(tmp_path: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a program in two processes, in `tmp_path`."""
     (tmp_path / "rank.py").write_text(script)
@@ -147,3 +168,10 @@ def test_two_processes_train_one_student(recipe: Path, tmp_path: Path) -> None:
     assert main(["evaluate", str(run), "--out", str(tmp_path / "one.json")]) == 0
     alone = json.loads((tmp_path / "one.json").read_text())
     assert alone["scores"] == summary["metrics"]["distilled"]
+
+
+def test_all_processes_stop_where_one_is_asked_to(recipe: Path, tmp_path: Path) -> None:
+    ended = launch(tmp_path, STOPPED, "train", str(recipe))
+    assert ended.stderr.count("stopped at step 2 of 5 (distilled); go on with --resume") == 2
+    last = checkpoint_path(recipe.parent / "runs" / "tiny", "distilled")
+    assert checkpoint.load(last)["step"] == 2

@@ -122,6 +122,15 @@ def test_no_is_a_word_where_a_word_is_asked(recipe: Path) -> None:
     assert load_config(RunConfig, recipe, ["train.precision=no"]).train.precision == "no"
 
 
+@pytest.mark.parametrize("date", ["2026-11-26", "2026-13-45"])
+def test_a_date_is_a_word(recipe: Path, date: str) -> None:
+    assert load_config(RunConfig, recipe, [f"name={date}"]).name == date
+    written = write(recipe.parent, recipe.read_text() + f"name: {date}\n")
+    config = load_config(RunConfig, written)
+    assert config.name == date
+    assert build_config(RunConfig, yaml.safe_load(to_yaml(config))) == config
+
+
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False)])
 def test_true_and_false_are_booleans(recipe: Path, text: str, value: bool) -> None:
     assert (
@@ -235,6 +244,7 @@ def test_the_last_of_two_overrides_counts(recipe: Path) -> None:
         ("seed.a=1", "override 'seed.a=1': seed holds no keys"),
         ("seed.a.b=1", "override 'seed.a.b=1': 'a' lies below a value, not a section"),
         ("seed=[1", r"override 'seed=\[1': the value is not YAML"),
+        ("seed=!!int x", "override 'seed=!!int x': the value is not YAML"),
         ("trian.steps=3", "unknown key 'trian'; did you mean 'train'"),
     ],
 )
@@ -259,6 +269,7 @@ def test_the_run_takes_its_name_from_the_file_unless_it_has_one(recipe: Path) ->
         (b"- 1\n", "recipe.yaml: expected sections"),
         (b"seed: 1\n", "recipe.yaml: pairs is missing"),
         (b"pairs: [{student: layer4}]\n", r"pairs\.0\.teacher is missing"),
+        (b"seed: !!int x\n", "recipe.yaml is not YAML"),
         (b"seed: !!python/object/apply:os.getpid []\n", "recipe.yaml is not YAML"),
     ],
 )

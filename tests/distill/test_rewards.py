@@ -190,7 +190,7 @@ def test_all_rewards_together_resume_to_the_bit(
             "student_progress needs train.schedule=joint",
         ),
         (["policy.name=soft_mix", FREE], "soft_mix follows the loss of the reward head"),
-        (["policy.name=grid"], "policy: Grid needs the recorded rewards of a probe"),
+        (["policy.name=grid"], "policy.options.table must name the recorded rewards"),
         (["policy.rewards={teacher_task: 0}"], "greater than 0"),
         (["policy.rewards={}"], "policy.rewards"),
     ],

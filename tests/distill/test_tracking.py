@@ -56,6 +56,13 @@ def test_a_folder_that_cannot_be_made_says_why(tmp_path: Path) -> None:
         open_run_folder(tmp_path / "file" / "run", resume=False)
 
 
+def test_a_file_of_that_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"run folder .*file cannot be made: File exists"):
+        open_run_folder(tmp_path / "file", resume=False)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_row_goes_to_the_file_and_to_tensorboard(tmp_path: Path) -> None:
     log = RunLog(tmp_path, "distilled")
     log.scalars(3, {"loss/task": 0.5}, probabilities=[0.25, 0.75])

@@ -167,7 +167,7 @@ def test_policy_leaves_the_global_random_states_alone(build: Build) -> None:
 
 
 def test_unknown_option_is_refused_with_the_choices(build: Build) -> None:
-    with pytest.raises(ValueError, match=f"{build.__name__} has no option 'temperature'"):
+    with pytest.raises(ValueError, match=f"temperature is no option of {build.__name__}; "):
         build(CONTEXT, BINS, BATCH, 0, temperature=2)
 
 
@@ -210,12 +210,12 @@ def test_grid_without_a_usable_table_is_refused_in_one_line(tmp_path: Path) -> N
             create(Grid, CONTEXT, TIMESTEPS, BATCH, 0, options)
         return str(raised.value)
 
-    assert "Grid needs the recorded rewards of a probe: table=" in refused()
+    assert "table must name the recorded rewards of a probe: " in refused()
     assert "No such file" in refused(table=str(tmp_path / "none"))
     (tmp_path / "foreign").write_text("{}")
     assert "is damaged or no safetensors file" in refused(table=str(tmp_path / "foreign"))
     assert "timesteps is no option" in refused(timesteps=[1])
-    assert refused(tabel="x") == "Grid has no option 'tabel'; did you mean 'table'?"
+    assert refused(tabel="x") == "tabel is no option of Grid; did you mean 'table'?"
 
 
 def test_soft_mix_goes_against_the_gradient_of_its_weights() -> None:
@@ -304,7 +304,8 @@ def test_reinforce_convolves_images_of_any_size(size: int) -> None:
         ({"rate_drops": [0.5, 100]}, "rate_drops must be a number above 0 and at most 1, got 100"),
         ({"weight_decay": -1}, "weight_decay must be a number at least 0, got -1"),
         ({"image_size": 8}, "image_size is no option: the policy is told it by the run"),
-        ({"image_siz": 8}, "no option 'image_siz'; choose from network, hidden, "),
+        ({"bins": 8}, "bins is no option: the policy is told it by the run"),
+        ({"image_siz": 8}, "image_siz is no option of Reinforce; choose from network, hidden, "),
     ],
 )
 def test_reinforce_refuses_in_one_line(options: dict[str, Any], line: str) -> None:
@@ -337,7 +338,7 @@ def test_policy_of_sb3_refuses_another_number_of_rewards(name: str) -> None:
 
 
 def test_a2c_refuses_a_single_reward_a_step() -> None:
-    with pytest.raises(ValueError, match="at least 2, got 1"):
+    with pytest.raises(ValueError, match="2 rewarded images a step or more, got 1"):
         A2CPolicy(CONTEXT, BINS, 1, 0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -201,6 +202,17 @@ def test_weights_that_overflow_are_not_saved(tmp_path):
     ):
         ddpm.save_pipeline(unet, DDPMScheduler(), tmp_path / "teacher", dtype=torch.float16)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))  # configs fit, weights do not
+    try:
+        with pytest.raises(OSError, match=r"teacher cannot be written: .*too large"):
+            ddpm.save_pipeline(tiny_unet(), DDPMScheduler(), tmp_path / "teacher")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saved_configs_name_no_path_of_the_training_machine(tmp_path):

@@ -171,6 +171,12 @@ def test_unfit_schedulers_are_refused(pipeline):
         beta_schedule="x",
     )
     fails(pipeline, ValueError, r"scheduler_config\.json: x ")
+    edit(
+        pipeline / "scheduler" / "scheduler_config.json",
+        beta_schedule="linear",
+        num_train_timesteps=-5,
+    )
+    fails(pipeline, ValueError, r"scheduler_config\.json: number of steps must be non-negative")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +187,10 @@ def test_unfit_schedulers_are_refused(pipeline):
         ({"num_class_embeds": 10}, "conditioned on classes"),
         ({"down_block_types": ["DownBlock2D"]}, "does not describe a UNet2DModel: "),
         ({"block_out_channels": [7, 16]}, "does not describe a UNet2DModel: "),
+        ({"block_out_channels": []}, "does not describe a UNet2DModel: "),
+        ({"block_out_channels": [-8, 16]}, "does not describe a UNet2DModel: "),
+        ({"norm_num_groups": 0}, "does not describe a UNet2DModel: "),
+        ({"time_embedding_type": "x"}, "does not describe a UNet2DModel: "),
         ({"time_embedding_dim": 16}, rf"{WEIGHTS} is truncated, or does not fit"),
         ({"mid_block_type": None}, rf"{WEIGHTS} does not fit config.json .* unexpected weights"),
         ({"block_out_channels": [16, 16]}, rf"{WEIGHTS} is truncated, or does not fit"),

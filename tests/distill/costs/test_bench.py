@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from distill.cli import main
@@ -30,9 +32,11 @@ def told() -> StringIO:
 def figures(
     teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory, told: StringIO
 ) -> dict[str, object]:
-    """Of one short run of the verb."""
+    """Of one short run of the verb, with a teacher of fewer timesteps than most have."""
     out = tmp_path_factory.mktemp("bench") / "bench.json"
-    words = ["bench", "--teacher", str(teacher_folder), "--out", str(out)]
+    short = shutil.copytree(teacher_folder, out.with_name("short"))
+    DDPMScheduler(num_train_timesteps=100).save_pretrained(short / "scheduler")
+    words = ["bench", "--teacher", str(short), "--out", str(out)]
     with redirect_stdout(told):
         assert main([*words, "--batch", "4", "--rounds", "1", "--layer", "up_blocks.0"]) == 0
     with Image.open(out.with_suffix(".png")) as chart:
@@ -109,7 +113,8 @@ def test_the_network_is_the_published_one() -> None:
     [
         (["--batch", "1"], "bench: two images and one round at least, not 1 and 5"),
         (["--rounds", "0"], "bench: two images and one round at least, not 64 and 0"),
-        (["--layer", "mid_blok"], "did you mean 'mid_block'?"),
+        (["--layer", "mid_blok"], "--layer: no layer 'mid_blok'; did you mean 'mid_block'?"),
+        (["--out", "nowhere/at/all.json"], "--out: there is no folder nowhere/at"),
         (["--teacher", "nowhere/at/all"], "nowhere/at/all"),
     ],
 )

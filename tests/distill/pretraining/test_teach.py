@@ -465,6 +465,7 @@ def test_mistakes_are_one_line(recipe: Path, refuse: Refuse) -> None:
         ("diffusion.beta_schedule=cosine", "diffusion.beta_schedule: input should be 'linear'"),
         ("unet.block_out_channels=[8, 9]", "unet: block_out_channels [8, 9] must be multiples"),
         ("unet.attention_levels=[2]", "unet: attention level 2 is outside 0..1"),
+        ("sample_steps=1001", "sample_steps: 1001 of diffusion.timesteps 1000"),
         ("data.size=33", "unet: an image of 33x33 does not fit this teacher"),
         ("data.benchmark=shape", "unknown name 'shape'; did you mean 'shapes'?"),
         ("data={benchmark: images}", "images: no folder given; say where with data.root=FOLDER"),
@@ -497,6 +498,10 @@ def test_resume_refuses_another_recipe_and_a_broken_checkpoint(
     for change in ("lr=1", "unet.block_out_channels=[8, 24]"):
         line = refuse("teacher", "train", recipe, change, "--resume")
         assert "is of another recipe; resume with the run's own config.yaml" in line
+    with monkeypatch.context() as patch:  # as of a folder that has other images by now
+        patch.setattr("distill.pretraining.teach.fingerprint", lambda examples: "other")
+        line = refuse("teacher", "train", recipe, "--resume")
+    assert line.endswith("last.pt: the training images are not those this run began with")
     last = recipe.parent / "runs" / "ddpm" / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
     assert "last.pt is truncated or not a checkpoint" in refuse(

@@ -159,3 +159,10 @@ def test_a_part_without_labels_is_refused(part: int, words: str) -> None:
     targets[[slice(0, 20), slice(20, 25), slice(25, 40)][part]] = 255
     with pytest.raises(UserError, match=f"no labelled example.*{words}"):
         measure(teacher(a=pixels), 0, parts(images, targets, 8), classes=3, dense=False)
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    images, targets = columns(masks=False)
+    wild = teacher(a=lambda x: x / 0)
+    with pytest.raises(UserError, match=r"'a' is not finite at timestep 7; try teacher\.dtype"):
+        measure(wild, 7, parts(images, targets, 8), classes=3, dense=False)

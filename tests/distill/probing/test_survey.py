@@ -236,7 +236,7 @@ def test_other_settings_are_not_gone_on_with(planted: Path, refuse: Refuse) -> N
         (["--timesteps", "0"], "--timesteps: 0 is none; give 1 or more"),
         (["--timesteps", "few"], "argument --timesteps: invalid int value: 'few'"),
         (["--images", "4"], "data.labelled, or --images: 4 labelled training images"),
-        (["--layers", "mid_blok"], "teacher: no layer 'mid_blok'; did you mean 'mid_block'?"),
+        (["--layers", "mid_blok"], "--layers: no layer 'mid_blok'; did you mean 'mid_block'?"),
         (["--layers", "mid_block", "data.size=9"], "data.size, or teacher.image_size: an image"),
         (["--probe", "logistic"], "--probe logistic: masks have too many positions"),
         (["--resume"], "there is no run "),

@@ -337,6 +337,7 @@ def test_a_mistake_in_a_study_is_named(
         (["--only", "unifrm"], "--only: 'unifrm' is no arm of study {}; did you mean 'uniform'?"),
         (["--seeds", "4"], "--seeds: 4 is no seed of study {}; choose from 0, 1"),
         (["--seeds", "one"], "--seeds: 'one' is no seed, which is a whole number"),
+        (["--seeds", "²"], "--seeds: '²' is no seed, which is a whole number"),
         (["--only", "uniform", "--seeds", "1"], "none of these arms has one of these seeds"),
         (["seed=3"], "study {}, arm scratch: override 'seed=3': seed is set by the study itself"),
     ],

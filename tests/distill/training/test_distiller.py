@@ -176,7 +176,7 @@ def test_the_policy_may_see_the_whole_image_through_convolutions(load: Load) -> 
     labelled, targets, *_ = next(batches(trainer))
     losses = trainer.train_step(labelled, targets)
     torch.testing.assert_close(losses.context, labelled.flatten(1))
-    with pytest.raises(UserError, match=r"^policy: network=conv reads images; .*context=image$"):
+    with pytest.raises(UserError, match=r"^policy\.options\.network=conv reads images; .*=image$"):
         build(load("policy.name=reinforce", options))
 
 

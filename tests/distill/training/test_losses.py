@@ -316,6 +316,14 @@ def test_own_measure_is_taken_as_it_is(wrap):
             "no option 'temperatur'; did you mean 'temperature'?",
         ),
         ({"measure": "mse", "options": {"beta": 1.0}}, "no option 'beta'; it has none"),
+        (
+            {"measure": "infonce", "options": {"temperature": "hot"}},
+            "options.temperature must be a number, got 'hot'",
+        ),
+        (
+            {"measure": "smooth_l1", "options": {"beta": -1}},
+            "options.beta must be at least 0, got -1",
+        ),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
