@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from teachers import anatomy
+from teachers.diffusers_unet import PixelUNet
 from teachers.loading import quiet
+from teachers.noise import NoiseSchedule
 
 
 def build_unet(
@@ -57,6 +59,32 @@ def build_unet(
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         norm_num_groups=math.gcd(32, *block_out_channels),  # 32 as published, where that divides
     )
+
+
+def load_pipeline(path: str, image_size: tuple[int, int]) -> tuple[UNet2DModel, DDPMScheduler]:
+    """The UNet of a pipeline and its noise schedule, to be trained further.
+
+    Args:
+        path: see `diffusers_unet`.
+        image_size: (height, width) that it is to be trained and sampled at.
+
+    Raises:
+        OSError, ValueError: see `PixelUNet`; or the UNet does not take that size, or its schedule
+            is none that a `DDPMScheduler` has.
+    """
+    family = PixelUNet(path)
+    anatomy.check_image_size(image_size, family.multiple)
+    unet = family.load(None)["network"]
+    assert isinstance(unet, UNet2DModel)
+    height, width = image_size
+    unet.register_to_config(sample_size=height if height == width else (height, width))
+    with quiet():
+        scheduler = DDPMScheduler.from_config(dict(family.configs["scheduler"]))
+    if not torch.equal(
+        family.noise_schedule.signal, NoiseSchedule.from_scheduler(scheduler).signal
+    ):
+        raise ValueError(f"{path}: its noise schedule is none of a DDPMScheduler")
+    return unet, scheduler
 
 
 def denoising_loss(

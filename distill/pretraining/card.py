@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from distill.pretraining.config import DiffusionConfig, TeacherTrainConfig
+from distill.pretraining.config import TeacherTrainConfig
 from distill.pretraining.judge import Losses, Probe
 from distill.recipe import to_yaml
 from distill.tracking import commit, read_metrics
@@ -30,7 +31,7 @@ A denoising diffusion model, trained with `distill teacher train` to be a teache
 | data | `{benchmark}`, train split, {images} images at {height}x{width} px, without labels |
 | terms | those of the data hold for these weights |
 | parameters | {parameters:.2f} M, stored as {dtype} |
-| seed | {seed} |
+| seed | {seed} |{started}
 | steps | {steps} of {batch} images ({seen:,} images seen) |
 | loss | {curve} (means over equal parts of the training, first to last) |
 | speed | {rate:.1f} images a second (waiting for data and sampling included) |
@@ -64,7 +65,7 @@ timesteps with little noise to those with much; the noise is the same for every 
 
 {table}"""
 
-PREDICTIONS = {"epsilon": "noise", "v_prediction": "velocity"}
+PREDICTIONS = {"epsilon": "noise", "v_prediction": "velocity", "sample": "image"}
 
 
 def teacher_card(
@@ -74,6 +75,7 @@ def teacher_card(
     images: int,
     size: tuple[int, int],
     parameters: int,
+    schedule: Mapping[str, Any],
     hardware: str,
     processes: int,
     losses: Losses | str,
@@ -87,6 +89,7 @@ def teacher_card(
         images: Number of training images.
         size: (H, W) that they were trained at.
         parameters: Of the network.
+        schedule: The config of its noise schedule, a `DDPMScheduler`.
         hardware: The machine in words.
         processes: How many trained together.
         losses: At each noise level, or why there are none.
@@ -94,7 +97,10 @@ def teacher_card(
     """
     # Where its maker kept data and runs tells nobody anything.
     data = dataclasses.replace(config.data, root=None)
-    recipe = dataclasses.replace(config, data=data, output="runs")
+    begun = config.init_from
+    if begun is not None and Path(begun).is_absolute():
+        begun = Path(begun).name
+    recipe = dataclasses.replace(config, data=data, output="runs", init_from=begun)
     rows = read_metrics(folder)
     curve = means([row["loss/denoising"] for row in rows])
     return CARD.format(
@@ -106,6 +112,7 @@ def teacher_card(
         parameters=parameters / 1e6,
         dtype=config.save_dtype,
         seed=config.seed,
+        started=f"\n| started from | `{begun}` |" if begun else "",
         steps=config.steps,
         batch=config.batch,
         seen=config.steps * config.batch,
@@ -115,7 +122,7 @@ def teacher_card(
         hardware=hardware,
         processes=f", {processes} processes" if processes > 1 else "",
         sha256=hashlib.sha256((folder / "pipeline" / WEIGHTS).read_bytes()).hexdigest(),
-        losses=_losses(losses, config.diffusion),
+        losses=_losses(losses, schedule),
         probe=_missing(probe) if isinstance(probe, str) else PROBE.format(**probe._asdict()),
         recipe=to_yaml(recipe),
     )
@@ -128,11 +135,11 @@ def means(values: Sequence[float], parts: int = 10) -> list[float]:
     return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
 
 
-def _losses(losses: Losses | str, diffusion: DiffusionConfig) -> str:
+def _losses(losses: Losses | str, schedule: Mapping[str, Any]) -> str:
     if isinstance(losses, str):
         return _missing(losses)
     parts = len(losses.values)
-    edges = [part * diffusion.timesteps // parts for part in range(parts + 1)]
+    edges = [part * schedule["num_train_timesteps"] // parts for part in range(parts + 1)]
     columns = [
         ("timesteps", "---", "loss"),
         *(
@@ -141,7 +148,7 @@ def _losses(losses: Losses | str, diffusion: DiffusionConfig) -> str:
         ),
     ]
     return LOSSES.format(
-        prediction=PREDICTIONS[diffusion.prediction_type],
+        prediction=PREDICTIONS[schedule["prediction_type"]],
         images=losses.images,
         split=losses.split,
         table="\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)),

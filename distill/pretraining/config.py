@@ -77,6 +77,9 @@ class TeacherTrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU where there is one. Which of several: the variable CUDA_VISIBLE_DEVICES."""
     data: DataConfig = Field(default_factory=DataConfig)
+    init_from: str | None = None
+    """A teacher to train further, of these images or of others: a diffusers folder or a hub id. It
+    brings its network and noise schedule, so that the next two sections stay out."""
     unet: UNetConfig = Field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
     steps: Count = 4000

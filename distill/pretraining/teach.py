@@ -23,13 +23,14 @@ from distill.build import (
     autocast,
     build_accelerator,
     build_benchmark,
+    embedded,
     image_size,
     training_examples,
 )
 from distill.data import StepSampler, fingerprint, loader
 from distill.errors import Interrupted, UserError, blame
 from distill.pretraining.card import teacher_card
-from distill.pretraining.config import TeacherTrainConfig
+from distill.pretraining.config import DiffusionConfig, TeacherTrainConfig, UNetConfig
 from distill.pretraining.judge import judge_features, judge_losses
 from distill.recipe import build_config, to_tree, to_yaml
 from distill.tracking import (
@@ -42,7 +43,13 @@ from distill.tracking import (
 )
 from distill.training.late import Late
 from distill.training.optim import lr_factor
-from teachers.ddpm import build_unet, denoising_loss, sample_images, save_pipeline
+from teachers.ddpm import (
+    build_unet,
+    denoising_loss,
+    load_pipeline,
+    sample_images,
+    save_pipeline,
+)
 
 Judgement = TypeVar("Judgement")
 
@@ -56,29 +63,15 @@ class TeacherTraining:
             raise UserError(
                 f"batch: {config.batch} does not divide over {accelerator.num_processes} processes"
             )
-        if config.samples and config.sample_steps > config.diffusion.timesteps:
-            raise UserError(
-                f"sample_steps: {config.sample_steps} of diffusion.timesteps "
-                f"{config.diffusion.timesteps}"
-            )
         self.benchmark = build_benchmark(config.data)
         train = self.benchmark.dataset("train")
         self.fingerprint, examples = fingerprint(train), Unlabelled(train)
         self.size = image_size(config.data, examples)
         self.examples = training_examples(examples, config.data, self.benchmark, self.size)
-        torch.manual_seed(seeding.derive_seed(config.seed, "network"))
-        with blame("unet"):
-            self.unet = build_unet(
-                image_size=self.size,
-                block_out_channels=config.unet.block_out_channels,
-                layers_per_block=config.unet.layers_per_block,
-                attention_levels=config.unet.attention_levels,
-            )
-        self.scheduler = DDPMScheduler(
-            num_train_timesteps=config.diffusion.timesteps,
-            beta_schedule=config.diffusion.beta_schedule,
-            prediction_type=config.diffusion.prediction_type,
-        )
+        self.unet, self.scheduler = _network(config, self.size)
+        timesteps = self.scheduler.config["num_train_timesteps"]
+        if config.samples and config.sample_steps > timesteps:
+            raise UserError(f"sample_steps: {config.sample_steps} of {timesteps} timesteps")
         if (
             accelerator.device.type == "cuda"
         ):  # where 16-bit convolutions are faster so; on a CPU this gains nothing in training
@@ -168,6 +161,37 @@ class TeacherTraining:
         self.average.to(self.accelerator.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+
+def _network(
+    config: TeacherTrainConfig, size: tuple[int, int]
+) -> tuple[UNet2DModel, DDPMScheduler]:
+    """The network to train for images of (H, W), and its noise schedule."""
+    torch.manual_seed(seeding.derive_seed(config.seed, "network"))
+    unet, diffusion = config.unet, config.diffusion
+    if config.init_from is not None:
+        for key, given in (
+            ("unet", unet != UNetConfig()),
+            ("diffusion", diffusion != DiffusionConfig()),
+        ):
+            if given:
+                raise UserError(
+                    f"{key}: init_from brings its own; leave the section out ({key}={{}})"
+                )
+        with blame("init_from"):
+            return load_pipeline(embedded(config.init_from), size)
+    with blame("unet"):
+        network = build_unet(
+            image_size=size,
+            block_out_channels=unet.block_out_channels,
+            layers_per_block=unet.layers_per_block,
+            attention_levels=unet.attention_levels,
+        )
+    return network, DDPMScheduler(
+        num_train_timesteps=diffusion.timesteps,
+        beta_schedule=diffusion.beta_schedule,
+        prediction_type=diffusion.prediction_type,
+    )
 
 
 def train_teacher(config: TeacherTrainConfig, *, resume: bool = False) -> Path:
@@ -268,6 +292,7 @@ def _finish(training: TeacherTraining, folder: Path, log: RunLog) -> None:
         images=len(training.examples),
         size=size,
         parameters=sum(p.numel() for p in unet.parameters()),
+        schedule=training.scheduler.config,
         hardware=hardware(device),
         processes=training.accelerator.num_processes,
         losses=_tried(lambda: judge_losses(unet, training.scheduler, benchmark, data, size)),

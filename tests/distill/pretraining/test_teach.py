@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,19 +19,21 @@ import torch
 import yaml
 from diffusers import DDPMPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
 )
 from torch import Tensor
 
 from distill import checkpoint
+from distill.build import build_accelerator
 from distill.cli import main
 from distill.errors import UserError
 from distill.pretraining.card import means
 from distill.pretraining.config import TeacherTrainConfig, UNetConfig
 from distill.pretraining.judge import held_out
 from distill.pretraining.teach import TeacherTraining
-from distill.recipe import build_config, to_tree
+from distill.recipe import build_config, load_config, to_tree
 from distill.tracking import read_metrics
 from teachers.ddpm import build_unet, denoising_loss, sample_images
 from teachers.diffusers_unet import diffusers_unet
@@ -336,6 +339,30 @@ def test_sample_grids_on_the_way_change_nothing_but_tensorboard(
     assert grids[0][2].width > 64
 
 
+def test_a_teacher_is_trained_further_where_another_ended(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(finished / "pipeline", folder)
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    schedule.write_text(schedule.read_text().replace('"epsilon"', '"v_prediction"'))
+    given = ["unet={}", f"init_from={folder}", "data.options.size=48", "name=further"]
+    recipe = write_recipe(tmp_path)
+    training = TeacherTraining(
+        load_config(TeacherTrainConfig, recipe, given), build_accelerator("cpu")
+    )
+    began = load_file(finished / "pipeline/unet/diffusion_pytorch_model.safetensors")
+    assert all(
+        torch.equal(weight, began[name]) for name, weight in training.unet.named_parameters()
+    )
+    assert training.scheduler.config["prediction_type"] == "v_prediction"
+    assert main(["teacher", "train", str(recipe), *given]) == 0
+    further = tmp_path / "runs" / "further"
+    assert DDPMPipeline.from_pretrained(further / "pipeline").unet.config["sample_size"] == 48
+    card = card_of(further)
+    assert "| started from | `pipeline` |" in card
+    assert "of the predicted velocity on 6 val images" in card
+    assert str(tmp_path) not in card
+
+
 # Sizes
 
 
@@ -465,13 +492,22 @@ def test_mistakes_are_one_line(recipe: Path, refuse: Refuse) -> None:
         ("diffusion.beta_schedule=cosine", "diffusion.beta_schedule: input should be 'linear'"),
         ("unet.block_out_channels=[8, 9]", "unet: block_out_channels [8, 9] must be multiples"),
         ("unet.attention_levels=[2]", "unet: attention level 2 is outside 0..1"),
-        ("sample_steps=1001", "sample_steps: 1001 of diffusion.timesteps 1000"),
+        ("sample_steps=1001", "sample_steps: 1001 of 1000 timesteps"),
+        (
+            "init_from=teachers/pretrained/shapes",
+            "unet: init_from brings its own; leave the section",
+        ),
         ("data.size=33", "unet: an image of 33x33 does not fit this teacher"),
         ("data.benchmark=shape", "unknown name 'shape'; did you mean 'shapes'?"),
         ("data={benchmark: images}", "images: no folder given; say where with data.root=FOLDER"),
         ("data={benchmark: images, root: /none}", "images: there is no folder /none"),
     ):
         assert words in refuse("teacher", "train", recipe, change)
+    for changes, words in (
+        (["init_from=nowhere"], "init_from: 'nowhere' is not a folder"),
+        (["init_from=teachers/pretrained/shapes", "data.options.size=36"], "36x36 does not fit"),
+    ):
+        assert words in refuse("teacher", "train", recipe, "unet={}", *changes)
     assert not (recipe.parent / "runs").exists()
 
 
