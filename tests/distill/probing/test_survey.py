@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from distill.cli import main
+from distill.data import choose_labelled
 from distill.probing import survey
 from rl_policy import ENVIRONMENT_ID
 from teachers.noise import NoiseSchedule
@@ -268,3 +269,15 @@ def test_a_teacher_without_timesteps_has_one_column(planted: Path) -> None:
     assert found["head_room"]["second"]["oracle_gain"] == [0, 0, 0]
     best = planted.parent / "runs" / "planted-probe" / "best.yaml"
     assert main(["train", str(best), "--dry-run"]) == 0
+
+
+def test_the_held_out_images_are_of_all_classes_alike() -> None:
+    targets = torch.randint(10, (5000,), generator=torch.Generator().manual_seed(1)).tolist()
+    chosen = choose_labelled(len(targets), 1000, 0, targets)
+    for seed in range(5):
+        fit, held = survey._split(chosen, seed)
+        assert sorted(fit + held) == sorted(chosen)
+        counts = torch.bincount(torch.tensor([targets[index] for index in held]), minlength=10)
+        assert counts.sum() == 200
+        assert counts.min() >= 8  # 20 are expected, with a spread of 4
+        assert counts.max() <= 34
