@@ -29,9 +29,7 @@ from distill.studies.intervals import Interval
 from distill.tracking import read_metrics
 from rl_policy.summary import policy_summary
 
-EVEN = (
-    0.98  # of the timesteps are effective: none is chosen, a fifth above chance stays within this
-)
+EVEN = 0.98  # this share of the timesteps is effective: a fifth above chance stays within it
 
 
 def summarise(config: RunConfig, folder: Path, benchmark: Benchmark) -> dict[str, Any]:
