@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import Logger
 from torch import Generator, Tensor
 
 from rl_policy.options import check_range, refuse_unknown
-from rl_policy.reward import RunningScale
+from rl_policy.reward import ContextScale, RunningScale
 from rl_policy.sb3 import environments
 from rl_policy.seeding import seeded_numpy, seeded_torch
 
@@ -64,7 +64,7 @@ class DQNPolicy:
         self.bins, self.batch, self.seed, self.updates = bins, batch, seed, 0
         self.minibatch, self.gradient_steps = minibatch, gradient_steps
         self.exploration, self.exploration_until, self.rate = exploration, exploration_until, 1.0
-        self.context_scale, self.reward_scale = RunningScale(context_size), RunningScale()
+        self.context_scale, self.reward_scale = ContextScale(context_size), RunningScale()
         with seeded_torch(seed):
             self.model = DQN(
                 "MlpPolicy",

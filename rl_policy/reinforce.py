@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rl_policy.options import OptionError, check_choice, check_range, refuse_unknown
-from rl_policy.reward import RunningScale
+from rl_policy.reward import ContextScale, RunningScale
 from rl_policy.seeding import seeded_torch
 
 
@@ -46,7 +46,7 @@ class Reinforce:
         network: str = "mlp",
         hidden: int = 64,
         optimizer: str = "adam",
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         rate_drops: Sequence[float] = (),
         weight_decay: float = 0.0,
         entropy_weight: float = 0.1,
@@ -66,7 +66,7 @@ class Reinforce:
         check_range("entropy_until", entropy_until, above=0, most=1)
         self.learning_rate, self.rate_drops = learning_rate, tuple(rate_drops)
         self.entropy_weight, self.entropy_until = entropy_weight, entropy_until
-        self.context_scale = RunningScale(context_size) if network == "mlp" else None
+        self.context_scale = ContextScale(context_size) if network == "mlp" else None
         self.reward_scale = RunningScale() if baseline else None
         with seeded_torch(seed):
             last = nn.Linear(hidden, bins)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -57,6 +58,20 @@ class RunningScale(nn.Module):
     def forward(self, samples: Tensor) -> Tensor:
         """Standardise samples (N, *shape) -> (N, *shape) float32 in [-10, 10]."""
         return ((samples - self.mean) * (self.variance + 1e-8).rsqrt()).clamp(-10, 10)
+
+
+class ContextScale(RunningScale):
+    """Standardises contexts (N, D), then divides by sqrt(D).
+
+    So a context's squared length is 1 on average. What a linear layer learns from one image carries
+    over to another by 1 + the product of their contexts, the 1 being the bias's share. With D in
+    the hundreds it would be chance likeness that decides, and the policy would see a rule for
+    each image before it saw which timestep is best for all.
+    """
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Contexts (N, D) -> (N, D) float32."""
+        return super().forward(samples) / math.sqrt(samples.shape[1])
 
 
 class TeacherTaskReward(nn.Module):

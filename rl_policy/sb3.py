@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 from rl_policy.environment import TimestepEnv
 from rl_policy.options import OptionError, check_range, refuse_unknown
-from rl_policy.reward import RunningScale
+from rl_policy.reward import ContextScale, RunningScale
 from rl_policy.seeding import seeded_numpy, seeded_torch
 from rl_policy.table import ReplayTable
 
@@ -42,7 +42,7 @@ class ActorCritic:
         self.seed = seed
         self.entropy_weight, self.entropy_end, self.entropy_until = entropy
         self.updates = 0
-        self.context_scale = RunningScale(context_size)
+        self.context_scale = ContextScale(context_size)
         self.reward_scale = RunningScale()
         model.set_logger(Logger(folder=None, output_formats=[]))
 

@@ -71,6 +71,28 @@ def test_policy_finds_the_best_bin_of_each_group(policy: type) -> None:
     assert summary.image_entropy < 0.5 < summary.entropy
 
 
+# Closed of the gap between uniform and the best bin, least of three seeds: a2c 0.99, ppo 0.97,
+# reinforce 0.98; with contexts 22 times as long 0.78, 0.64 and 0.95.
+@pytest.mark.parametrize("policy", [A2CPolicy, PPOPolicy, Reinforce])
+def test_long_contexts_that_tell_nothing_do_not_hide_which_bin_is_best(policy: type) -> None:
+    size, bins, steps, batch = 512, 10, 600, 32
+    images = Generator().manual_seed(100)
+    contexts, hardness = (
+        torch.randn(1000, size, generator=images),
+        torch.randn(1000, generator=images),
+    )
+    worth = -0.1 * (torch.arange(bins) - 3).abs().clamp(max=3)
+    learner = policy(size, bins, batch, 0)
+    generator = Generator().manual_seed(0)
+    for step in range(steps):
+        drawn = torch.randint(1000, (batch,), generator=generator)
+        chosen = learner.act(contexts[drawn], generator, step / steps)
+        noise = hardness[drawn] + 0.5 * torch.randn(batch, generator=generator)
+        learner.learn(contexts[drawn], chosen, worth[chosen] + noise, step / steps)
+    earned = (learner.probabilities(contexts) @ worth).mean()
+    assert 1 - earned / worth.mean() >= 0.96
+
+
 @pytest.mark.parametrize("policy", [A2CPolicy, PPOPolicy, Reinforce, Thompson])
 def test_policy_stays_spread_where_no_bin_is_better(policy: type) -> None:
     learner = policy(CONTEXT, BINS, BATCH, 0)
