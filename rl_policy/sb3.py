@@ -148,10 +148,10 @@ class A2CPolicy(ActorCritic):
         batch: int,
         seed: int,
         *,
-        learning_rate: float = 3e-3,
-        entropy_weight: float = 0.3,
+        learning_rate: float = 1.5e-3,
+        entropy_weight: float = 0.2,
         entropy_end: float = 0.01,
-        entropy_until: float = 0.5,
+        entropy_until: float = 0.7,
         hidden: int = 64,
         **unknown: Any,
     ) -> None:
