@@ -68,6 +68,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         file.write(text.encode())
 
 
+def existing_parent(path: Path) -> Path:
+    """The nearest folder around `path` that exists: where it is made before it has one itself."""
+    return next(place for place in path.absolute().parents if place.exists())
+
+
 def sync(path: Path) -> None:
     """Wait until a file that something else has written is on the disk."""
     with path.open("r+b") as file:

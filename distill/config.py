@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 Count = Annotated[int, Field(ge=1)]
@@ -21,7 +22,16 @@ Names = Annotated[
     BeforeValidator(lambda names: [names] if isinstance(names, str) else names),
     Field(min_length=1),
 ]
-Labels = Count | Annotated[str, Field(pattern=r"^(1/[1-9][0-9]*|all)$")]
+
+
+def _labels(entry: int | str) -> int | str:
+    right = re.fullmatch(r"1/[1-9][0-9]*|all", entry) if isinstance(entry, str) else entry >= 1
+    if not right:
+        raise ValueError("a number of images, a share such as 1/16, or all")
+    return entry
+
+
+Labels = Annotated[int | str, AfterValidator(_labels)]
 Arm = Literal["distilled", "scratch", "random_teacher"]
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)

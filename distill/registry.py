@@ -96,9 +96,9 @@ def resolve(table: str, name: str, key: str) -> Any:
     """
     target = name if ":" in name else TABLES[table].get(name)
     if target is None:
-        raise UserError(
-            f"{key}: unknown name {name!r}; {nearest(name, TABLES[table])} (or module:attribute)"
-        )
+        other = next((other for other, names in TABLES.items() if name in names), None)
+        problem = f"{name!r} is one of {other}, not of {table}" if other else f"unknown name {name!r}"
+        raise UserError(f"{key}: {problem}; {nearest(name, TABLES[table])} (or module:attribute)")
     module, _, attribute = target.partition(":")
     if ":" in name:
         _search_here()

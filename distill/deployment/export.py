@@ -254,8 +254,8 @@ def _export_file(source: Source, target: Path, what: What, precision: Precision)
     ours = parity.run_student(source.student, model, sample)
     rows = [ours.row]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        around = checkpoint.existing_parent(target)
+        with tempfile.TemporaryDirectory(dir=around, prefix=f".{target.name}-") as scratch:
             new = Path(scratch, target.name)
             if precision == "int8":
                 float_file = Path(scratch, f"fp32{target.suffix}")
@@ -267,6 +267,7 @@ def _export_file(source: Source, target: Path, what: What, precision: Precision)
             name = f"{target.suffix[1:]} {precision}"
             rows.append(parity.compare(new, name, model, precision, sample, ours))
             checkpoint.sync(new)
+            target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(new, target)
     except OSError as error:
         raise UserError(f"the export cannot be written to {target}: {error}") from error

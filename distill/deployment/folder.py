@@ -86,8 +86,8 @@ def export_student(
     # safetensors writes contiguous tensors only, and training may have left others.
     student = copy.deepcopy(student).to("cpu").to(memory_format=torch.contiguous_format)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        around = checkpoint.existing_parent(folder)
+        with tempfile.TemporaryDirectory(dir=around, prefix=f".{folder.name}-") as scratch:
             new = Path(scratch, "new")
             timm.models.save_for_hf(student.backbone, new, **student.backbone_config())
             if student.head is not None:
@@ -96,6 +96,7 @@ def export_student(
             check(new)
             for file in new.iterdir():
                 checkpoint.sync(file)
+            folder.parent.mkdir(parents=True, exist_ok=True)
             old = Path(scratch, "old")
             try:
                 if folder.exists():

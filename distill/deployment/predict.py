@@ -84,9 +84,9 @@ def predict(
     done = len(pictures) - len(broken)
     if broken:
         names = ", ".join(map(str, broken[:3])) + (", ..." if len(broken) > 3 else "")
+        rest = f"the results of the other {done} are in {folder}" if done else "nothing was written"
         raise UserError(
-            f"{len(broken)} of {len(pictures)} images could not be read: {names}; the results of "
-            f"the other {done} are in {folder}"
+            f"{len(broken)} of {len(pictures)} images could not be read: {names}; {rest}"
         )
     return f"{done} images predicted into {folder}"
 

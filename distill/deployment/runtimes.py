@@ -62,9 +62,8 @@ def load(path: Path, threads: int = 0, *, trust: bool = False) -> ModelFile:
         raise UserError(f"{path} is no exported file: {', '.join(LOADERS)}")
     if loader is _torchscript and not trust:
         raise UserError(
-            f"{path} is TorchScript, a program that may do anything to this machine; `distill "
-            "predict --trust` opens it if you know where it comes from, otherwise take .onnx or "
-            ".pt2"
+            f"{path} is TorchScript, a program that may do anything to this machine; --trust opens "
+            "it if you know where it comes from, otherwise take .onnx or .pt2"
         )
     text, run = loader(path, threads)
     try:

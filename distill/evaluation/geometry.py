@@ -163,8 +163,8 @@ def setting(
 
 def best_and_worst(ranked: Sequence[int]) -> list[tuple[str, int]]:
     """Which to show, of indices from the best to the worst; the worst first among its kind."""
-    best = list(ranked[:SHOWN])
-    worst = [index for index in reversed(ranked[-SHOWN:]) if index not in best]
+    half = min(SHOWN, (len(ranked) + 1) // 2)
+    best, worst = ranked[:half], list(reversed(ranked[half:]))[:SHOWN]
     return [*(("best", index) for index in best), *(("worst", index) for index in worst)]
 
 

@@ -37,7 +37,7 @@ def confusion(path: str | Path, counts: Tensor, class_names: Sequence[str]) -> N
     count = len(class_names)
     with rc_context({**STYLE, "axes.grid": False}):
         side = 2.2 + min(0.42, 12 / count) * count
-        figure = Figure(figsize=(side + 0.9, side), dpi=150, layout="constrained")
+        figure = Figure(figsize=(side + 0.9, side), dpi=150, layout="compressed")
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
         step = max(1, -(-count // 40))

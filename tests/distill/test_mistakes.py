@@ -31,6 +31,7 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
     ("change", "words"),
     [
         ("data.benchmark=shape", "data.benchmark: unknown name 'shape'; did you mean 'shapes'?"),
+        ("data.benchmark=nyuv2", "data.benchmark: 'nyuv2' is one of depth, not of benchmarks; "),
         (
             "data.options={sizee: 32}",
             "unknown key 'data.options.sizee'; did you mean 'data.options.size'?",

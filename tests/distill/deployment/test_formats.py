@@ -279,6 +279,8 @@ def test_a_file_that_is_not_the_student_never_appears(
         "the export failed its comparison with the student: an output is 1.0e-02 off, the limit is "
         "1.0e-04"
     ) in refuse("export", exported, *words)
+    words[-1] = tmp_path / "new" / "folder" / "student.ts"
+    refuse("export", exported, *words)
     assert [path.name for path in tmp_path.iterdir()] == ["student.ts"]
     assert (tmp_path / "student.ts").read_text() == "an older one"
 
@@ -485,7 +487,7 @@ def test_a_folder_whose_head_is_another_is_not_written(
         save_file({name: torch.zeros_like(value) for name, value in state.items()}, path)
 
     monkeypatch.setattr(folder, "save_file", zeros)
-    line = refuse("export", exported, "--out", tmp_path / "out")
+    line = refuse("export", exported, "--out", tmp_path / "new" / "out")
     assert "failed its comparison with the student: the logits of the folder are" in line
     assert list(tmp_path.iterdir()) == []
 

@@ -137,6 +137,9 @@ def test_unreadable_images_are_named_and_the_others_done(
         f"the results of the other 2 are in {out}"
     )
     assert len(list(out.rglob("*.png"))) == 4
+    bad = pictures / "a" / "bad.png"
+    assert main(["predict", str(finished_run), str(bad), "--out", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.endswith(f"not be read: {bad}; nothing was written\n")
 
 
 def test_results_are_replaced_only_with_force(
@@ -188,7 +191,7 @@ def test_mistakes_are_one_line_before_anything_is_written(
     assert "gives features, no predictions" in refuse("predict", file, pictures / "a" / "b", *out)
     script = tmp_path / "script.ts"
     script.touch()
-    assert "predict --trust" in refuse("predict", script, pictures / "a" / "b", *out)
+    assert "--trust opens it" in refuse("predict", script, pictures / "a" / "b", *out)
     assert not (tmp_path / "out").exists()
     words = ("predict", finished_run, pictures / "a" / "b", "--out", pictures / "notes.txt")
     assert "notes.txt cannot be made: File exists" in refuse(*words)

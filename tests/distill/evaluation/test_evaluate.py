@@ -163,7 +163,9 @@ def test_mistakes_are_one_line(
     assert "evaluate.labels: 17 of 16 training images" in refused(
         capsys, finished_run, "--protocol", "label_efficient", "evaluate.labels=[17]"
     )
-    assert "evaluate.labels" in refused(capsys, finished_run, "evaluate.labels=[half]")
+    for wrong in ("half", "5/4", "0"):
+        line = refused(capsys, finished_run, f"evaluate.labels=[{wrong}]")
+        assert "evaluate.labels.0: value error, a number of images, a share such as 1/16" in line
     assert "there is no folder /none" in refused(
         capsys, finished_run, "data={benchmark: folder, root: /none, options: {num_classes: 7}}"
     )
