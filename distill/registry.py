@@ -97,7 +97,9 @@ def resolve(table: str, name: str, key: str) -> Any:
     target = name if ":" in name else TABLES[table].get(name)
     if target is None:
         other = next((other for other, names in TABLES.items() if name in names), None)
-        problem = f"{name!r} is one of {other}, not of {table}" if other else f"unknown name {name!r}"
+        problem = f"unknown name {name!r}"
+        if other is not None:
+            problem = f"{name!r} is one of {other}, not of {table}"
         raise UserError(f"{key}: {problem}; {nearest(name, TABLES[table])} (or module:attribute)")
     module, _, attribute = target.partition(":")
     if ":" in name:

@@ -108,8 +108,9 @@ def test_mistakes_are_one_line(refuse: Callable[..., str]) -> None:
     def refused(protocol: str, *changes: str) -> str:
         return refuse("evaluate", SCRATCH, "--protocol", protocol, *changes)
 
-    assert "'camvid'; choose from shapes, spair71k" in refused(
-        "correspondence", "data.benchmark=camvid"
+    assert (
+        "'camvid' is one of benchmarks, not of correspondence; choose from shapes, spair"
+        in refused("correspondence", "data.benchmark=camvid")
     )
     assert "did you mean 'nyuv2'?" in refused("depth", "data.benchmark=nyu2")
     assert "nyuv2: no folder given" in refused("depth", "data.benchmark=nyuv2")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from distill.evaluation import pictures
+from distill.evaluation.geometry import best_and_worst
 from distill.evaluation.pictures import Shown
 
 
@@ -43,3 +44,20 @@ def test_the_legend_names_the_classes_that_occur(tmp_path: Path) -> None:
     found = {tuple(colour) for colour in np.unique(below, axis=0).tolist()}
     assert {(30, 60, 200), (0, 150, 90)} <= found
     assert (200, 10, 10) not in found
+
+
+def test_few_images_are_halved_into_best_and_worst() -> None:
+    assert best_and_worst([7]) == [("best", 7)]
+    assert best_and_worst([3, 1, 2]) == [("best", 3), ("best", 1), ("worst", 2)]
+    four = best_and_worst(range(20))
+    assert [index for kind, index in four if kind == "best"] == [0, 1, 2, 3]
+    assert [index for kind, index in four if kind == "worst"] == [19, 18, 17, 16]
+
+
+def test_a_confusion_of_many_classes_ends_within_the_picture(tmp_path: Path) -> None:
+    names = [f"class {index}" for index in range(120)]
+    pictures.confusion(tmp_path / "a.png", torch.eye(120, dtype=torch.int64), names)
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+        assert (edge > 200).all()
