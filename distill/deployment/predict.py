@@ -23,7 +23,7 @@ from distill.data import as_float
 from distill.deployment.folder import load_student
 from distill.deployment.formats import Deployed, describe
 from distill.deployment.overlays import indexed, overlay
-from distill.deployment.runtimes import ModelFile, load, torch_run
+from distill.deployment.runtimes import ModelFile, load_predictor, torch_run
 from distill.errors import UserError
 from distill.evaluation.counting import predicted_classes
 from distill.tracking import Progress
@@ -107,10 +107,7 @@ def open_model(path: str, *, trust: bool = False) -> ModelFile:
             )
         model = Deployed(student, "classifier" if student.head is None else "segmenter")
         return ModelFile(describe(model, card, "fp32"), torch_run(model, 0))
-    opened = load(Path(path), trust=trust)
-    if opened.metadata["what"] == "backbone":
-        raise UserError(f"{path} gives features, no predictions; export a segmenter or classifier")
-    return opened
+    return load_predictor(Path(path), trust=trust)
 
 
 def find_pictures(images: Sequence[str]) -> list[Picture]:

@@ -74,6 +74,18 @@ def load(path: Path, threads: int = 0, *, trust: bool = False) -> ModelFile:
     return ModelFile(metadata, run)
 
 
+def load_predictor(path: Path, threads: int = 0, *, trust: bool = False) -> ModelFile:
+    """Open an exported segmenter or classifier; otherwise as `load`.
+
+    Raises:
+        UserError: As of `load`, or the file gives features.
+    """
+    opened = load(path, threads, trust=trust)
+    if opened.metadata["what"] == "backbone":
+        raise UserError(f"{path} gives features, no predictions; export a segmenter or classifier")
+    return opened
+
+
 def _onnx(path: Path, threads: int) -> tuple[str, Run]:
     runtime = needs("onnxruntime", "deploy")
     options = runtime.SessionOptions()

@@ -21,15 +21,17 @@ from teachers.protocol import Teacher
 
 SCRATCH = "scratch"
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+EXPORTED = (".onnx", ".pt2")
+"""Files of `distill export` that run no code of their own."""
 
 
 class Subject(NamedTuple):
     """A subject as it is written on the command line."""
 
     text: str
-    kind: Literal["student", "timm", "teacher"]
+    kind: Literal["student", "file", "timm", "teacher"]
     path: str
-    """A folder; a timm name; what a recipe gives as `teacher.path`."""
+    """A folder; an exported file; a timm name; what a recipe gives as `teacher.path`."""
     weights: str = ""
     """Of a timm model: a file, `scratch`, or nothing for those that timm publishes."""
     layers: tuple[str, ...] = ()
@@ -43,19 +45,21 @@ def parse_subject(text: str) -> Subject:
     """Read one subject.
 
     Args:
-        text: `runs/NAME` or an exported student; `timm:NAME`, `timm:NAME:scratch`,
-            `timm:NAME:FILE`; `teacher:PATH`. Options follow after commas: `layers=A+B`, and of a
-            teacher `timestep=T` and `family=NAME`.
+        text: `runs/NAME`, an exported student, `FILE.onnx` or `FILE.pt2`; `timm:NAME`,
+            `timm:NAME:scratch`, `timm:NAME:FILE`; `teacher:PATH`. Options follow after commas:
+            `layers=A+B`, and of a teacher `timestep=T` and `family=NAME`.
 
     Raises:
         UserError: An unknown or misplaced option.
     """
     place, *words = text.split(",")
-    kind: Literal["student", "timm", "teacher"] = "student"
+    kind: Literal["student", "file", "timm", "teacher"] = "student"
     if place.startswith("timm:"):
         kind, place = "timm", place.removeprefix("timm:")
     elif place.startswith("teacher:"):
         kind, place = "teacher", place.removeprefix("teacher:")
+    elif place.endswith(EXPORTED):
+        kind = "file"
     known = ("layers", "timestep", "family") if kind == "teacher" else ("layers",)
     options = dict(word.partition("=")[::2] for word in words)
     for name in options:

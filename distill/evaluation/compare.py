@@ -18,7 +18,7 @@ from distill.evaluation.backbones import parse_subject
 from distill.evaluation.evaluate import evaluate_subject, one_process, subject_recipe
 from distill.evaluation.footprint import Footprint, measure
 from distill.evaluation.metrics import ERRORS, LOWER_IS_BETTER, figure_text, in_points
-from distill.evaluation.subjects import open_backbone
+from distill.evaluation.subjects import open_backbone, refuse_file
 from distill.recipe import build_config, refuse_foreign, to_tree
 from distill.studies.comparison import NOT_THE_RECIPE
 from distill.studies.intervals import Interval
@@ -91,7 +91,8 @@ def _plan(
     text: str, overrides: Sequence[str], protocol: str, benchmark: str | None
 ) -> dict[str, Any]:
     """What the result of a subject will say of the images that are scored."""
-    _, config = subject_recipe(text, overrides, protocol, benchmark)
+    subject, config = subject_recipe(text, overrides, protocol, benchmark)
+    refuse_file(subject)
     return {
         "benchmark": config.data.benchmark,
         "split": config.evaluate.split,
@@ -111,6 +112,7 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
             f"{path} is no result of `distill evaluate --out`: it has no {missing[0]!r}"
         )
     refuse_foreign(build_config(RunConfig, result["recipe"], where=str(path)), overrides, path)
+    refuse_file(parse_subject(result["subject"]))
     return result
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from distill import checkpoint
 from distill.benchmarks import Benchmark
-from distill.build import build_accelerator, build_benchmark, build_training_set
+from distill.build import TrainingSet, build_accelerator, build_benchmark, build_training_set
 from distill.config import RunConfig
 from distill.data import as_float
 from distill.errors import UserError
@@ -42,6 +42,7 @@ from distill.recipe import to_tree
 from distill.studies.intervals import Interval, interval
 from distill.tracking import commit, hardware
 
+TRIED = 4
 PLACES = {"correspondence": correspondence, "depth": depth}
 
 
@@ -103,6 +104,7 @@ def evaluate_subject(
             "details": fitted.details,
             "figures": {metric: scored.scores[metric]},
             "scores": scored.scores,
+            "scoring_seconds": dict(scored.seconds),
         }
     return {
         **result,
@@ -143,11 +145,18 @@ def _fit(
         check_looks(config.evaluate, benchmark)
         return own(subject, config, benchmark, accelerator), benchmark, None
     data = build_training_set(dataclasses.replace(config.data, unlabelled=0))
-    check_looks(config.evaluate, data.benchmark)
+    _try_held_out(config, data)
     fitted = {"linear": linear, "knn": knn, "finetune": finetune}[protocol](
         subject, config, data, accelerator
     )
     return fitted, data.benchmark, len(data.labelled_indices)
+
+
+def _try_held_out(config: RunConfig, data: TrainingSet) -> None:
+    """Read the first of the images to score: what is wrong with them shows before the work."""
+    examples = held_out_examples(config, data.benchmark, data.size)
+    for index in range(min(TRIED, len(examples))):
+        examples[index]
 
 
 def _score(
@@ -161,7 +170,7 @@ def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -
     """Scores by number of labels, each with its choices of images."""
     data = build_training_set(dataclasses.replace(config.data, labelled=None, unlabelled=0))
     benchmark = data.benchmark
-    check_looks(config.evaluate, benchmark)
+    _try_held_out(config, data)
     metric, rows = metric_of(benchmark), dict[int, list[dict[str, Any]]]()
     told: dict[str, Any] = {}
     for choice in label_efficient(subject, config, data, accelerator):

@@ -21,6 +21,7 @@ from distill.build import TrainingSet
 from distill.config import EvaluateConfig, PairConfig, RunConfig
 from distill.data import Augmented, Resized, StepSampler, as_float, choose_labelled, loader
 from distill.deployment.folder import load_student
+from distill.deployment.runtimes import load_predictor
 from distill.errors import UserError
 from distill.evaluation.backbones import Backbone, Subject, predictor
 from distill.evaluation.counting import count
@@ -55,7 +56,7 @@ FINETUNE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "decay_all": False,
             "clip": 1.0,
             "ema": 0.99,
-            "lr": 5e-4,
+            "lr": 2e-3,
             "lr_schedule": "poly",
             "warmup": 50,
             "evaluate_every": 0,
@@ -81,38 +82,70 @@ class Fitted(NamedTuple):
 def own(
     subject: Subject, config: RunConfig, benchmark: Benchmark, accelerator: Accelerator
 ) -> Fitted:
-    """A student with the head that it was exported with."""
-    if subject.kind != "student":
+    """A student with the head that it was exported with, or an exported file."""
+    if subject.kind not in ("student", "file"):
         raise UserError(
             f"{subject.text} has no head of its own; choose --protocol linear, finetune, knn or "
             "label_efficient"
         )
     _whole(subject, "own")
+    if subject.kind == "file":
+        return _exported(subject, config, benchmark)
     student, card = load_student(subject.path)
-    if benchmark.num_classes != card.classes:
+    _check_classes(benchmark, card.class_names, dense=card.dense)
+    size = (student.image_size[0], student.image_size[1])
+    _check_size(config, size)
+    return Fitted(predictor(student.to(accelerator.device)), size, [], {})
+
+
+def _exported(subject: Subject, config: RunConfig, benchmark: Benchmark) -> Fitted:
+    """A file of `distill export`, run by its own runtime on the CPU."""
+    file = load_predictor(Path(subject.path), torch.get_num_threads())
+    told = file.metadata
+    _check_classes(benchmark, told["class_names"], dense=told["what"] == "segmenter")
+    size = (told["image_size"][0], told["image_size"][1])
+    _check_size(config, size)
+    if config.evaluate.scales != [1.0] and not told["any_size"]:
         raise UserError(
-            f"the student predicts {card.classes} classes, {benchmark.name} has "
+            f"evaluate.scales: {subject.text} takes images of {size[0]}x{size[1]} px alone; leave "
+            "it out"
+        )
+
+    def predict(images: Tensor) -> Tensor:
+        (logits,) = file.run(images.cpu().numpy())
+        return torch.from_numpy(logits).to(images.device)
+
+    return Fitted(predict, size, [], {})
+
+
+def _check_classes(benchmark: Benchmark, names: Sequence[str], *, dense: bool) -> None:
+    """Refuse a head that predicts something else than the benchmark's classes."""
+    if benchmark.num_classes != len(names):
+        raise UserError(
+            f"the student predicts {len(names)} classes, {benchmark.name} has "
             f"{benchmark.num_classes}; fit a new head with --protocol linear"
         )
-    if card.dense != traits(benchmark).dense:
+    if dense != traits(benchmark).dense:
         raise UserError(
-            f"the student predicts {'every position' if card.dense else 'whole images'}, and "
+            f"the student predicts {'every position' if dense else 'whole images'}, and "
             f"{benchmark.name} has {traits(benchmark).labels}; fit a new head with --protocol "
             "linear"
         )
-    pairs = zip(card.class_names, benchmark.class_names, strict=True)
+    pairs = zip(names, benchmark.class_names, strict=True)
     if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
         raise UserError(
             f"the student predicts {other[0]!r} where {benchmark.name} has {other[1]!r}; fit a new "
             "head with --protocol linear"
         )
-    size = (student.image_size[0], student.image_size[1])
+
+
+def _check_size(config: RunConfig, size: tuple[int, int]) -> None:
+    """Refuse images of another size than the student's."""
     if config.data.size not in (None, size):
         raise UserError(
             f"data.size: with its own head the student sees images of {size[0]}x{size[1]} px; "
             "leave it out, or choose --protocol linear"
         )
-    return Fitted(predictor(student.to(accelerator.device)), size, [], {})
 
 
 def _whole(subject: Subject, protocol: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from distill.evaluation.counting import Tally, count
 from distill.evaluation.inference import Predictor, several_looks
 from distill.evaluation.landmarks import LandmarkTally
 from distill.tasks import traits
+from distill.training.clock import Clock
 
 
 class Scored(NamedTuple):
@@ -28,6 +30,8 @@ class Scored(NamedTuple):
     """Of this process's share."""
     scores: dict[str, Any]
     """Over all processes, see `Tally.scores`."""
+    seconds: Mapping[str, float]
+    """Of this process, by part: `read`, `predict` (to the mask's size) and `score`."""
 
 
 def metric_of(benchmark: Benchmark) -> str:
@@ -99,6 +103,7 @@ def score(
     looks = several_looks(
         predict, size=size, window=options.window, flip=options.flip, scales=options.scales
     )
+    clock = Clock(accelerator.device)
     (tally,) = count(
         lambda images: [looks(images)],
         examples,
@@ -108,6 +113,8 @@ def score(
         batch=1 if options.window else options.batch,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        timed=clock,
     )
-    scores = tally.scores(lambda counts: accelerator.reduce(counts, "sum"))
-    return Scored(looks, examples, benchmark, tally, scores)
+    with clock("score"):
+        scores = tally.scores(lambda counts: accelerator.reduce(counts, "sum"))
+    return Scored(looks, examples, benchmark, tally, scores, clock.seconds)

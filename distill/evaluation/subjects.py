@@ -53,7 +53,7 @@ def subject_config(
     config = build_config(RunConfig, tree, where=where)
     if subject.kind == "student":
         refuse_foreign(config, overrides, Path(subject.path))
-    if subject.kind != "teacher":
+    if subject.kind in ("student", "timm"):
         config = dataclasses.replace(config, student=_student_config(subject, config))
     return config
 
@@ -72,6 +72,15 @@ def _student_config(subject: Subject, config: RunConfig) -> StudentConfig:
     )
 
 
+def refuse_file(subject: Subject) -> None:
+    """Refuse an exported file, which has no maps to read."""
+    if subject.kind == "file":
+        raise UserError(
+            f"{subject.text} runs as a whole, which `distill evaluate --protocol own` scores; for "
+            "other protocols and for compare name the run folder or the exported folder"
+        )
+
+
 def open_backbone(
     subject: Subject, config: RunConfig, size: tuple[int, int], device: torch.device
 ) -> Backbone:
@@ -84,8 +93,10 @@ def open_backbone(
         device: Where it goes.
 
     Raises:
-        UserError: It cannot be read, has no such layer, or takes no images of that size.
+        UserError: It cannot be read, has no such layer, or takes no images of that size; or it is
+            a file, which runs as a whole.
     """
+    refuse_file(subject)
     if subject.kind == "teacher":
         teacher = build_teacher(config, layers=subject.layers)
         backbone: Backbone = TeacherBackbone(teacher, subject.timestep, config.seed)

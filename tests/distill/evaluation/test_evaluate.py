@@ -12,6 +12,7 @@ from PIL import Image
 
 from distill.cli import main
 from distill.evaluation import evaluate as verb
+from distill.evaluation import protocols
 from distill.evaluation.evaluate import evaluate_subject
 
 
@@ -42,6 +43,10 @@ def test_the_own_head_gives_the_figures_of_the_summary(
         told = result["protocol"], result["benchmark"], result["split"], result["subject"]
         assert told == ("own", "shapes", "test", str(student))
         assert result["figures"] == {"miou": result["scores"]["miou"]}
+        seconds = result["scoring_seconds"]
+        assert seconds.keys() == {"read", "predict", "score"}
+        assert min(seconds.values()) > 0
+        assert sum(seconds.values()) < result["seconds"]
 
 
 def test_the_table_has_every_class(
@@ -134,6 +139,41 @@ def test_another_number_of_classes_asks_for_a_new_head(
     assert set(result["scores"]["iou"]) == {"off", "on"}
 
 
+@pytest.fixture(scope="module", params=["onnx", "torchexport"])
+def exported(
+    request: pytest.FixtureRequest, finished_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An exported segmenter."""
+    suffix = {"onnx": "onnx", "torchexport": "pt2"}[request.param]
+    file = tmp_path_factory.mktemp("exported") / f"shapes.{suffix}"
+    words = ["export", str(finished_run), "--format", request.param, "--what", "segmenter"]
+    assert main([*words, "--out", str(file)]) == 0
+    return file
+
+
+def test_an_exported_file_scores_as_the_student_that_it_was_made_of(
+    finished_run: Path, exported: Path
+) -> None:
+    result = evaluate(exported, "data.benchmark=shapes", "data.options={size: 32}")
+    changes = ["data.options={size: 32}", "data.unlabelled=null", "data.labelled=null"]
+    scores = evaluate(finished_run, *changes)["scores"]
+    assert result["scores"]["iou"] == pytest.approx(scores["iou"], abs=1e-3)
+    assert scores["miou"] > 0
+
+
+def test_what_an_exported_file_cannot_be_asked_is_one_line(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--protocol", "linear"], ["--protocol", "finetune"]):
+        assert "runs as a whole" in refused(capsys, exported, "data.benchmark=shapes", *words)
+    assert main(["compare", str(exported), str(exported), "data.benchmark=shapes"]) == 2
+    assert "runs as a whole" in capsys.readouterr().err
+    line = refused(capsys, exported, "data.benchmark=shapes", "data.size=64")
+    assert "the student sees images of 32x32 px" in line
+    missing = tmp_path / f"none{exported.suffix}"
+    assert f"no file or folder {missing}" in refused(capsys, missing, "data.benchmark=shapes")
+
+
 def test_several_processes_are_refused(
     finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +224,28 @@ def test_a_folder_that_takes_no_scores_is_named_before_the_work(
     assert f"{tmp_path} is a folder that you may not write to" in line
 
 
+@pytest.mark.parametrize("protocol", ["linear", "label_efficient"])
+def test_a_wrong_mask_among_those_to_score_is_named_before_the_work(
+    protocol: str, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "own_torn.py").write_text(
+        "from distill.benchmarks.shapes import Shapes\n"
+        "from distill.errors import UserError\n"
+        "class Items:\n"
+        "    def __len__(self): return 9\n"
+        "    def __getitem__(self, index): raise UserError(f'{index}.png: mask value 7')\n"
+        "class Torn(Shapes):\n"
+        "    name = 'torn'\n"
+        "    def dataset(self, split):\n"
+        "        return Items() if split == 'test' else super().dataset(split)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delattr(protocols, "drawn")  # what a fit begins with
+    changes = ("data.benchmark=own_torn:Torn", "evaluate.labels=[4]", "--protocol", protocol)
+    assert "0.png: mask value 7" in refused(capsys, finished_run, *changes)
+
+
 def test_a_head_of_another_task_and_a_split_without_images_are_named(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -201,7 +263,7 @@ def test_a_head_of_another_task_and_a_split_without_images_are_named(
     assert "predicts every position, and whole has classes of whole images; fit a new" in line
     changes = ["data.benchmark=own_odd:Empty", "evaluate.split=val"]
     assert "empty: the split val has no images" in refused(capsys, finished_run, *changes)
-    line = refused(capsys, finished_run, "--protocol", "linear", *changes)
+    line = refused(capsys, finished_run, "--protocol", "linear", changes[0])
     assert "the split val has no images to choose the learning rate on" in line
     words = ["export", str(finished_run), "--format", "torchscript", *changes]
     assert main([*words, "--out", str(tmp_path / "a.ts")]) == 0
