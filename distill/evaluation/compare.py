@@ -17,7 +17,7 @@ from distill.evaluation import pictures
 from distill.evaluation.backbones import parse_subject
 from distill.evaluation.evaluate import evaluate_subject, one_process, subject_recipe
 from distill.evaluation.footprint import Footprint, measure
-from distill.evaluation.metrics import ERRORS, LOWER_IS_BETTER, figure_text, in_points
+from distill.evaluation.metrics import ERRORS, LOWER_IS_BETTER, TITLES, figure_text, in_points
 from distill.evaluation.subjects import open_backbone, refuse_file
 from distill.recipe import build_config, refuse_foreign, to_tree
 from distill.studies.comparison import NOT_THE_RECIPE
@@ -230,7 +230,8 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _title(results: Sequence[Mapping[str, Any]]) -> str:
     metric = results[0]["metric"]
-    told = metric if metric in ERRORS else f"{metric} {in_points(metric)}"
+    name = TITLES.get(metric, metric)
+    told = name if metric in ERRORS else f"{name} {in_points(metric)}"
     return f"{told} on {results[0]['benchmark']} {results[0]['split']}"
 
 
@@ -263,7 +264,12 @@ def _write(
         if name in result["figures"]
     ]
     names, speeds, scores = zip(*points, strict=True)
-    falling = name.partition(" at ")[0] in LOWER_IS_BETTER
+    metric, at, labels = name.partition(" at ")
     pictures.against_speed(
-        folder / "speed.png", names, speeds, scores, f"{name}, points", falling=falling
+        folder / "speed.png",
+        names,
+        speeds,
+        scores,
+        f"{TITLES.get(metric, metric)}{at}{labels}, points",
+        falling=metric in LOWER_IS_BETTER,
     )

@@ -335,7 +335,7 @@ def test_compare_says_which_direction_is_better(
     assert main(["evaluate", str(run), "--out", str(path)]) == 0
     words = ["compare", str(path), str(path), "--batch", "2", "--rounds", "1"]
     assert main([*words, "--out", str(tmp_path / "table")]) == 0
-    assert "nme in points (lower is better) on wflw test" in capsys.readouterr().out
+    assert "NME in points (lower is better) on wflw test" in capsys.readouterr().out
 
 
 def test_a_linear_head_is_chosen_by_its_lowest_error(run: Path, tmp_path: Path) -> None:
