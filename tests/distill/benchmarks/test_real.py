@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from sklearn.metrics import jaccard_score
 
 from distill.benchmarks.camvid import camvid
 from distill.benchmarks.cifar10 import cifar10
 from distill.benchmarks.folder import Folder
 from distill.benchmarks.oxford_pets import oxford_pets
+from distill.evaluation.metrics import ConfusionMatrix, segmentation_scores
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not (DATA / "unpack.py").exists(), reason="no shared/data")
@@ -31,6 +34,23 @@ def values(benchmark: Any, split: str) -> set[int]:
     for index in range(len(examples := benchmark.dataset(split))):
         found |= set(examples[index][1].flatten().bincount().nonzero().flatten().tolist())
     return found
+
+
+def test_scores_of_real_masks_agree_with_scikit_learn(unpacked: Path) -> None:
+    """Each mask is scored as a prediction of the frame before it."""
+    masks = [camvid(str(unpacked / "camvid")).dataset("test")[index][1] for index in range(8)]
+    matrix = ConfusionMatrix(11, 255)
+    truth, guess = torch.stack(masks[:-1]).flatten(), torch.stack(masks[1:]).flatten()
+    guess = guess.where(guess != 255, 0)
+    matrix.update(guess, truth)
+    scores = segmentation_scores(matrix.counts)
+    labelled = truth != 255
+    truth, guess = truth[labelled], guess[labelled]
+    present = sorted(set(truth.tolist()) | set(guess.tolist()))
+    expected = jaccard_score(truth, guess, labels=present, average="macro", zero_division=0)
+    assert scores.miou == pytest.approx(expected, abs=1e-6)
+    right = (truth == guess).double().mean().item()
+    assert scores.pixel_accuracy == pytest.approx(right, abs=1e-6)
 
 
 def test_camvid_is_complete(unpacked: Path, capsys: pytest.CaptureFixture[str]) -> None:
