@@ -75,7 +75,7 @@ def copied(run: Path, folder: Path, seed: int, score: float) -> Path:
 def run(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose policy came to prefer something in its few steps, with its page."""
     recipe = write_recipe(tmp_path_factory.mktemp("report"), teacher_folder)
-    seen = ["policy.context=image", "policy.image_size=4", "policy.options={learning_rate: 0.1}"]
+    seen = ["policy.context=image", "policy.image_size=4", "policy.options={learning_rate: 0.02}"]
     assert main(["train", str(recipe), *seen]) == 0
     folder = recipe.parent / "runs" / "tiny"
     assert main(["report", str(folder)]) == 0
