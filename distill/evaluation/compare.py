@@ -82,7 +82,7 @@ def compare(
 
 def _check_folder(out: Path) -> None:
     """Refuse what cannot become a folder; it is made when there is something to write."""
-    there = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    there = checkpoint.existing_parent(out / "table.md")
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--out: {out} is no folder to write to: {there} is none")
 

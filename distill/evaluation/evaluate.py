@@ -42,7 +42,7 @@ from distill.recipe import to_tree
 from distill.studies.intervals import Interval, interval
 from distill.tracking import commit, hardware
 
-TRIED = 4
+TRIED = 4  # images that are read before anything is fitted
 PLACES = {"correspondence": correspondence, "depth": depth}
 
 
