@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -66,6 +67,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replace a text file (UTF-8). Raises UserError as `save` does."""
     with replacing(Path(path)) as file:
         file.write(text.encode())
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file of a run holds. Raises UserError if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is missing or damaged: {reason}") from error
 
 
 def existing_parent(path: Path) -> Path:

@@ -131,7 +131,9 @@ class Difference(NamedTuple):
     now: Any
 
 
-def first_difference(before: RunConfig, now: RunConfig) -> Difference | None:
+def first_difference(
+    before: RunConfig | TeacherTrainConfig, now: RunConfig | TeacherTrainConfig
+) -> Difference | None:
     """The first key in which two recipes differ, but for `device`; None if there is none."""
     old, new = flat(to_tree(before)), flat(to_tree(now))
     for key in old | new:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -147,8 +146,10 @@ def _source(path: Path, arm: str | None, overrides: Sequence[str]) -> Source:
     """The student, from an exported folder or from a run's newest checkpoint."""
     if (path / CARD).is_file():
         source = _of_folder(path, arm, overrides)
-    else:
+    elif (path / "config.yaml").is_file():
         source = _of_run(path, arm or "distilled", overrides)
+    else:
+        raise UserError(f"{path} is neither a run folder nor an exported student")
     if source.config.evaluate.window is not None:
         raise UserError("evaluate.window: exports are compared on whole images; leave it out")
     return source
@@ -187,7 +188,7 @@ def _of_run(path: Path, arm: str, overrides: Sequence[str]) -> Source:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{saved} does not fit the student of {recipe}: {line}") from error
     result = saved.with_name("result.json")  # written at the end of training
-    scores = json.loads(result.read_text())["scores"] if result.exists() else {}
+    scores = checkpoint.read_json(result)["scores"] if result.exists() else {}
     return Source(student.eval(), card, config, scores, path)
 
 

@@ -32,7 +32,7 @@ from distill.errors import Interrupted, UserError, blame
 from distill.pretraining.card import teacher_card
 from distill.pretraining.config import DiffusionConfig, TeacherTrainConfig, UNetConfig
 from distill.pretraining.judge import judge_features, judge_losses
-from distill.recipe import build_config, to_tree, to_yaml
+from distill.recipe import build_config, first_difference, to_tree, to_yaml
 from distill.tracking import (
     Progress,
     RunLog,
@@ -152,8 +152,11 @@ class TeacherTraining:
     def load_state(self, state: dict[str, Any], source: Path) -> None:
         # Built anew, so that a key which is younger than the file stands at its default.
         written = build_config(TeacherTrainConfig, state.get("config", {}), where=str(source))
-        if written != self.config:
-            raise UserError(f"{source} is of another recipe; resume with the run's own config.yaml")
+        if changed := first_difference(written, self.config):
+            raise UserError(
+                f"resume: {changed.key} is {changed.before!r} in {source} and {changed.now!r} now; "
+                "go on with the run's own config.yaml"
+            )
         if state.get("data", self.fingerprint) != self.fingerprint:  # older files do not say
             raise UserError(f"{source}: the training images are not those this run began with")
         self.unet.load_state_dict(state["unet"])

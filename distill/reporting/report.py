@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +118,7 @@ def _read_probe(path: str) -> Probe:
     folder = Path(path)
     with blame("--probe"):
         table = ReplayTable.read(folder / "table.safetensors")
-        figures: dict[str, Any] = json.loads((folder / "probe.json").read_text())
+        figures: dict[str, Any] = checkpoint.read_json(folder / "probe.json")
     if table.images < 4:
         raise UserError(f"--probe: {folder} has {table.images} images; it takes 4 to have halves")
     return Probe(folder, table, figures)

@@ -35,7 +35,7 @@ EVEN = 0.98  # this share of the timesteps is effective: a fifth above chance st
 def summarise(config: RunConfig, folder: Path, benchmark: Benchmark) -> dict[str, Any]:
     """Write summary.json, curves.png and policy.png from what the arms left in the folder."""
     results: dict[Arm, dict[str, Any]] = {
-        arm: json.loads((folder / "checkpoints" / arm / "result.json").read_text())
+        arm: checkpoint.read_json(folder / "checkpoints" / arm / "result.json")
         for arm in config.train.arms
     }
     rows = read_metrics(folder)

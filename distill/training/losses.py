@@ -250,6 +250,8 @@ def _checked(
             raise UserError(f"options.{option} must be a number, got {value!r}")
         if name in MEASURES and value < 0:
             raise UserError(f"options.{option} must be at least 0, got {value!r}")
+        if option == "temperature" and value == 0:
+            raise UserError("options.temperature must be above 0: similarities are divided by it")
     return dict(options)
 
 

@@ -189,3 +189,13 @@ def test_text_is_replaced_as_checkpoints_are(tmp_path, full_disk):
         checkpoint.write_text(path, "new")
     assert path.read_text(encoding="utf-8") == "mIoU 0.5 ± 0.1"
     assert names(tmp_path) == ["summary.json"]
+
+
+@pytest.mark.parametrize("content", [None, b'{"scores": ', b"\xff"])
+def test_json_that_cannot_be_read_is_named(tmp_path, content):
+    file = tmp_path / "result.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"result\.json is missing or damaged: ") as error:
+        checkpoint.read_json(file)
+    assert "\n" not in str(error.value)

@@ -231,7 +231,8 @@ def test_mistakes_of_the_verb_are_one_line(
     assert line.endswith(f"--arm random_teacher: {stopped_run} has distilled, scratch")
     line = refused(capsys, "export", stopped_run, "--arm", "scratch")
     assert "no checkpoint at" in line
-    assert "config.yaml: No such file" in refused(capsys, "export", tmp_path / "none")
+    line = refused(capsys, "export", tmp_path / "none")
+    assert "none is neither a run folder nor an exported student" in line
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     line = refused(capsys, "export", stopped_run, "--out", tmp_path / "mine")

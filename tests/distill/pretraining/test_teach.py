@@ -531,9 +531,10 @@ def test_resume_refuses_another_recipe_and_a_broken_checkpoint(
     interrupt(monkeypatch, 2)
     assert main(["teacher", "train", str(recipe)]) == 130
     monkeypatch.undo()
-    for change in ("lr=1", "unet.block_out_channels=[8, 24]"):
+    for change in ("lr=1.0", "unet.block_out_channels=[8, 24]"):
         line = refuse("teacher", "train", recipe, change, "--resume")
-        assert "is of another recipe; resume with the run's own config.yaml" in line
+        assert line.startswith(f"resume: {change.split('=')[0]}")
+        assert "now; go on with the run's own config.yaml" in line
     with monkeypatch.context() as patch:  # as of a folder that has other images by now
         patch.setattr("distill.pretraining.teach.fingerprint", lambda examples: "other")
         line = refuse("teacher", "train", recipe, "--resume")

@@ -321,6 +321,10 @@ def test_own_measure_is_taken_as_it_is(wrap):
             "options.temperature must be a number, got 'hot'",
         ),
         (
+            {"measure": "infonce", "options": {"temperature": 0}},
+            "options.temperature must be above 0",
+        ),
+        (
             {"measure": "smooth_l1", "options": {"beta": -1}},
             "options.beta must be at least 0, got -1",
         ),
