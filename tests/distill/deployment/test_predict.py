@@ -26,11 +26,6 @@ from students.student import Student
 Refuse = Callable[..., str]
 
 
-@pytest.fixture(scope="session")
-def student_folder(finished_run: Path) -> Path:
-    return finished_run / "student"
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Two images of 48x40 px in folders inside of each other, and a file that is none."""
@@ -45,7 +40,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_masks_are_the_students_at_the_images_own_size(
-    finished_run: Path, student_folder: Path, pictures: Path, tmp_path: Path,
+    finished_run: Path, exported: Path, pictures: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
@@ -59,7 +54,7 @@ def test_masks_are_the_students_at_the_images_own_size(
         "overlays/a/b/two.png",
         "overlays/a/one.png",
     ]
-    student, card = load_student(student_folder)
+    student, card = load_student(exported)
     pixels = torch.from_numpy(np.array(Image.open(pictures / "a" / "one.png"))).permute(2, 0, 1)
     small = predict.F.resize(pixels, [32, 32], antialias=True)
     with torch.no_grad():
@@ -86,9 +81,9 @@ def test_photographs_are_predicted_as_people_see_them(
 
 
 def test_an_exported_file_predicts_the_same(
-    finished_run: Path, student_folder: Path, pictures: Path, tmp_path: Path
+    finished_run: Path, exported: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    student, card = load_student(student_folder)
+    student, card = load_student(exported)
     deployed, file = Deployed(student, "segmenter"), tmp_path / "student.ts"
     write(deployed, file, describe(deployed, card, "fp32"))
     for model, out in ((finished_run, "one"), (file, "two")):
@@ -99,12 +94,12 @@ def test_an_exported_file_predicts_the_same(
 
 
 def test_classes_and_probabilities_go_into_tables(
-    student_folder: Path, pictures: Path, tmp_path: Path
+    exported: Path, pictures: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     student = Student("test_resnet", classes=3, dense=False, image_size=(32, 32)).eval()
     card = dataclasses.replace(
-        read_card(student_folder), classes=3, dense=False, kwargs={}, layers=(), head_layers=(),
+        read_card(exported), classes=3, dense=False, kwargs={}, layers=(), head_layers=(),
         class_names=("cat", "dog, wet", "cow"),
     )  # fmt: skip
     export_student(student, card, tmp_path / "classifier")
@@ -172,7 +167,7 @@ def test_an_interrupt_leaves_no_half_written_file(
 
 
 def test_mistakes_are_one_line_before_anything_is_written(
-    finished_run: Path, student_folder: Path, pictures: Path, tmp_path: Path, refuse: Refuse
+    finished_run: Path, exported: Path, pictures: Path, tmp_path: Path, refuse: Refuse
 ) -> None:
     out = ["--out", tmp_path / "out"]
     (tmp_path / "empty").mkdir()
@@ -185,7 +180,7 @@ def test_mistakes_are_one_line_before_anything_is_written(
     assert "there is no file or folder runs/typo" in refuse("predict", "runs/typo", pictures, *out)
     (tmp_path / "x.pth").touch()
     assert "is no exported file" in refuse("predict", tmp_path / "x.pth", pictures, *out)
-    student, card = load_student(student_folder)
+    student, card = load_student(exported)
     backbone, file = Deployed(student, "backbone"), tmp_path / "backbone.pt2"
     write(backbone, file, describe(backbone, card, "fp32"))
     assert "gives features, no predictions" in refuse("predict", file, pictures / "a" / "b", *out)
