@@ -1,0 +1,147 @@
+"""Mistakes in a teacher's recipe, damaged images and losses that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import Tensor
+
+from distill import checkpoint
+from distill.cli import main
+from distill.errors import UserError
+from distill.pretraining.config import TeacherTrainConfig
+from distill.pretraining.teach import TeacherTraining
+from teachers.ddpm import denoising_loss
+from tests.distill.pretraining.conftest import interrupt, photos
+
+Refuse = Callable[..., str]
+
+
+def test_mistakes_are_one_line(recipe: Path, refuse: Refuse) -> None:
+    for change, words in (
+        ("stepz=3", "unknown key 'stepz'; did you mean 'steps'?"),
+        ("unet.layers_per_blok=3", "'unet.layers_per_blok'; did you mean 'unet.layers_per_block'?"),
+        ("diffusion.beta_schedule=cosine", "diffusion.beta_schedule: input should be 'linear'"),
+        ("unet.block_out_channels=[8, 9]", "unet: block_out_channels [8, 9] must be multiples"),
+        ("unet.attention_levels=[2]", "unet: attention level 2 is outside 0..1"),
+        ("sample_steps=1001", "sample_steps: 1001 of 1000 timesteps"),
+        (
+            "init_from=teachers/pretrained/shapes",
+            "unet: init_from brings its own; leave the section",
+        ),
+        ("data.size=33", "unet: an image of 33x33 does not fit this teacher"),
+        ("data.benchmark=shape", "unknown name 'shape'; did you mean 'shapes'?"),
+        ("data={benchmark: images}", "images: no folder given; say where with data.root=FOLDER"),
+        ("data={benchmark: images, root: /none}", "images: there is no folder /none"),
+    ):
+        assert words in refuse("teacher", "train", recipe, change)
+    for changes, words in (
+        (["init_from=nowhere"], "init_from: 'nowhere' is not a folder"),
+        (["init_from=teachers/pretrained/shapes", "data.options.size=36"], "36x36 does not fit"),
+    ):
+        assert words in refuse("teacher", "train", recipe, "unet={}", *changes)
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused() -> None:
+    accelerator: Any = SimpleNamespace(num_processes=3)
+    with pytest.raises(UserError, match="batch: 64 does not divide over 3 processes"):
+        TeacherTraining(TeacherTrainConfig(), accelerator)
+
+
+def test_a_run_that_exists_is_left_alone(finished: Path, refuse: Refuse) -> None:
+    line = refuse("teacher", "train", finished / "config.yaml")
+    assert "exists; go on with --resume, or give another name=" in line
+
+
+def test_resume_refuses_another_recipe_and_a_broken_checkpoint(
+    recipe: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "there is no run" in refuse("teacher", "train", recipe, "--resume")
+    interrupt(monkeypatch, 2)
+    assert main(["teacher", "train", str(recipe)]) == 130
+    monkeypatch.undo()
+    for change in ("lr=1.0", "unet.block_out_channels=[8, 24]"):
+        line = refuse("teacher", "train", recipe, change, "--resume")
+        assert line.startswith(f"resume: {change.split('=')[0]}")
+        assert "now; go on with the run's own config.yaml" in line
+    with monkeypatch.context() as patch:  # as of a folder that has other images by now
+        patch.setattr("distill.pretraining.teach.fingerprint", lambda examples: "other")
+        line = refuse("teacher", "train", recipe, "--resume")
+    assert line.endswith("last.pt: the training images are not those this run began with")
+    last = recipe.parent / "runs" / "ddpm" / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert "last.pt is truncated or not a checkpoint" in refuse(
+        "teacher", "train", recipe, "--resume"
+    )
+
+
+# Damaged images
+
+
+def test_a_broken_image_is_named(recipe: Path, refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "b.png").write_bytes(b"no image")
+    data = f"data={{benchmark: images, root: {tmp_path / 'photos'}}}"
+    assert "b.png: does not decode" in refuse("teacher", "train", recipe, data)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_images_are_skipped_up_to_a_limit(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int
+) -> None:
+    photos(tmp_path)
+    damaged = tmp_path / "photos" / "deep" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:1500])
+    data = f"data={{benchmark: images, root: {tmp_path / 'photos'}, size: 32, workers: {workers}}}"
+    few = ["steps=2", "samples=0", data]
+    assert main(["teacher", "train", str(recipe), *few, "name=a"]) == 2
+    *_, line = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"distill: error: {damaged}: does not decode (")
+    assert line.endswith("or raise data.options.skip")
+    few.append("data.options.skip=0.4")
+    assert main(["teacher", "train", str(recipe), *few, "name=b"]) == 0
+    skipped = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
+    assert len(skipped) == 1
+    assert skipped[0].startswith(f"distill: skipped {damaged}: does not decode (")
+
+
+# Values that are not finite
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = ["lr=1e30", "precision=no", "checkpoint_every=1"]
+    assert main(["teacher", "train", str(recipe), *wild]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "the loss is not finite at step " in line
+    assert line.endswith("the last checkpoint is intact; try a smaller lr, or precision=no")
+    state = checkpoint.load(recipe.parent / "runs" / "ddpm" / "checkpoints" / "last.pt")
+    assert f"at step {state['step']};" in line
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_checkpoint(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter(range(5))
+
+    def kinked(*arguments: Any) -> Tensor:
+        loss = denoising_loss(*arguments)
+        if next(losses) == 2:
+            loss.register_hook(lambda gradient: gradient * float("nan"))  # type: ignore[no-untyped-call]
+        return loss
+
+    monkeypatch.setattr("distill.pretraining.teach.denoising_loss", kinked)
+    assert main(["teacher", "train", str(recipe), "checkpoint_every=1"]) == 2
+    assert "the gradient is not finite at step 2;" in capsys.readouterr().err
+    state = checkpoint.load(recipe.parent / "runs" / "ddpm" / "checkpoints" / "last.pt")
+    assert state["step"] == 2
+    assert all(bool(x.isfinite().all()) for x in state["unet"].values())
