@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,16 @@ def _policy_figures(
         timesteps=bins["timesteps"],
         noise_fraction=bins["noise_fraction"],
     )
-    late = policy_summary(history[-max(1, len(history) // 10) :])
+    last = rows[-max(1, len(rows) // 10) :]
+    late = policy_summary(history[-len(last) :])
+    rewards = [row["policy/reward"] for row in last if "policy/reward" in row]
     return {
         "name": config.policy.name,
         **bins,
         "probabilities": late.mean.tolist(),
         "entropy": late.entropy,
         "effective_arms": late.effective_arms,
-        "mean_reward": rows[-1].get("policy/reward"),
+        "mean_reward": statistics.fmean(rewards) if rewards else None,
     }
 
 
