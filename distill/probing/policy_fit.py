@@ -221,6 +221,8 @@ def verdict(figures: dict[str, Any]) -> str:
     room, gain = figures["head_room"], figures["policy_over_uniform"]
     over_best = figures["policy_over_best_fixed"]
     t = figures["best_fixed"]["timestep"]
+    if len(figures["timesteps"]) == 1:
+        return f"with t={t} alone there was nothing to choose"
     worse = f", and is worse than uniform: {_signed(gain)}" if gain["high"] < 0 else ""
     if over_best["low"] > 0 and gain["low"] > 0:
         return (

@@ -83,6 +83,14 @@ def test_rewards_regrets_and_intervals_are_those_of_the_held_out_images() -> Non
     assert verdict(figures).startswith("no head-room: the best fixed timestep, t=1, earns +0.6250")
 
 
+def test_of_a_single_timestep_there_is_nothing_to_choose() -> None:
+    table = ReplayTable(
+        contexts=np.zeros((4, 1), np.float32), rewards=noise(4, 1), timesteps=np.array([259])
+    )
+    figures = compare(*halves(table), [torch.ones(2, 1)])
+    assert verdict(figures) == "with t=259 alone there was nothing to choose"
+
+
 def test_the_halves_share_no_image(planted: Path) -> None:
     first, second = halves(ReplayTable.read(planted))
     assert (first.images, second.images) == (2000, 2000)
