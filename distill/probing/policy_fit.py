@@ -18,6 +18,7 @@ from distill.recipe import apply_override
 from distill.registry import resolve
 from distill.studies.intervals import interval
 from distill.tracking import commit
+from distill.training.distiller import SMALL
 from rl_policy.options import create
 from rl_policy.protocol import TimestepPolicy
 from rl_policy.summary import policy_summary
@@ -72,14 +73,15 @@ def fit(
             "of one at a time; try it with `distill train`"
         )
     timesteps = np.arange(rewards.bins) if rewards.timesteps is None else rewards.timesteps
+    # A probe's table holds small images; their size has a meaning to a convolution alone
+    size = SMALL if rewards.context_size == 3 * SMALL * SMALL else None
     training, held_out = halves(rewards)
     began = time.perf_counter()
     fitted = []
     for seed in seeds:
         with blame("--policy"):
-            built = create(
-                factory, rewards.context_size, torch.from_numpy(timesteps), batch, seed, given
-            )
+            facts = rewards.context_size, torch.from_numpy(timesteps), batch, seed
+            built = create(factory, *facts, given, size)
         train_policy(built, training, steps=steps, batch=batch, seed=seed)
         fitted.append(built.probabilities(torch.from_numpy(held_out.contexts)))
     figures = {

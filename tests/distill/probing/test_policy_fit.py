@@ -178,6 +178,17 @@ def test_seeds_are_trainings_of_their_own_and_repeat(fit: Fit, planted: Path) ->
     assert both["mean"]["reward"] == pytest.approx(np.mean(rewards))
 
 
+def test_the_policy_as_published_is_fitted_on_the_small_images_of_a_probes_table(
+    fit: Fit, tmp_path: Path
+) -> None:
+    path, images = tmp_path / "table.safetensors", np.random.default_rng(1).random((8, 3 * 8 * 8))
+    table = ReplayTable(contexts=images.astype(np.float32), rewards=noise(8, 2))
+    path.write_bytes(table.to_bytes())
+    published = ["--policy", "reinforce", "network=conv", "baseline=false", "optimizer=sgd"]
+    figures = fit(path, *published, "--steps", "2", "--batch", "4")
+    assert figures["mean"]["entropy"] > 0
+
+
 def test_what_is_wrong_is_one_line(refuse: Refuse, planted: Path, tmp_path: Path) -> None:
     tiny = tmp_path / "tiny.safetensors"
     tiny.write_bytes(ReplayTable(contexts=noise(3, 1), rewards=noise(3, 2)).to_bytes())
