@@ -26,12 +26,16 @@ from distill.reporting.training import cost, losses
 from distill.studies.comparison import FinishedRun, Group, group_runs, read_run
 from distill.tasks import TASKS
 from distill.training.distiller import SMALL
+from distill.training.policies import mixes
 from rl_policy.table import ReplayTable
 
 NO_PROBE = (
     "How much there was to gain is not known without a probe of the teacher, which records the "
     "reward of every timestep for every validation image. These make one, and report it:"
 )
+
+COMPARED = ("options", "size", "labelled")
+"""What of the data section a probe's rewards depend on, as on all of the teacher's."""
 
 
 class Probe(NamedTuple):
@@ -82,7 +86,7 @@ def write_report(
     if out is not None and Path(out).suffix != ".json":
         raise UserError(f"--out: {out} is for the figures, such as report.json; the page is --html")
     configs = {} if html is None else _opened(groups, overrides)
-    known = None if probe is None else _read_probe(probe)
+    known = None if probe is None else _read_probe(probe, groups)
     text = compare(groups, out)
     if len(runs) == 1:
         text = report(groups[0].first.summary)
@@ -114,13 +118,18 @@ def _opened(groups: Sequence[Group], overrides: Sequence[str]) -> dict[str, RunC
     return configs
 
 
-def _read_probe(path: str) -> Probe:
-    folder = Path(path)
+def _read_probe(path: str, groups: Sequence[Group]) -> Probe:
+    """A probe's folder. Raises UserError if it is none, or of other images than the runs."""
+    folder, run = Path(path), groups[0].first
     with blame("--probe"):
         table = ReplayTable.read(folder / "table.safetensors")
         figures: dict[str, Any] = checkpoint.read_json(folder / "probe.json")
     if table.images < 4:
         raise UserError(f"--probe: {folder} has {table.images} images; it takes 4 to have halves")
+    mine = run.config.data.benchmark
+    theirs = figures.get("settings", {}).get("data.benchmark", mine)
+    if theirs != mine:
+        raise UserError(f"--probe: {folder} is of {theirs}, {run.folder} was trained on {mine}")
     return Probe(folder, table, figures)
 
 
@@ -188,6 +197,11 @@ def _regret(groups: Sequence[Group], probe: Probe | None) -> Section:
 
 def _earned(runs: Sequence[FinishedRun], probe: Probe) -> tuple[list[Block], str]:
     """The table of rewards of one recipe's policies, and what it comes to."""
+    if mixes(runs[0].config):
+        raise UserError(
+            f"{runs[0].config.policy.name} mixes the features of all timesteps, and a table has "
+            "the rewards of one at a time"
+        )
     training, held_out = policy_fit.halves(_at_bins(probe.table, runs[0]))
     contexts = torch.from_numpy(held_out.contexts)
     figures = policy_fit.compare(training, held_out, [_distribution(r, contexts) for r in runs])
@@ -244,7 +258,12 @@ def _sees_the_table(run: FinishedRun) -> bool:
 
 def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
     """Where the probe is not of quite what the policy was rewarded for."""
-    said = ["The probe's rewards are interpolated between its timesteps."]
+    assert run.taught is not None
+    count = len(run.results[run.taught]["policy"]["timesteps"])
+    said = [
+        f"Compared are the timesteps that the run had on offer ({count}); the probe's rewards are "
+        "interpolated between its own."
+    ]
     if not _sees_the_table(run):
         said.append(
             "The policy saw something else of an image than the table holds: what counts is its "
@@ -260,9 +279,11 @@ def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
     probed = probe.figures.get("best", {}).get("layer")
     if probed != layer:
         said.append(f"The table is of layer {probed}, the policy was rewarded for {layer}.")
-    mine = flat(to_tree(run.config))
+    tree = to_tree(run.config)
+    mine = {f"teacher.{name}": value for name, value in tree["teacher"].items()}
+    mine |= {f"data.{name}": tree["data"][name] for name in COMPARED}
     for key, theirs in probe.figures.get("settings", {}).items():
-        if key.startswith("teacher.") and key in mine and mine[key] != theirs:
+        if key in mine and mine[key] != theirs:
             said.append(f"The probe has {key}={theirs}, the run {key}={mine[key]}.")
     return [Text(" ".join(said))]
 

@@ -20,20 +20,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distill.cli import main
+from distill.config import RunConfig
+from distill.errors import UserError
+from distill.recipe import load_config
 from distill.reporting import report
 from distill.reporting.choices import load_policy, load_state
-from distill.reporting.page import Table
+from distill.reporting.page import Table, Text
 from distill.reporting.policy import _nothing_to_map, _preference
 from distill.reporting.report import write_report
 from distill.reporting.results import DRAWN, _classes
 from distill.reporting.training import _operations
-from distill.studies.comparison import group_runs, read_run
+from distill.studies.comparison import FinishedRun, Group, group_runs, read_run
 from rl_policy.table import ReplayTable
 from tests.distill.conftest import write_recipe
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
+EXPERIMENTS = Path(__file__).resolve().parents[3] / "experiments"
 SECTIONS = ["results", "policy", "regret", "losses", "cost", "making"]
 
 
@@ -251,7 +255,59 @@ def test_regret_is_that_of_the_late_policy_on_the_probes_table(run: Path, tmp_pa
         assert row in text
     assert "The table is of layer mid_block, the policy was rewarded for up_blocks.0." in text
     assert "The probe has teacher.input=clean, the run teacher.input=noised." in text
+    assert "Compared are the timesteps that the run had on offer (4); " in text
     assert "no yardstick" not in text
+
+
+def taught(*changes: str, **distilled: object) -> FinishedRun:
+    """What is left of a run of the quickstart's recipe, whose policy chose among 0, 333, 666."""
+    bins = {"timesteps": [0, 333, 666], "noise_fraction": [0.0, 0.5, 0.9]}
+    return FinishedRun(
+        folder=Path("nowhere"),
+        config=load_config(RunConfig, EXPERIMENTS / "quickstart.yaml", changes),
+        summary={"task": "segmentation", "policy": bins | {"probabilities": [0.25, 0.5, 0.25]}},
+        results={"distilled": {"policy": bins, **distilled}},
+        rows=[{"arm": "distilled", "step": 1, "loss/feature": 2.0}],
+    )
+
+
+def test_a_mixture_of_timesteps_is_not_judged_by_the_rewards_of_single_ones(
+    tmp_path: Path,
+) -> None:
+    write_probe(tmp_path)
+    runs = [taught(f"policy.name={name}") for name in ("a2c", "soft_mix")]
+    groups = [Group(run.config.policy.name, (run,)) for run in runs]
+    probe = report._read_probe(str(tmp_path), groups)
+    section = report._regret(groups, probe)
+    assert [block.text for block in section.blocks if isinstance(block, Text)][-1] == (
+        "The policy cannot be tried on the table: soft_mix mixes the features of all timesteps, "
+        "and a table has the rewards of one at a time."
+    )
+    assert sum(isinstance(block, Table) for block in section.blocks) == 1
+    assert [about for about, _ in section.findings] == ["a2c"]
+
+
+def test_a_probe_with_other_settings_is_told_and_of_other_images_refused(tmp_path: Path) -> None:
+    settings = {
+        "teacher.image_size": None,
+        "teacher.dtype": "bfloat16",
+        "data.labelled": 200,
+        "data.root": "elsewhere",
+        "data.options": {"size": 64, "train": 8000, "test": 1000},
+    }
+    run = taught("policy.context=image")
+    write_probe(tmp_path, settings=settings | {"data.benchmark": "shapes"})
+    group = Group("", (run,))
+    (text,) = report._cautions(run, report._read_probe(str(tmp_path), [group]))
+    assert isinstance(text, Text)
+    assert [sentence for sentence in text.text.split(". ") if "The probe has" in sentence] == [
+        "The probe has teacher.image_size=None, the run teacher.image_size=[32, 32]",
+        "The probe has data.labelled=200, the run data.labelled=100.",
+    ]
+    write_probe(tmp_path, settings=settings | {"data.benchmark": "camvid"})
+    with pytest.raises(UserError) as raised:
+        report._read_probe(str(tmp_path), [group])
+    assert f"--probe: {tmp_path} is of camvid, nowhere was trained on shapes" in str(raised.value)
 
 
 def test_rewards_between_the_timesteps_of_the_table_are_interpolated(run: Path) -> None:
