@@ -43,8 +43,8 @@ def _floor(run: FinishedRun, path: Path) -> tuple[list[Block], list[str]]:
         return [Text(f"Feature loss at the end: {_number(ended)}; {why}.")], []
     charts.noise_floor(path, floor["bins"], **result["policy"])
     weights = [pair.weight for pair in run.config.pairs]
-    means = list(floor["mean"].values())
-    total = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
+    late = _late_floor(run, floor).values()
+    total = sum(weight * mean for weight, mean in zip(weights, late, strict=True))
     rows = [
         [pair, pick.teacher, f"{pick.weight:g}", pick.loss, f"{mean:.3f}"]
         for (pair, mean), pick in zip(floor["mean"].items(), run.config.pairs, strict=True)
@@ -57,7 +57,7 @@ def _floor(run: FinishedRun, path: Path) -> tuple[list[Block], list[str]]:
             f"{caption}, at each timestep. No student can predict that part.",
         ),
         Table(
-            "Its mean over the timesteps that were chosen",
+            "Its mean over the timesteps that were chosen, from the first step to the last",
             ["pair", "teacher's layer", "weight", "loss", "floor"],
             rows,
         ),
@@ -73,8 +73,8 @@ def _floor(run: FinishedRun, path: Path) -> tuple[list[Block], list[str]]:
     blocks.append(
         Text(
             f"Feature loss at the end: {_number(ended)}, of which noise alone would leave "
-            f"{total:.3f}, both summed over the pairs with their weights; a student that predicts "
-            f"nothing is left with {sum(weights):.3g}."
+            f"{total:.3f} at the timesteps preferred then, both summed over the pairs with their "
+            f"weights; a student that predicts nothing is left with {sum(weights):.3g}."
         )
     )
     if ended is None:
@@ -82,6 +82,18 @@ def _floor(run: FinishedRun, path: Path) -> tuple[list[Block], list[str]]:
     return blocks, [
         f"the feature loss ended at {ended:.2f}, of which the targets' noise makes {total:.2f}"
     ]
+
+
+def _late_floor(run: FinishedRun, floor: dict[str, Any]) -> dict[str, float]:
+    """The floor of each pair at the timesteps that the policy preferred in the end, as far as it
+    was measured there: over all of training it is that of timesteps since given up, too."""
+    late: dict[str, float] = dict(floor["mean"])
+    shares = run.summary["policy"]["probabilities"] if run.summary["policy"] else []
+    for pair, bins in floor["bins"].items():
+        known = [(p, x) for p, x in zip(shares, bins, strict=False) if x is not None]
+        if weight := sum(p for p, _ in known):
+            late[pair] = sum(p * x for p, x in known) / weight
+    return late
 
 
 def final(run: FinishedRun, arm: str, key: str) -> float | None:

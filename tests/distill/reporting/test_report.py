@@ -23,7 +23,7 @@ from distill.cli import main
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.recipe import load_config
-from distill.reporting import report
+from distill.reporting import report, training
 from distill.reporting.choices import load_policy, load_state
 from distill.reporting.page import Table, Text
 from distill.reporting.policy import _nothing_to_map, _preference
@@ -308,6 +308,22 @@ def test_a_probe_with_other_settings_is_told_and_of_other_images_refused(tmp_pat
     with pytest.raises(UserError) as raised:
         report._read_probe(str(tmp_path), [group])
     assert f"--probe: {tmp_path} is of camvid, nowhere was trained on shapes" in str(raised.value)
+
+
+def test_the_floor_beside_the_last_feature_loss_is_that_of_the_last_timesteps(
+    tmp_path: Path,
+) -> None:
+    pairs = ("a", "b", "c")
+    floor = {
+        "mean": dict.fromkeys(pairs, 0.7),
+        "bins": {pair: [0.8, 0.2, None] for pair in pairs},
+    }
+    blocks, findings = training._floor(taught(noise_floor=floor), tmp_path / "floor.png")
+    # A pair: (0.25 x 0.8 + 0.5 x 0.2) / 0.75, as of the last timestep nothing is known
+    texts = [block.text for block in blocks if isinstance(block, Text)]
+    assert texts[0].startswith("Feature loss at the end: 2.000, of which noise alone would leave ")
+    assert "leave 1.200 at the timesteps preferred then, both summed" in texts[0]
+    assert findings == ["the feature loss ended at 2.00, of which the targets' noise makes 1.20"]
 
 
 def test_rewards_between_the_timesteps_of_the_table_are_interpolated(run: Path) -> None:
