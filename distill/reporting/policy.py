@@ -22,6 +22,7 @@ from rl_policy.summary import policy_summary
 
 YARDSTICKS = ("fixed", "uniform", "linear_decay", "grid")
 DIFFUSE = 0.75  # of the timesteps on offer are effective: the policy has hardly chosen
+SETTLED = 0.75  # of the choices, at least, fall on one timestep
 FEW = 200  # steps in which no policy learns much
 TOLD = 0.01  # of the entropy: less of the choice is not decided by the image
 SHOWN = 16  # images of the smallest, and of the largest timesteps
@@ -168,7 +169,7 @@ def _preference(group: Group) -> str:
     best = ", ".join(dict.fromkeys(_best(of) for of in late))
     if effective >= DIFFUSE * bins:
         return f"the policy ({name}) stayed diffuse: {count}"
-    if all(max(of["probabilities"]) >= 0.5 for of in late):
+    if all(max(of["probabilities"]) >= SETTLED for of in late):
         return f"the policy ({name}) settled on {best}: {count}"
     return f"the policy ({name}) leans to {best}, without settling: {count}"
 

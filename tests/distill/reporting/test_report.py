@@ -271,6 +271,20 @@ def taught(*changes: str, **distilled: object) -> FinishedRun:
     )
 
 
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ([0.02, 0.9, 0.08], "the policy (a2c) settled on t=333 (noise fraction 0.50): "),
+        ([0.0, 0.56, 0.44], "the policy (a2c) leans to t=333 (noise fraction 0.50), without"),
+    ],
+)
+def test_a_policy_between_two_timesteps_has_not_settled(shares: list[float], words: str) -> None:
+    run = taught()
+    late = run.summary["policy"] | {"name": "a2c", "probabilities": shares, "effective_arms": 2}
+    run = dataclasses.replace(run, summary=run.summary | {"policy": late})
+    assert _preference(Group("", (run,))).startswith(words)
+
+
 def test_a_mixture_of_timesteps_is_not_judged_by_the_rewards_of_single_ones(
     tmp_path: Path,
 ) -> None:
