@@ -11,6 +11,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import Logger
 from torch import Generator, Tensor
 
+from rl_policy.drawing import draw
 from rl_policy.options import check_range, refuse_unknown
 from rl_policy.reward import ContextScale, RunningScale
 from rl_policy.sb3 import environments
@@ -81,8 +82,7 @@ class DQNPolicy:
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
         fallen = min(1.0, progress / self.exploration_until)
         self.rate = 1 - (1 - self.exploration) * fallen
-        probabilities = self.probabilities(context)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        return draw(self.probabilities(context), generator)
 
     def learn(
         self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float

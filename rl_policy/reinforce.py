@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from rl_policy.drawing import draw
 from rl_policy.options import OptionError, check_choice, check_range, refuse_unknown
 from rl_policy.reward import ContextScale, RunningScale
 from rl_policy.seeding import seeded_torch
@@ -84,8 +85,7 @@ class Reinforce:
         )
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
-        probabilities = self.probabilities(context)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        return draw(self.probabilities(context), generator)
 
     def learn(
         self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float

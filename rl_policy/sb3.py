@@ -19,6 +19,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Generator, Tensor
 
+from rl_policy.drawing import draw, of_finite_logits
 from rl_policy.environment import TimestepEnv
 from rl_policy.options import OptionError, check_range, refuse_unknown
 from rl_policy.reward import ContextScale, RunningScale
@@ -47,8 +48,7 @@ class ActorCritic:
         model.set_logger(Logger(folder=None, output_formats=[]))
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
-        probabilities = self.probabilities(context)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        return draw(self.probabilities(context), generator)
 
     def learn(
         self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float
@@ -86,7 +86,7 @@ class ActorCritic:
         self.model.ent_coef = self.entropy_end + remaining * extra
         batch = self.model.n_envs
         self.model.rollout_buffer.compute_returns_and_advantage(torch.zeros(batch), np.ones(batch))
-        with seeded_numpy(self.seed, self.updates):
+        with seeded_numpy(self.seed, self.updates), of_finite_logits():
             self.model.train()
         self.updates += 1
         self.model.rollout_buffer.reset()
@@ -97,7 +97,8 @@ class ActorCritic:
 
     @torch.no_grad()
     def probabilities(self, context: Tensor) -> Tensor:
-        distribution = self.model.policy.get_distribution(self.context_scale(context))
+        with of_finite_logits():
+            distribution = self.model.policy.get_distribution(self.context_scale(context))
         assert isinstance(distribution, CategoricalDistribution)
         probabilities: Tensor = distribution.distribution.probs
         return probabilities

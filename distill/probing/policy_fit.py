@@ -82,7 +82,7 @@ def fit(
         with blame("--policy"):
             facts = rewards.context_size, torch.from_numpy(timesteps), batch, seed
             built = create(factory, *facts, given, size)
-        train_policy(built, training, steps=steps, batch=batch, seed=seed)
+            train_policy(built, training, steps=steps, batch=batch, seed=seed)
         fitted.append(built.probabilities(torch.from_numpy(held_out.contexts)))
     figures = {
         "table": str(table),

@@ -11,7 +11,7 @@ import torch
 
 from distill import checkpoint, seeding
 from distill.data import Augmented, StepSampler, Tagged, loader
-from distill.errors import Interrupted
+from distill.errors import Interrupted, blame
 from distill.tracking import Progress, RunLog, StopSignal, memory, stop_of_any
 from distill.training.batch import Batch
 from distill.training.clock import Clock, untimed
@@ -176,7 +176,9 @@ def _write(log: RunLog, trainer: Trainer, losses: Losses, rate: float) -> None:
     if trainer.policy is None or not len(losses.bins):  # the step had no teacher
         log.scalars(trainer.step, figures)
         return
-    summary = policy_summary(trainer.policy.probabilities(losses.context.float().cpu()))
+    with blame(f"{trainer.arm}: policy, at step {trainer.step}"):
+        probabilities = trainer.policy.probabilities(losses.context.float().cpu())
+    summary = policy_summary(probabilities)
     figures["policy/entropy"] = summary.entropy
     figures["policy/effective_arms"] = summary.effective_arms
     figures |= {f"floor/{pair}": mean for pair, mean in trainer.floor.means().items()}

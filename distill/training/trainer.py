@@ -236,7 +236,8 @@ class Trainer:
             if not bool(seen.isfinite().all()):
                 raise not_finite(self.step, "student feature map", self._remedy, f"{self.arm}: ")
             draws = seeding.generator(seed, "policy", self.step, rank)
-            choice = choose(self.policy, self.timesteps, seen, draws, self.progress)
+            with blame(f"{self.arm}: policy, at step {self.step}"):
+                choice = choose(self.policy, self.timesteps, seen, draws, self.progress)
         # Copied now, while the device is idle; after the teacher the copy would wait for it.
         chosen = choice.to(device)
         labels: tuple[Tensor, ...] = ()
@@ -292,7 +293,9 @@ class Trainer:
     def _reward_policy(self) -> None:
         """Let the policy learn from what the step's choices earned."""
         assert self.feedback is not None
-        if not self.feedback.learn(self.progress):
+        with blame(f"{self.arm}: policy, at step {self.step - 1}"):
+            learned = self.feedback.learn(self.progress)
+        if not learned:
             raise not_finite(self.step - 1, "reward", self._remedy, f"{self.arm}: ")
         self.figures |= self.feedback.figures
 

@@ -216,6 +216,23 @@ def test_weights_that_explode_are_one_clear_line(load: Load, tmp_path: Path, pol
         train(trainer, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("policy", "wild"),
+    [
+        ("a2c", "learning_rate: 1e30"),
+        ("ppo", "learning_rate: 1e30, steps: 1, epochs: 9"),
+        ("reinforce", "optimizer: sgd, learning_rate: 1, weight_decay: 1e9"),
+    ],
+)
+def test_a_policy_that_explodes_is_one_clear_line(
+    load: Load, tmp_path: Path, policy: str, wild: str
+) -> None:
+    trainer = build(load(f"policy.name={policy}", f"policy.options={{{wild}}}"))
+    line = r"distilled: policy, at step [0-4]: its probabilities are not finite any more; try a sm"
+    with pytest.raises(UserError, match=line):
+        train(trainer, tmp_path)
+
+
 def test_images_are_counted_as_they_are_seen(load: Load, tmp_path: Path) -> None:
     """Four labelled and four unlabelled a step, but the last two steps finetune on labels alone."""
     trainer = build(load("train.finetune_steps=2"))

@@ -1,0 +1,31 @@
+"""From a distribution over bins to a bin an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Generator, Tensor
+
+EXPLODED = "its probabilities are not finite any more; try a smaller learning_rate"
+
+
+def draw(probabilities: Tensor, generator: Generator) -> Tensor:
+    """A bin an image: probabilities (B, K) -> (B,) int64.
+
+    Raises:
+        ValueError: they are not finite, as of a network whose weights have exploded.
+    """
+    if not bool(probabilities.isfinite().all()):
+        raise ValueError(EXPLODED)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+
+@contextmanager
+def of_finite_logits() -> Iterator[None]:
+    """Around torch's own distributions, which refuse logits that are no numbers: the same line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(EXPLODED) from error
