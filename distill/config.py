@@ -190,6 +190,8 @@ class PolicyConfig:
     image_size: Annotated[int, Field(ge=1, le=64)] = 8
     """Side in px of the image that it sees with `context: image`; 8 as in the table of `distill
     probe`."""
+    progress: bool = False
+    """Whether it also sees how far training is, a number from 0 to 1."""
     bins: Annotated[int, Field(ge=1, le=1000)] = 20
     """Number of timesteps to choose from."""
     spacing: Literal["linear", "log_snr"] = "linear"

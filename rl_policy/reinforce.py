@@ -143,7 +143,9 @@ def convolutions(image_size: int | None, width: int) -> list[nn.Module]:
         OptionError: contexts are no images.
     """
     if image_size is None:
-        raise OptionError("network=conv reads images; it needs policy.context=image")
+        raise OptionError(
+            "network=conv reads images alone; it needs policy.context=image, policy.progress=false"
+        )
     layers: list[nn.Module] = [nn.Unflatten(1, (3, image_size, image_size))]
     for channels in (3, width, width):
         layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.ReLU()]

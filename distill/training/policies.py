@@ -13,6 +13,7 @@ from distill.tasks import traits
 from rl_policy.bins import timestep_bins
 from rl_policy.label_free import LabelFreeReward
 from rl_policy.options import OptionError, create
+from rl_policy.progress import WithProgress
 from rl_policy.protocol import MixingPolicy, TimestepPolicy
 from rl_policy.reward import TeacherTaskReward
 from students.student import Student
@@ -115,17 +116,22 @@ def policy_over(
     if unlabelled and "label_free" in policy.rewards:
         rewarded += config.train.unlabelled_batch
     factory = resolve("policies", policy.name, "policy.name")
+    only_image = policy.context == "image" and not policy.progress
     with blame("policy"):
         try:
             built: TimestepPolicy | MixingPolicy = create(
                 factory,
-                context_size,
+                context_size + policy.progress,
                 timesteps,
                 rewarded,
                 config.seed,
                 policy.options,
-                policy.image_size if policy.context == "image" else None,
+                policy.image_size if only_image else None,
             )
         except OptionError as error:
             raise UserError(f"policy.options.{error}") from error
-    return built
+    if not policy.progress:
+        return built
+    if isinstance(built, MixingPolicy):
+        raise UserError(f"policy.progress: {policy.name} has one mixture, whatever it sees")
+    return WithProgress(built)

@@ -18,6 +18,7 @@ from distill.errors import UserError
 from distill.training.loop import batches
 from distill.training.run import make_card
 from distill.training.trainer import Trainer
+from rl_policy.progress import WithProgress
 from rl_policy.simple import LinearDecay
 
 Load = Callable[..., RunConfig]
@@ -176,8 +177,18 @@ def test_the_policy_may_see_the_whole_image_through_convolutions(load: Load) -> 
     labelled, targets, *_ = next(batches(trainer))
     losses = trainer.train_step(labelled, targets)
     torch.testing.assert_close(losses.context, labelled.flatten(1))
-    with pytest.raises(UserError, match=r"^policy\.options\.network=conv reads images; .*=image$"):
-        build(load("policy.name=reinforce", options))
+    for others in ((), (*image, "policy.progress=true")):
+        with pytest.raises(UserError, match=r"^policy\.options\.network=conv reads images alone; "):
+            build(load("policy.name=reinforce", options, *others))
+
+
+def test_the_policy_may_see_the_progress_of_training(load: Load) -> None:
+    trainer = build(load("policy.name=reinforce", "policy.progress=true"))
+    assert isinstance(trainer.policy, WithProgress)
+    steps(trainer)
+    assert trainer.policy.progress == trainer.progress > 0
+    with pytest.raises(UserError, match=r"^policy\.progress: soft_mix has one mixture"):
+        build(load("policy.name=soft_mix", "policy.progress=true"))
 
 
 def test_the_reward_may_be_minus_the_loss_of_the_head(load: Load) -> None:
