@@ -167,6 +167,8 @@ def _preference(group: Group) -> str:
     if name in YARDSTICKS:
         return f"the policy is {name}, a yardstick that learns nothing ({count})"
     best = ", ".join(dict.fromkeys(_best(of) for of in late))
+    if bins == 1:
+        return f"the policy ({name}) had {best} alone"
     if effective >= DIFFUSE * bins:
         return f"the policy ({name}) stayed diffuse: {count}"
     if all(max(of["probabilities"]) >= SETTLED for of in late):

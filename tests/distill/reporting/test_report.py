@@ -285,6 +285,15 @@ def test_a_policy_between_two_timesteps_has_not_settled(shares: list[float], wor
     assert _preference(Group("", (run,))).startswith(words)
 
 
+def test_a_policy_with_one_timestep_is_not_called_diffuse() -> None:
+    run = taught()
+    one = {"timesteps": [333], "noise_fraction": [0.5], "probabilities": [1.0]}
+    late = run.summary["policy"] | one | {"name": "a2c", "effective_arms": 1.0}
+    run = dataclasses.replace(run, summary=run.summary | {"policy": late})
+    said = _preference(Group("", (run,)))
+    assert said == "the policy (a2c) had t=333 (noise fraction 0.50) alone"
+
+
 def test_a_mixture_of_timesteps_is_not_judged_by_the_rewards_of_single_ones(
     tmp_path: Path,
 ) -> None:
