@@ -287,6 +287,9 @@ def _policy(verbs: Verbs) -> None:
     fit.add_argument(
         "--seed", type=int, nargs="+", default=[0], help="a training each (default: 0)"
     )
+    fit.add_argument(
+        "--raw", action="store_true", help="rewards as they come, without each image's baseline"
+    )
     fit.add_argument("--out", metavar="JSON", help="where the figures go (default: none)")
     fit.add_argument(
         "overrides",

@@ -245,6 +245,7 @@ def _policy_fit(options: argparse.Namespace) -> int:
             steps=options.steps,
             batch=options.batch,
             seeds=options.seed,
+            raw=options.raw,
             out=options.out,
         )
     )

@@ -208,6 +208,9 @@ class PolicyConfig:
     student's task loss, two more forward passes of the labelled images; `label_free`: what the
     feature tells of clusters of images, unlabelled ones too. Several are standardised, each by
     itself, and summed with these weights."""
+    image_baseline: bool = True
+    """Whether what a labelled image earned before is taken off what it earns now: most of a reward
+    is the image's, not the choice's (`rl_policy/baseline.py`). As published: false."""
     reward_layer: str | None = None
     """Teacher layer whose feature the rewards read; by default the first pair's."""
     reward_head: RewardHeadConfig = Field(default_factory=RewardHeadConfig)

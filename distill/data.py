@@ -182,10 +182,11 @@ def _mirrored(image: tv_tensors.TVTensor, borders: Sequence[int]) -> tv_tensors.
 
 
 class Draw(NamedTuple):
-    """Which example comes, and the seed of its augmentation."""
+    """Which example comes, the seed of its augmentation, and its place among those drawn from."""
 
     example: int
     seed: int
+    place: int = -1
 
 
 class Augmented(Dataset[Item]):
@@ -278,7 +279,7 @@ class StepSampler(Sampler[list[Draw]]):
         for position in range(first, first + self.batch_size):
             epoch, place = divmod(position, len(self.indices))
             order, seeds = self._epoch(epoch)
-            draws.append(Draw(self.indices[order[place]], seeds[place]))
+            draws.append(Draw(self.indices[order[place]], seeds[place], order[place]))
         return draws
 
     def _draw_epoch(self, epoch: int) -> tuple[list[int], list[int]]:

@@ -19,6 +19,7 @@ from distill.registry import resolve
 from distill.studies.intervals import interval
 from distill.tracking import commit
 from distill.training.distiller import SMALL
+from rl_policy.baseline import ImageBaseline
 from rl_policy.options import create
 from rl_policy.protocol import TimestepPolicy
 from rl_policy.summary import policy_summary
@@ -33,6 +34,7 @@ def fit(
     steps: int = 300,
     batch: int = 64,
     seeds: Sequence[int] = (0,),
+    raw: bool = False,
     out: str | None = None,
 ) -> str:
     """Train a policy on half of a table's images, and compare what it earns on the other half.
@@ -47,6 +49,7 @@ def fit(
         steps: Steps of each training.
         batch: Images a step, drawn with replacement.
         seeds: One training each.
+        raw: Rewards as they come; otherwise less each image's baseline, as in training.
         out: A JSON file for the figures.
 
     Returns:
@@ -82,7 +85,7 @@ def fit(
         with blame("--policy"):
             facts = rewards.context_size, torch.from_numpy(timesteps), batch, seed
             built = create(factory, *facts, given, size)
-            train_policy(built, training, steps=steps, batch=batch, seed=seed)
+            train_policy(built, training, steps=steps, batch=batch, seed=seed, raw=raw)
         fitted.append(built.probabilities(torch.from_numpy(held_out.contexts)))
     figures = {
         "table": str(table),
@@ -92,6 +95,7 @@ def fit(
         "steps": steps,
         "batch": batch,
         "seeds": list(seeds),
+        "raw": raw,
         **compare(training, held_out, fitted),
         "seconds_a_step": (time.perf_counter() - began) / steps / len(seeds),
         "commit": commit(),
@@ -113,16 +117,26 @@ def halves(table: ReplayTable) -> tuple[ReplayTable, ReplayTable]:
 
 
 def train_policy(
-    policy: TimestepPolicy, table: ReplayTable, *, steps: int, batch: int, seed: int
+    policy: TimestepPolicy,
+    table: ReplayTable,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    raw: bool = False,
 ) -> None:
     """The trainer's loop with a look-up in place of the teacher."""
     contexts, rewards = torch.from_numpy(table.contexts), torch.from_numpy(table.rewards)
+    baseline = None if raw else ImageBaseline(table.images)
     for step in range(steps):
         drawn = seeding.generator(seed, "labelled", step)
         images = torch.randint(table.images, (batch,), generator=drawn)
         seen, progress = contexts[images], step / steps
         bins = policy.act(seen, seeding.generator(seed, "policy", step), progress)
-        policy.learn(seen, bins, rewards[images, bins], (step + 1) / steps)
+        earned = rewards[images, bins]
+        if baseline is not None:
+            earned = baseline(images, earned)
+        policy.learn(seen, bins, earned, (step + 1) / steps)
 
 
 def compare(

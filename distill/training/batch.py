@@ -20,6 +20,9 @@ class Batch(NamedTuple):
     """(U, 3, H, W)."""
     tags: Tensor | None = None
     """(L + U, 3) of all these images (`data.Tagged`), on the CPU; needed where there is a cache."""
+    places: Tensor | None = None
+    """(L,) int64, which of the run's labelled images each is; by it a policy's rewards find their
+    image's baseline."""
 
     @property
     def images(self) -> Tensor:
@@ -37,4 +40,6 @@ class Batch(NamedTuple):
             first, rest = self.tags.tensor_split([len(self.labelled)])
             pairs = zip(first.tensor_split(parts), rest.tensor_split(parts), strict=True)
             tags = [torch.cat(pair) for pair in pairs]
-        return map(Batch, self.labelled.chunk(parts), self.targets.chunk(parts), unlabelled, tags)
+        places = nothing if self.places is None else self.places.chunk(parts)
+        labelled = self.labelled.chunk(parts), self.targets.chunk(parts)
+        return map(Batch, *labelled, unlabelled, tags, places)

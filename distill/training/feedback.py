@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from distill.training.distiller import Losses
 from distill.training.late import Copied
+from rl_policy.baseline import ImageBaseline
 from rl_policy.protocol import MixingPolicy, TimestepPolicy
 from rl_policy.reward import WeightedRewards, student_progress
 
@@ -54,6 +56,8 @@ class Feedback:
         policy: Who learns.
         weights: Of each reward, by name.
         gather: Over the processes.
+        images: How many labelled images there are, each with its own baseline (`ImageBaseline`);
+            None for rewards as they come. A mixture has no use for one.
 
     Attributes:
         figures: Of the last step, to be logged: `reward`, the weighted sum of the rewards' means
@@ -61,17 +65,23 @@ class Feedback:
     """
 
     def __init__(
-        self, policy: TimestepPolicy | MixingPolicy, weights: Mapping[str, float], gather: Gather
+        self,
+        policy: TimestepPolicy | MixingPolicy,
+        weights: Mapping[str, float],
+        gather: Gather,
+        images: int | None = None,
     ) -> None:
         self.policy, self.rewards = policy, WeightedRewards(weights)
+        self.baseline = None if images is None else ImageBaseline(images)
         self.figures: dict[str, float] = {}
         self._rows, self._progress = Rows(gather), Rows(gather)
 
-    def add(self, losses: Losses, labelled: int, *mixed: Tensor) -> None:
+    def add(self, losses: Losses, places: Tensor | None, labelled: int, *mixed: Tensor) -> None:
         """The choices of a part of the step, and what is known by now of what they earned.
 
         Args:
             losses: Of that part.
+            places: (labelled,) int64, which of all labelled images these are; None: not known.
             labelled: How many of its images have labels; the first ones.
             *mixed: Of a mixture the weights (B, K), and the gradients (B, K) of each image's loss.
         """
@@ -84,10 +94,12 @@ class Feedback:
             for name in self.rewards.weights
         ]
         known = [image < length for length in lengths]
+        whose = image.new_full((labelled,), -1) if places is None else places
         chosen = mixed or (losses.bins[:, None],)
         self._rows.add(
             torch.stack(earned, dim=1),
             torch.stack(known, dim=1),
+            F.pad(whose, (0, count - labelled), value=-1)[:, None],
             *(x[:count] for x in (losses.context, *chosen)),
         )
 
@@ -108,7 +120,7 @@ class Feedback:
 
     def learn(self, progress: float) -> bool:
         """Let the policy learn from what was added. False if some of it is not finite."""
-        earned, flags, context, *chosen = self._rows.take()
+        earned, flags, places, context, *chosen = self._rows.take()
         known = flags.bool()
         names = list(self.rewards.weights)
         if PROGRESS in names:
@@ -124,6 +136,19 @@ class Feedback:
         if isinstance(self.policy, MixingPolicy):
             weights, gradients = chosen
             self.policy.learn(context, weights, gradients, progress)
-        else:
-            self.policy.learn(context, chosen[0][:, 0].long(), rewards, progress)
+            return True
+        if self.baseline is not None:
+            rewards = self.baseline(places[:, 0].long(), rewards)
+        self.policy.learn(context, chosen[0][:, 0].long(), rewards, progress)
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, at the end of a step."""
+        baseline = {} if self.baseline is None else self.baseline.state_dict()
+        return {"rewards": self.rewards.state_dict(), "baseline": baseline}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where that was; older checkpoints have neither, or no baseline."""
+        self.rewards.load_state_dict(state.get("rewards", {}))
+        if self.baseline is not None and "baseline" in state:
+            self.baseline.load_state_dict(state["baseline"])

@@ -107,18 +107,18 @@ def _keep_taught(trainer: Trainer, folder: Path) -> None:
 
 
 def batches(trainer: Trainer) -> Iterator[Batch]:
-    """Labelled images, targets, unlabelled images, on the device, from the arm's next step.
+    """The images of each step, on the device, from the arm's next one.
 
-    And, where there is a feature cache, the tags of all these images (`data.Tagged`), on the CPU.
+    Where there is a feature cache, with the tags of all these images (`data.Tagged`), on the CPU.
     """
     train, data, device = trainer.config.train, trainer.data, trainer.accelerator.device
-    labelled = _stream(trainer, data.labelled, data.labelled_indices, train.batch, "labelled")
+    sampler = _sampler(trainer, data.labelled_indices, train.batch, "labelled")
+    labelled = _stream(trainer, data.labelled, sampler)
     wants_unlabelled = trainer.teacher is not None and train.unlabelled_batch > 0
     unlabelled = None
     if wants_unlabelled and data.unlabelled_indices:
-        unlabelled = _stream(
-            trainer, data.unlabelled, data.unlabelled_indices, train.unlabelled_batch, "unlabelled"
-        )
+        more_of = data.unlabelled_indices, train.unlabelled_batch
+        unlabelled = _stream(trainer, data.unlabelled, _sampler(trainer, *more_of, "unlabelled"))
     for step, (images, targets, *tags) in enumerate(labelled, trainer.step):
         more = None
         if unlabelled is not None and trainer.phase(step).teach:
@@ -126,18 +126,15 @@ def batches(trainer: Trainer) -> Iterator[Batch]:
             more, tags = more.to(device, non_blocking=True), [*tags, *more_tags]
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
-        yield Batch(images, targets, more, torch.cat(tags) if tags else None)
+        places = torch.tensor([draw.place for draw in sampler.batch(step)], device=device)
+        yield Batch(images, targets, more, torch.cat(tags) if tags else None, places)
 
 
-def _stream(
-    trainer: Trainer,
-    examples: Augmented,
-    indices: list[int],
-    batch: int,
-    stream: Literal["labelled", "unlabelled"],
-) -> Iterator[Any]:
+def _sampler(
+    trainer: Trainer, indices: list[int], batch: int, stream: Literal["labelled", "unlabelled"]
+) -> StepSampler:
     accelerator = trainer.accelerator
-    sampler = StepSampler(
+    return StepSampler(
         indices,
         batch // accelerator.num_processes,
         seed=seeding.derive_seed(trainer.config.seed, stream),
@@ -146,6 +143,9 @@ def _stream(
         start_step=trainer.step,
         stop_step=trainer.config.train.steps,
     )
+
+
+def _stream(trainer: Trainer, examples: Augmented, sampler: StepSampler) -> Iterator[Any]:
     views = Tagged(examples) if trainer.cache is not None else examples
     return loader(views, sampler, trainer.config.data.workers)
 

@@ -105,7 +105,8 @@ class Trainer:
                 self.distiller.context_size,
                 unlabelled=bool(data.unlabelled_indices),
             )
-            self.feedback = Feedback(self.policy, config.policy.rewards, accelerator.gather)
+            images = len(data.labelled_indices) if config.policy.image_baseline else None
+            self.feedback = Feedback(self.policy, config.policy.rewards, accelerator.gather, images)
             self.plan = plan_cache(config, data, self.distiller, maps, len(self.timesteps))
         names = [str(match) for match in self.distiller.matches]
         losses = [pair.loss for pair in config.pairs[: len(names)]]  # `scratch` has no match
@@ -154,6 +155,7 @@ class Trainer:
         targets: Tensor,
         unlabelled: Tensor | None = None,
         tags: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Losses:
         """One step of Algorithm 1: choose t, look at the teacher, learn, reward the policy.
 
@@ -165,7 +167,7 @@ class Trainer:
         torch.manual_seed(seeding.derive_seed(self.config.seed, "network", 1 + self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * stage_lr_factor(train, self.step, self.teacher is not None)
-        batch = Batch(labelled, targets, *([unlabelled, tags] if phase.teach else []))
+        batch = Batch(labelled, targets, *([unlabelled, tags, places] if phase.teach else []))
         parts = [
             self._backward(place, part, phase)
             for place, part in enumerate(batch.cut(train.accumulate))
@@ -217,13 +219,15 @@ class Trainer:
                     images, batch.targets, teach if phase.teach else None, phase.task_weight
                 )
             if self.feedback and phase.teach and weights is None:
-                self.feedback.add(losses, labelled)  # copied while the device computes gradients
+                self.feedback.add(
+                    losses, batch.places, labelled
+                )  # copied while the device computes gradients
             with self.clock("backward"):
                 self.accelerator.backward(losses.total / train.accumulate)
             if self.feedback and weights is not None:
                 assert weights.grad is not None
                 each = weights.grad * (labelled * train.accumulate)  # of each image's own loss
-                self.feedback.add(losses, labelled, weights.detach(), each)
+                self.feedback.add(losses, None, labelled, weights.detach(), each)
         return losses
 
     def _lesson(self, place: int, images: Tensor, batch: Batch, context: Tensor) -> Lesson:
@@ -339,7 +343,7 @@ class Trainer:
             "average": self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "policy": self.policy.state_dict() if self.policy else {},
-            "rewards": self.feedback.rewards.state_dict() if self.feedback else {},
+            **(self.feedback.state_dict() if self.feedback else {}),
             "floor": self.floor.state_dict(),
         }
 
@@ -354,8 +358,8 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.policy:
                 self.policy.load_state_dict(state["policy"])
-            if self.feedback:  # one reward alone has no state, and had none in older checkpoints
-                self.feedback.rewards.load_state_dict(state.get("rewards", {}))
+            if self.feedback:
+                self.feedback.load_state_dict(state)
             self.floor.load_state_dict(state["floor"])
             self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
             self.looked = state.get("looked", 0)  # older checkpoints have not counted

@@ -63,7 +63,7 @@ def test_all_arms_see_the_same_labelled_batches_and_scratch_no_others(load: Load
     config = load("data.augment=strong")
     distilled, scratch = batches(build(config)), batches(build(config, "scratch"))
     for _ in range(config.train.steps):
-        images, targets, more, _ = next(distilled)
+        images, targets, more, *_ = next(distilled)
         assert torch.equal(images, (alone := next(scratch))[0])
         assert torch.equal(targets, alone[1])
         assert more is not None

@@ -72,7 +72,7 @@ def test_labels_are_shown_in_training_and_never_in_evaluation(load: Load, tones:
         return features(images, timesteps, generator, labels)
 
     teacher.features = watched
-    images, targets, unlabelled, _ = next(batches(trainer))
+    images, targets, unlabelled, *_ = next(batches(trainer))
     trainer.train_step(images, targets, unlabelled)
     # two looks, as the first step measures the noise floor: the same labels in both
     assert shown == [[*targets.tolist(), -1, -1]] * 2

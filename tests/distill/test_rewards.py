@@ -82,7 +82,7 @@ def test_looks_of_the_teacher_are_counted(
 def test_label_free_rewards_the_unlabelled_images_too(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = build(load(FREE))
+    trainer = build(load(FREE, "policy.image_baseline=false"))
     given = learning(trainer, monkeypatch)
     losses = trainer.train_step(*next(batches(trainer)))
     context, bins, rewards, _ = given[0]
@@ -121,7 +121,8 @@ def test_label_free_reads_no_label(load: Load) -> None:
 def test_progress_is_what_the_step_did_to_the_loss_of_each_labelled_image(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = build(load("policy.rewards={student_progress: 1}", "train.lr=0.01"))
+    plain = "policy.image_baseline=false"
+    trainer = build(load("policy.rewards={student_progress: 1}", "train.lr=0.01", plain))
     given, distiller = learning(trainer, monkeypatch), trainer.distiller
     measure, measured = distiller.task_losses, []
 

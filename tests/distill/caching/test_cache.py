@@ -128,7 +128,7 @@ def test_labelled_and_unlabelled_streams_share_their_features(
     trainer = build(config)
     assert trainer.cache is not None
     assert trainer.plan.rows == 8  # type: ignore[union-attr]
-    labelled, _, unlabelled, tags = next(batches(trainer))
+    labelled, _, unlabelled, tags, _ = next(batches(trainer))
     assert unlabelled is not None
     assert tags is not None
     bins = torch.zeros(8, dtype=torch.int64)

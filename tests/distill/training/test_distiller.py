@@ -83,7 +83,7 @@ def test_unlabelled_images_contribute_the_feature_loss_only(load: Load) -> None:
         "pairs.0.standardise=false",
         "policy.name=fixed",
     )
-    labelled, targets, unlabelled, _ = next(batches(build(config)))
+    labelled, targets, unlabelled, *_ = next(batches(build(config)))
     assert unlabelled is not None
     noise = torch.rand(unlabelled.shape, generator=torch.Generator().manual_seed(0))
     first, second, alone = (
@@ -107,7 +107,7 @@ def test_the_policy_learns_from_the_labelled_images(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learned: list[tuple[Tensor, ...]] = []
-    trainer = build(load())
+    trainer = build(load("policy.image_baseline=false"))
     assert trainer.policy is not None
     monkeypatch.setattr(trainer.policy, "learn", lambda *given: learned.append(given[:3]))
     losses = steps(trainer)[0]
@@ -161,7 +161,7 @@ def test_rewards_are_what_the_head_tells_beyond_the_classes_of_the_bin(load: Loa
 
 def test_the_policy_may_see_the_small_image_in_place_of_the_student(load: Load) -> None:
     trainer = build(load("policy.context=image", "policy.name=reinforce"))
-    labelled, targets, unlabelled, _ = next(batches(trainer))
+    labelled, targets, unlabelled, *_ = next(batches(trainer))
     assert unlabelled is not None
     losses = trainer.train_step(labelled, targets, unlabelled)
     images = torch.cat([labelled, unlabelled])

@@ -49,7 +49,7 @@ def two_ranks(rows: Tensor) -> Tensor:
 
 def test_rewards_of_labelled_images_come_with_their_contexts_and_bins() -> None:
     feedback = Feedback(policy := Learner(), {"teacher_task": 1.0}, two_ranks)
-    feedback.add(losses([0, 1, 2], teacher_task=[0.5, 0.25]), 2)
+    feedback.add(losses([0, 1, 2], teacher_task=[0.5, 0.25]), None, 2)
     assert feedback.learn(0.5)
     context, bins, rewards, progress = policy.given
     assert context.tolist() == [[0], [1], [4], [5]]
@@ -59,11 +59,28 @@ def test_rewards_of_labelled_images_come_with_their_contexts_and_bins() -> None:
     assert feedback.figures == {"reward": 0.375}
 
 
+def test_each_labelled_image_is_set_against_what_it_earned_before() -> None:
+    weights = {"label_free": 1.0}
+    feedback = Feedback(policy := Learner(), weights, lambda rows: rows, 9)
+    earned = []
+    for places in ([7, 2], [2, 7]):  # of three images the last has no label
+        rewards = [4.0, 0.0, 2.0] if places[0] == 7 else [0.0, 4.0, 2.0]
+        feedback.add(losses([0, 1, 2], label_free=rewards), torch.tensor(places), 2)
+        assert feedback.learn(0.0)
+        earned.append(policy.given[2].tolist())
+    assert earned == [[2, -2, 0], [-1, 1, 0]]
+    assert feedback.figures == {"reward": 2.0}
+    resumed = Feedback(Learner(), weights, lambda rows: rows, 9)
+    resumed.load_state_dict(feedback.state_dict())
+    assert resumed.baseline is not None
+    assert resumed.baseline.visits.tolist() == [0, 0, 2, 0, 0, 0, 0, 2, 0]
+
+
 def test_progress_is_known_after_the_update_and_meets_its_images() -> None:
     weights = {"label_free": 1.0, "student_progress": 1.0}
     feedback = Feedback(policy := Learner(), weights, lambda rows: rows)
     for start in (0, 3):  # two parts of two labelled images and one without
-        feedback.add(losses([start, start + 1, start + 2], label_free=[1.0, 1.0, 1.0]), 2)
+        feedback.add(losses([start, start + 1, start + 2], label_free=[1.0, 1.0, 1.0]), None, 2)
     measured = iter([[3.0, 3.0], [3.0, 3.0], [2.0, 1.0], [0.0, -1.0]])
     with feedback.watching(lambda: [torch.tensor(next(measured)) for _ in range(2)]):
         pass  # here the optimiser takes its step
@@ -98,7 +115,7 @@ def taught_by(policy: TimestepPolicy, helpful: int, steps: int) -> Tensor:
         bins = policy.act(context, generator, step / steps)
         target = 4 * F.one_hot(torch.where(bins == helpful, classes, others), 4).float()
         torch.autograd.backward((student(images) - target).square().sum(dim=1).mean())
-        feedback.add(Losses(*torch.zeros(4), {}, context, bins, torch.zeros(0)), 64)
+        feedback.add(Losses(*torch.zeros(4), {}, context, bins, torch.zeros(0)), None, 64)
 
         @torch.no_grad()
         def task(images: Tensor = images, classes: Tensor = classes) -> list[Tensor]:
@@ -133,6 +150,6 @@ def test_the_student_is_not_measured_where_no_reward_asks_for_it() -> None:
 
 def test_a_reward_that_is_not_finite_is_told_before_the_policy_learns() -> None:
     feedback = Feedback(policy := Learner(), {"teacher_task": 1.0}, lambda rows: rows)
-    feedback.add(losses([0, 1], teacher_task=[0.5, float("nan")]), 2)
+    feedback.add(losses([0, 1], teacher_task=[0.5, float("nan")]), None, 2)
     assert not feedback.learn(0.0)
     assert policy.given == ()

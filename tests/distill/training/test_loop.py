@@ -236,7 +236,7 @@ def test_a_policy_that_explodes_is_one_clear_line(
 def test_images_are_counted_as_they_are_seen(load: Load, tmp_path: Path) -> None:
     """Four labelled and four unlabelled a step, but the last two steps finetune on labels alone."""
     trainer = build(load("train.finetune_steps=2"))
-    assert [more is not None for _, _, more, _ in batches(trainer)] == [True] * 3 + [False] * 2
+    assert [more is not None for _, _, more, *_ in batches(trainer)] == [True] * 3 + [False] * 2
     train(trainer, tmp_path)
     assert trainer.images == 5 * 4 + 3 * 4
     none = build(load("data.unlabelled=0", "name=none"))
