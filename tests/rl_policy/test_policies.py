@@ -297,7 +297,7 @@ def test_reinforce_convolves_images_of_any_size(size: int) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"network": "conv"}, r"network=conv reads images; it needs policy\.context=image"),
+        ({"network": "conv"}, r"network=conv reads images alone; it needs policy\.context=image"),
         ({"network": "cnn"}, "network must be one of mlp, conv, got 'cnn'"),
         ({"optimizer": "adamw"}, "optimizer must be one of adam, sgd, got 'adamw'"),
         ({"rate_drops": 0.5}, "rate_drops must be a list of shares of training, got 0.5"),
