@@ -206,6 +206,7 @@ def show(figures: dict[str, Any]) -> str:
     """The figures as a table for the terminal, and what they say in a sentence."""
     mean, best, images = figures["mean"], figures["best_fixed"], figures["images"]
     bins, seeds = len(figures["timesteps"]), figures["seeds"]
+    raw = "rewards as they come, " if figures["raw"] else ""
     closed = "" if mean["gap_closed"] is None else f", {mean['gap_closed']:.0%} of the gap closed"
     rows = [
         ("uniform", figures["uniform"], ""),
@@ -223,7 +224,8 @@ def show(figures: dict[str, Any]) -> str:
         [
             f"{figures['policy']} on {figures['table']}: {images['train']} images to train on, "
             f"{images['held_out']} to judge by, {figures['steps']} steps of {figures['batch']}, "
-            f"seed {', '.join(map(str, seeds))}, {1e3 * figures['seconds_a_step']:.1f} ms a step",
+            f"{raw}seed {', '.join(map(str, seeds))}, "
+            f"{1e3 * figures['seconds_a_step']:.1f} ms a step",
             *(f"  {name:<{width}}  {reward:9.4f}  {note}".rstrip() for name, reward, note in rows),
             f"  entropy {mean['entropy']:.2f} of {np.log(bins):.2f}, "
             f"{mean['effective_arms']:.1f} effective arms of {bins}",
