@@ -18,7 +18,7 @@ class ImageBaseline(nn.Module):
     nothing of the choice: 85% on CIFAR-10 among timesteps up to 200. Labelled images are few and
     come back; what one has earned before does not depend on the choice of the moment, and as a
     baseline it leaves the policy's gradient the same in expectation, with less variance (Williams
-    1992, section 4). A critic of the context cannot stand in for it: it does not know the label.
+    1992). A critic of the context cannot stand in for it: it does not know the label.
 
     Rewards count from the running mean of all images, and an image's mean as if one reward of 0 had
     come first.

@@ -219,9 +219,8 @@ class Trainer:
                     images, batch.targets, teach if phase.teach else None, phase.task_weight
                 )
             if self.feedback and phase.teach and weights is None:
-                self.feedback.add(
-                    losses, batch.places, labelled
-                )  # copied while the device computes gradients
+                # Copied while the device computes gradients
+                self.feedback.add(losses, batch.places, labelled)
             with self.clock("backward"):
                 self.accelerator.backward(losses.total / train.accumulate)
             if self.feedback and weights is not None:
