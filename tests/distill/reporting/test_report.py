@@ -7,83 +7,29 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from numpy.typing import NDArray
 from PIL import Image
 
 from distill.cli import main
-from distill.config import RunConfig
-from distill.errors import UserError
-from distill.recipe import load_config
-from distill.reporting import report, training
-from distill.reporting.choices import load_policy, load_state
+from distill.reporting import training
 from distill.reporting.page import Table, Text
 from distill.reporting.policy import _nothing_to_map, _preference
 from distill.reporting.report import write_report
 from distill.reporting.results import DRAWN, _classes
 from distill.reporting.training import _operations
-from distill.studies.comparison import FinishedRun, Group, group_runs, read_run
-from rl_policy.table import ReplayTable
-from tests.distill.conftest import write_recipe
+from distill.studies.comparison import Group, group_runs, read_run
+from tests.distill.reporting.conftest import Reader, copied, taught
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-EXPERIMENTS = Path(__file__).resolve().parents[3] / "experiments"
 SECTIONS = ["results", "policy", "regret", "losses", "cost", "making"]
-
-
-class Reader(HTMLParser):
-    """Tags with their attributes, and the text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def values(self, tag: str, attribute: str) -> list[str | None]:
-        return [found.get(attribute) for name, found in self.tags if name == tag]
-
-
-def copied(run: Path, folder: Path, seed: int, score: float) -> Path:
-    """The run once more as another seed's."""
-    shutil.copytree(run, folder)
-    for name, load, dump in (
-        ("config.yaml", yaml.safe_load, yaml.safe_dump),
-        ("summary.json", json.loads, json.dumps),
-    ):
-        content = load((folder / name).read_text()) | {"seed": seed}
-        if "metrics" in content:
-            content["metrics"]["distilled"]["miou"] = score
-            content["metrics"]["scratch"]["miou"] = 0.1 + seed / 100
-        (folder / name).write_text(dump(content))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose policy came to prefer something in its few steps, with its page."""
-    recipe = write_recipe(tmp_path_factory.mktemp("report"), teacher_folder)
-    seen = ["policy.context=image", "policy.image_size=4", "policy.options={learning_rate: 0.02}"]
-    assert main(["train", str(recipe), *seen]) == 0
-    folder = recipe.parent / "runs" / "tiny"
-    assert main(["report", str(folder)]) == 0
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -211,66 +157,6 @@ def test_several_seeds_and_recipes_are_compared(
     assert (tmp_path / "all-pictures" / "2-policy.png").is_file()
 
 
-AT = [100, 400, 900]  # timesteps of the probe's table; the policy's are 0, 333, 666 and 999
-MIX = np.array(  # from the table to the policy's timesteps, beyond the ends as at the ends
-    [[1, 0, 0], [67 / 300, 233 / 300, 0], [0, 234 / 500, 266 / 500], [0, 0, 1]]
-)
-
-
-def write_probe(folder: Path, **figures: object) -> ReplayTable:
-    """A probe's folder with a table of 8 images, each with contexts and rewards of its own."""
-    random = np.random.default_rng(5)
-    table = ReplayTable(
-        contexts=4 * random.random((8, 192), dtype=np.float32),
-        rewards=random.random((8, 3), dtype=np.float32) + np.array([0, 0, 0.3], np.float32),
-        timesteps=np.array(AT),
-    )
-    (folder / "table.safetensors").write_bytes(table.to_bytes())
-    (folder / "probe.json").write_text(json.dumps({"best": {"layer": "mid_block"}} | figures))
-    return table
-
-
-def expected(table: ReplayTable, probabilities: NDArray[np.float64]) -> list[str]:
-    """The rows that the report has, from (4, 4): the policy's choice for the held-out images."""
-    order = np.random.default_rng(0).permutation(8)
-    rewards = table.rewards.astype(np.float64) @ MIX.T  # (8, 4)
-    best = int(rewards[order[:4]].mean(0).argmax())
-    held_out = rewards[order[4:]]
-    fixed, oracle = held_out[:, best].mean(), held_out.max(1).mean()
-    earned = {
-        "uniform": held_out.mean(),
-        f"best fixed, t={[0, 333, 666, 999][best]}": fixed,
-        "the policy": (probabilities * held_out).sum(1).mean(),
-        "oracle: the best of each image": oracle,
-    }
-    return [f"{name} {x:.4f} {fixed - x:.4f} {oracle - x:.4f}" for name, x in earned.items()]
-
-
-def test_regret_is_that_of_the_late_policy_on_the_probes_table(run: Path, tmp_path: Path) -> None:
-    table = write_probe(tmp_path, settings={"teacher.input": "clean"})
-    write_report([str(run)], html=str(tmp_path / "page.html"), probe=str(tmp_path))
-    text = " ".join(Reader((tmp_path / "page.html").read_text()).text.split())
-    late = np.array(json.loads((run / "summary.json").read_text())["policy"]["probabilities"])
-    for row in expected(table, np.tile(late, (4, 1))):
-        assert row in text
-    assert "The table is of layer mid_block, the policy was rewarded for up_blocks.0." in text
-    assert "The probe has teacher.input=clean, the run teacher.input=noised." in text
-    assert "Compared are the timesteps that the run had on offer (4); " in text
-    assert "no yardstick" not in text
-
-
-def taught(*changes: str, **distilled: object) -> FinishedRun:
-    """What is left of a run of the quickstart's recipe, whose policy chose among 0, 333, 666."""
-    bins = {"timesteps": [0, 333, 666], "noise_fraction": [0.0, 0.5, 0.9]}
-    return FinishedRun(
-        folder=Path("nowhere"),
-        config=load_config(RunConfig, EXPERIMENTS / "quickstart.yaml", changes),
-        summary={"task": "segmentation", "policy": bins | {"probabilities": [0.25, 0.5, 0.25]}},
-        results={"distilled": {"policy": bins, **distilled}},
-        rows=[{"arm": "distilled", "step": 1, "loss/feature": 2.0}],
-    )
-
-
 @pytest.mark.parametrize(
     ("shares", "words"),
     [
@@ -294,45 +180,6 @@ def test_a_policy_with_one_timestep_is_not_called_diffuse() -> None:
     assert said == "the policy (a2c) had t=333 (noise fraction 0.50) alone"
 
 
-def test_a_mixture_of_timesteps_is_not_judged_by_the_rewards_of_single_ones(
-    tmp_path: Path,
-) -> None:
-    write_probe(tmp_path)
-    runs = [taught(f"policy.name={name}") for name in ("a2c", "soft_mix")]
-    groups = [Group(run.config.policy.name, (run,)) for run in runs]
-    probe = report._read_probe(str(tmp_path), groups)
-    section = report._regret(groups, probe)
-    assert [block.text for block in section.blocks if isinstance(block, Text)][-1] == (
-        "The policy cannot be tried on the table: soft_mix mixes the features of all timesteps, "
-        "and a table has the rewards of one at a time."
-    )
-    assert sum(isinstance(block, Table) for block in section.blocks) == 1
-    assert [about for about, _ in section.findings] == ["a2c"]
-
-
-def test_a_probe_with_other_settings_is_told_and_of_other_images_refused(tmp_path: Path) -> None:
-    settings = {
-        "teacher.image_size": None,
-        "teacher.dtype": "bfloat16",
-        "data.labelled": 200,
-        "data.root": "elsewhere",
-        "data.options": {"size": 64, "train": 8000, "test": 1000},
-    }
-    run = taught("policy.context=image")
-    write_probe(tmp_path, settings=settings | {"data.benchmark": "shapes"})
-    group = Group("", (run,))
-    (text,) = report._cautions(run, report._read_probe(str(tmp_path), [group]))
-    assert isinstance(text, Text)
-    assert [sentence for sentence in text.text.split(". ") if "The probe has" in sentence] == [
-        "The probe has teacher.image_size=None, the run teacher.image_size=[32, 32]",
-        "The probe has data.labelled=200, the run data.labelled=100.",
-    ]
-    write_probe(tmp_path, settings=settings | {"data.benchmark": "camvid"})
-    with pytest.raises(UserError) as raised:
-        report._read_probe(str(tmp_path), [group])
-    assert f"--probe: {tmp_path} is of camvid, nowhere was trained on shapes" in str(raised.value)
-
-
 def test_the_floor_beside_the_last_feature_loss_is_that_of_the_last_timesteps(
     tmp_path: Path,
 ) -> None:
@@ -347,49 +194,6 @@ def test_the_floor_beside_the_last_feature_loss_is_that_of_the_last_timesteps(
     assert texts[0].startswith("Feature loss at the end: 2.000, of which noise alone would leave ")
     assert "leave 1.200 at the timesteps preferred then, both summed" in texts[0]
     assert findings == ["the feature loss ended at 2.00, of which the targets' noise makes 1.20"]
-
-
-def test_rewards_between_the_timesteps_of_the_table_are_interpolated(run: Path) -> None:
-    table = ReplayTable(
-        contexts=np.zeros((1, 2), np.float32),
-        rewards=np.array([[1.0, 4.0, -1.0]], np.float32),
-        timesteps=np.array(AT),
-    )
-    at = report._at_bins(table, read_run(run))
-    assert at.timesteps is not None
-    assert at.timesteps.tolist() == [0, 333, 666, 999]
-    # 1 + 3 * 233 / 300 and 4 - 5 * 266 / 500
-    assert at.rewards[0].tolist() == pytest.approx([1.0, 3.33, 1.34, -1.0])
-
-
-def test_a_policy_that_sees_what_the_table_holds_is_asked_by_image(
-    recipe: Path, tmp_path: Path
-) -> None:
-    words = [
-        *("policy.context=image", "policy.rewards={label_free: 1}", "train.arms=[distilled]"),
-        # Two pairs of the same maps, each with a name of its own.
-        "pairs=[{student: layer3, teacher: up_blocks.0}, "
-        "{student: layer3, teacher: up_blocks.0, loss: cosine}]",
-        *("policy.options={learning_rate: 0.01}", "train.floor_every=1"),
-    ]
-    assert main(["train", str(recipe), *words]) == 0
-    folder = recipe.parent / "runs" / "tiny"
-    table = write_probe(tmp_path)
-    write_report([str(folder)], html=str(tmp_path / "page.html"), probe=str(tmp_path))
-    text = " ".join(Reader((tmp_path / "page.html").read_text()).text.split())
-    run = read_run(folder)
-    state = load_state(run, "distilled")
-    contexts = torch.from_numpy(table.contexts[np.random.default_rng(0).permutation(8)[4:]])
-    probabilities = load_policy(run, "distilled", state, 192).probabilities(contexts).double()
-    assert (probabilities - probabilities[0]).abs().max() > 0.001
-    for row in expected(table, probabilities.numpy()):
-        assert row in text
-    assert "rewarded for label_free, the table has teacher_task alone: it is no yardstick" in text
-    floor = run.summary["noise_floor"]["mean"]
-    assert list(floor) == ["layer3-up_blocks.0-mse", "layer3-up_blocks.0-cosine"]
-    for name, mean in floor.items():
-        loss = name.rpartition("-")[2]
-        assert f"{name} up_blocks.0 1 {loss} {mean:.3f}" in text
 
 
 @pytest.mark.parametrize(
