@@ -12,6 +12,7 @@ from distill.reporting.page import Block, Picture, Section, Table, Text
 from distill.reporting.results import heading, picture_path, said_of
 from distill.studies.comparison import FinishedRun, Group, spoken
 from distill.training.loop import TIMED
+from distill.training.policies import mixes
 
 
 def losses(groups: Sequence[Group], pictures: Path) -> Section:
@@ -43,6 +44,7 @@ def _floor(run: FinishedRun, path: Path) -> tuple[list[Block], list[str]]:
         return [Text(f"Feature loss at the end: {_number(ended)}; {why}.")], []
     charts.noise_floor(path, floor["bins"], **result["policy"])
     weights = [pair.weight for pair in run.config.pairs]
+    when = "" if mixes(run.config) else " at the timesteps preferred then"
     late = _late_floor(run, floor).values()
     total = sum(weight * mean for weight, mean in zip(weights, late, strict=True))
     rows = [
@@ -50,11 +52,12 @@ def _floor(run: FinishedRun, path: Path) -> tuple[list[Block], list[str]]:
         for (pair, mean), pick in zip(floor["mean"].items(), run.config.pairs, strict=True)
     ]
     caption = "Target noise by pair: the share of the target's variance that the noise makes"
+    where = "of mixtures, by their mean timestep" if mixes(run.config) else "at each timestep"
     blocks: list[Block] = [
         Picture(
             path,
             "Target-noise floor of each pair over the timesteps",
-            f"{caption}, at each timestep. No student can predict that part.",
+            f"{caption}, {where}. No student can predict that part.",
         ),
         Table(
             "Its mean over the timesteps that were chosen, from the first step to the last",
@@ -73,7 +76,7 @@ def _floor(run: FinishedRun, path: Path) -> tuple[list[Block], list[str]]:
     blocks.append(
         Text(
             f"Feature loss at the end: {_number(ended)}, of which noise alone would leave "
-            f"{total:.3f} at the timesteps preferred then, both summed over the pairs with their "
+            f"{total:.3f}{when}, both summed over the pairs with their "
             f"weights; a student that predicts nothing is left with {sum(weights):.3g}."
         )
     )
@@ -86,8 +89,11 @@ def _floor(run: FinishedRun, path: Path) -> tuple[list[Block], list[str]]:
 
 def _late_floor(run: FinishedRun, floor: dict[str, Any]) -> dict[str, float]:
     """The floor of each pair at the timesteps that the policy preferred in the end, as far as it
-    was measured there: over all of training it is that of timesteps since given up, too."""
+    was measured there: over all of training it is that of timesteps since given up, too. A
+    mixture is less noisy than what it mixes: of it the mean of all of training is what is known."""
     late: dict[str, float] = dict(floor["mean"])
+    if mixes(run.config):
+        return late
     shares = run.summary["policy"]["probabilities"] if run.summary["policy"] else []
     for pair, bins in floor["bins"].items():
         known = [(p, x) for p, x in zip(shares, bins, strict=False) if x is not None]

@@ -194,6 +194,9 @@ def test_the_floor_beside_the_last_feature_loss_is_that_of_the_last_timesteps(
     assert texts[0].startswith("Feature loss at the end: 2.000, of which noise alone would leave ")
     assert "leave 1.200 at the timesteps preferred then, both summed" in texts[0]
     assert findings == ["the feature loss ended at 2.00, of which the targets' noise makes 1.20"]
+    mixing = taught("policy.name=soft_mix", noise_floor=floor)
+    _, findings = training._floor(mixing, tmp_path / "floor.png")
+    assert findings == ["the feature loss ended at 2.00, of which the targets' noise makes 2.10"]
 
 
 @pytest.mark.parametrize(
