@@ -15,7 +15,7 @@ from distill.deployment.folder import CARD, StudentCard, without_paths
 from distill.errors import UserError
 
 README = "README.md"
-METRICS = {
+NAMES = {  # a score -> its type and name in a model card
     "miou": ("mean_iou", "mIoU"),
     "pixel_accuracy": ("pixel_accuracy", "pixel accuracy"),
     "top1": ("accuracy", "top-1 accuracy"),
@@ -77,7 +77,7 @@ def write_card(folder: Path, card: StudentCard, scores: Mapping[str, Any], sourc
     task = "image-segmentation" if card.dense else "image-classification"
     if card.task == "landmarks":
         task = "keypoint-detection"
-    shown = [name for name in METRICS if isinstance(scores.get(name), float)]
+    shown = [name for name in NAMES if isinstance(scores.get(name), float)]
     name = f"{recipe.get('name', 'student')}-{card.model}"
     fields = ModelCardData(
         library_name="timm",
@@ -93,8 +93,8 @@ def write_card(folder: Path, card: StudentCard, scores: Mapping[str, Any], sourc
                 dataset_type=data["benchmark"],
                 dataset_name=data["benchmark"],
                 dataset_split=split,
-                metric_type=METRICS[metric][0],
-                metric_name=METRICS[metric][1],
+                metric_type=NAMES[metric][0],
+                metric_name=NAMES[metric][1],
                 metric_value=round(scores[metric], 4),
             )
             for metric in shown
@@ -122,7 +122,7 @@ def write_card(folder: Path, card: StudentCard, scores: Mapping[str, Any], sourc
         seed=recipe.get("seed"),
         commit=card.provenance.get("commit"),
         figures="\n".join(
-            f"- {METRICS[metric][1]} on {split}: {scores[metric]:.1%}" for metric in shown
+            f"- {NAMES[metric][1]} on {split}: {scores[metric]:.1%}" for metric in shown
         )
         or "The run has not been scored.",
         source=source,

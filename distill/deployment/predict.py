@@ -67,7 +67,7 @@ def predict(
     what, folder = opened.metadata["what"], Path(out)
     pictures = find_pictures(images)
     _check_free(folder, pictures, what, force)
-    _make(folder)
+    made = _make(folder)
     broken: list[Path] = []
     rows: dict[str, Tensor] = {}
     with Progress("predict", len(pictures)) as progress:
@@ -83,6 +83,8 @@ def predict(
         _write_tables(folder, rows, opened.metadata["class_names"])
     done = len(pictures) - len(broken)
     if broken:
+        if made and not done:
+            folder.rmdir()
         names = ", ".join(map(str, broken[:3])) + (", ..." if len(broken) > 3 else "")
         rest = f"the results of the other {done} are in {folder}" if done else "nothing was written"
         raise UserError(
@@ -202,11 +204,14 @@ def _write_masks(
         _write(path, result)
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path) -> bool:
+    """Make a folder; False if it was there."""
+    found = folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {folder} cannot be made: {error.strerror}") from error
+    return not found
 
 
 def _write(path: Path, picture: Image.Image) -> None:

@@ -60,6 +60,11 @@ def parse_subject(text: str) -> Subject:
         kind, place = "teacher", place.removeprefix("teacher:")
     elif place.endswith(EXPORTED):
         kind = "file"
+    elif place.endswith(".ts"):
+        raise UserError(
+            f"{text}: a TorchScript file is a program, and is not evaluated; name the run or the "
+            f"exported student that it is of, or a file of {' or '.join(EXPORTED)}"
+        )
     known = ("layers", "timestep", "family") if kind == "teacher" else ("layers",)
     options = dict(word.partition("=")[::2] for word in words)
     for name in options:

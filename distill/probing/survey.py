@@ -158,7 +158,10 @@ def _images(config: RunConfig, most: int | None) -> tuple[TrainingSet, Images, I
     with blame("data"):
         val = data.benchmark.dataset("val")
     if not len(val):
-        raise UserError(f"data: {data.benchmark.name} has no val image to score the probe on")
+        raise UserError(
+            f"data: {data.benchmark.name} has no val image to score the probe on; hold some out of "
+            "train with data.options.val"
+        )
     count = len(val) if most is None else min(most, len(val))
     targets = getattr(val, "targets", None)
     return (

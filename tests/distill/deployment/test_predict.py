@@ -135,6 +135,7 @@ def test_unreadable_images_are_named_and_the_others_done(
     bad = pictures / "a" / "bad.png"
     assert main(["predict", str(finished_run), str(bad), "--out", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.endswith(f"not be read: {bad}; nothing was written\n")
+    assert not (tmp_path / "none").exists()
 
 
 def test_results_are_replaced_only_with_force(

@@ -124,6 +124,7 @@ def test_scales_that_a_network_does_not_take_are_refused_when_it_is_opened(
     [
         ("timm:", "needs a name"),
         ("timm:resnet18,layer=a", "did you mean 'layers'?"),
+        ("exports/a.ts", "a TorchScript file is a program"),
         ("runs/a,timestep=3", "unknown option 'timestep' of a student"),
         ("teacher:runs/t", "say which feature maps"),
         ("teacher:runs/t,layers=a,timestep=-1", "timestep=-1 is no index"),

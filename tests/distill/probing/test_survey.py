@@ -253,6 +253,15 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_probe_without_images_to_score_it_on_says_where_they_come_from(
+    planted: Path, refuse: Refuse
+) -> None:
+    line = refuse("probe", planted, "data.options.val=0")
+    assert line.endswith(
+        "no val image to score the probe on; hold some out of train with data.options.val"
+    )
+
+
 def test_timesteps_that_coincide_count_once_and_logistic_probes_images(planted: Path) -> None:
     found = probe(
         planted, "--layers", "second", "--timesteps", 3, "--probe", "logistic", "--images", 30
