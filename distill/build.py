@@ -15,16 +15,10 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
+from distill.augmentation import augmentation
 from distill.benchmarks import IGNORE_INDEX, Benchmark, Examples
 from distill.config import DataConfig, PairConfig, RunConfig
-from distill.data import (
-    Augmented,
-    InMemory,
-    Resized,
-    augmentation,
-    choose_labelled,
-    fingerprint,
-)
+from distill.data import Augmented, InMemory, Resized, choose_labelled, fingerprint
 from distill.errors import UserError, blame, nearest
 from distill.registry import resolve
 from distill.tasks import traits

@@ -1,4 +1,4 @@
-"""From a benchmark's examples to batches: resizing, augmentation, and an order that can be resumed.
+"""From a benchmark's examples to batches, in an order that can be resumed.
 
 What a step sees is a pure function of (seed, step): not of the number of workers, nor of what was
 drawn before. That makes an interrupted and resumed run equal to one that was not.
@@ -9,26 +9,18 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as F
 
-from distill.benchmarks import Examples, Task
-from distill.errors import UserError, nearest
-from distill.evaluation.landmarks import RandomMirror, RandomTurn
-
-Item = tuple[Tensor, Tensor | int]
-Augmentation = Callable[[Tensor, Tensor | int], Item]
-Strength = Literal["none", "flip", "crop", "strong", "patch"]
-STRENGTHS: tuple[Strength, ...] = ("none", "flip", "crop", "strong", "patch")
+from distill.augmentation import Augmentation, Item, resize_image, resize_mask
+from distill.benchmarks import Examples
+from distill.errors import UserError
 
 
 class Resized:
@@ -49,11 +41,9 @@ class Resized:
 
     def __getitem__(self, index: int) -> Item:
         image, target = self.examples[index]
-        image = F.resize(image, list(self.size), InterpolationMode.BILINEAR, antialias=True)
         if self.masks and isinstance(target, Tensor):
-            # "exact": the nearest pixel centre, so that the mask is not shifted against the image.
-            target = F.resize(target[None], list(self.size), InterpolationMode.NEAREST_EXACT)[0]
-        return image, target
+            target = resize_mask(target, self.size)
+        return resize_image(image, self.size), target
 
 
 class InMemory:
@@ -86,99 +76,6 @@ class InMemory:
 def as_float(image: Tensor) -> Tensor:
     """uint8 -> float32 in [0, 1], any shape."""
     return image.float().div(255.0)
-
-
-def augmentation(
-    strength: str,
-    task: Task | None,
-    size: tuple[int, int],
-    scale: tuple[float, float] = (0.35, 1.0),
-    patch_scale: tuple[float, float] = (1.0, 1.0),
-    mirrored: Sequence[int] = (),
-) -> Augmentation:
-    """Random changes to one uint8 image and its target, drawn from torch's default CPU generator.
-
-    Args:
-        strength: `none`; `flip`: left to right; `crop`: a random part too, for segmentation of a
-            random scale, for landmarks a `RandomTurn`, otherwise shifted by up to an eighth of the
-            side (borders mirrored: a teacher has never seen black ones); `strong`: brightness,
-            contrast and colour too;
-            `patch`: a random part of `size` px at the image's own scale, flipped.
-        task: Decides which crop is meant.
-        size: (H, W) of the images; a crop comes out at this size again. For `patch`, images may
-            have any size; smaller ones are mirrored at their borders.
-        scale: Smallest and largest share of the image's area that a segmentation crop keeps.
-        patch_scale: See `RandomPatch`.
-        mirrored: Which point each landmark becomes in the mirror image.
-    """
-    if strength not in STRENGTHS:
-        raise UserError(
-            f"data.augment: no augmentation {strength!r}; {nearest(strength, STRENGTHS)}"
-        )
-    height, width = size
-    steps: list[Callable[..., object]] = [v2.Identity()]
-    if strength in ("crop", "strong") and task == "segmentation":
-        aspect = width / height
-        steps.append(v2.RandomResizedCrop(size, scale, ratio=(0.8 * aspect, 1.25 * aspect)))
-    elif strength in ("crop", "strong") and task == "landmarks":
-        steps.append(RandomTurn())
-    elif strength in ("crop", "strong"):
-        margins = [width // 8, height // 8]
-        steps.append(v2.RandomCrop(size, padding=margins, padding_mode="reflect"))
-    elif strength == "patch":
-        steps.append(RandomPatch(size, patch_scale))
-    if strength != "none":
-        steps.append(RandomMirror(mirrored) if task == "landmarks" else v2.RandomHorizontalFlip())
-    if strength == "strong":
-        steps.append(v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05))
-    transform = v2.Compose(steps)
-
-    def apply(image: Tensor, target: Tensor | int) -> Item:
-        if isinstance(target, int):
-            return transform(tv_tensors.Image(image)).as_subclass(Tensor), target
-        kept = target if task == "landmarks" else tv_tensors.Mask(target)
-        changed, moved = transform(tv_tensors.Image(image), kept)
-        return changed.as_subclass(Tensor), moved.as_subclass(Tensor)
-
-    return apply
-
-
-class RandomPatch:
-    """A random part of an image (and of its mask), at a random scale.
-
-    Args:
-        size: (H, W) of the patch.
-        scale: Smallest and largest size of the patch relative to the part that it shows, drawn
-            evenly on a logarithmic scale. Images smaller than that part are mirrored at their
-            borders.
-    """
-
-    def __init__(self, size: tuple[int, int], scale: tuple[float, float]) -> None:
-        self.size, self.scale = size, scale
-
-    def __call__(self, *views: tv_tensors.TVTensor) -> Any:
-        low, high = self.scale
-        scale = low * (high / low) ** float(torch.rand(()))
-        part = [max(1, round(side / scale)) for side in self.size]
-        sides = views[0].shape[-2:]
-        borders = [max(0, wanted - side) for wanted, side in zip(part, sides, strict=True)]
-        room = [max(0, side - wanted) for wanted, side in zip(part, sides, strict=True)]
-        corner = [int(torch.randint(most + 1, ())) for most in room]
-        cut = [
-            F.resized_crop(_mirrored(view, borders), *corner, *part, list(self.size))
-            for view in views
-        ]
-        return cut[0] if len(cut) == 1 else tuple(cut)
-
-
-def _mirrored(image: tv_tensors.TVTensor, borders: Sequence[int]) -> tv_tensors.TVTensor:
-    """image: (..., h, w), continued as by mirrors by so many rows and columns in all."""
-    if not any(borders):
-        return image
-    pad = [(0, 0)] * (image.ndim - 2) + [(border // 2, border - border // 2) for border in borders]
-    # torch reflects no further than the image is wide; numpy goes on.
-    mirrored = torch.from_numpy(np.pad(image.numpy(), pad, mode="reflect"))
-    return tv_tensors.wrap(mirrored, like=image)
 
 
 class Draw(NamedTuple):

@@ -29,7 +29,7 @@ RECIPES = frozenset(
 LEAVES = frozenset(
     f"distill.{package}{name}"
     for package, names in {
-        "": "benchmarks checkpoint data errors registry seeding tasks tracking",
+        "": "augmentation benchmarks checkpoint data errors registry seeding tasks tracking",
         "training.": "distiller feedback lesson losses measures",
         "caching.": "cache",
         "probing.": "head_room layer_map linear_probe map_picture map_report",

@@ -44,8 +44,9 @@ class Examples(Protocol):
 class Benchmark(Protocol):
     """What training and evaluation ask of a benchmark.
 
-    One more method is used where it exists: `unlabelled()` gives Examples without targets, or None,
-    that are distilled on beside the training split.
+    Two more members are used where they exist: `unlabelled()` gives Examples without targets, or
+    None, that are distilled on beside the training split; `mirrored`, a class for each class, says
+    what it is called in the mirror image (the left eye is the right one), where it is not empty.
     """
 
     @property

@@ -144,8 +144,15 @@ def celebamask_hq(root: str | None, *, classes: int = 19) -> Published:
             split: Faces(_faces(base, images, numbers), background, first)
             for split, numbers in _numbers(base, images).items()
         }
+    names = ("background", *PARTS) if classes == 19 else PARTS
     return LAYOUT.benchmark(
-        splits,
-        task="segmentation",
-        class_names=("background", *PARTS) if classes == 19 else PARTS,
+        splits, task="segmentation", class_names=names, mirrored=_mirrored(names)
     )
+
+
+def _mirrored(names: Sequence[str]) -> tuple[int, ...]:
+    """In the mirror a left eye, brow or ear is a right one."""
+    becomes = {name: name for name in names}
+    for part in ("eye", "brow", "ear"):
+        becomes |= {f"l_{part}": f"r_{part}", f"r_{part}": f"l_{part}"}
+    return tuple(names.index(becomes[name]) for name in names)

@@ -24,6 +24,7 @@ class Published:
     palette: NDArray[np.uint8]
     splits: Mapping[str, Examples]
     withheld: tuple[str, ...] = ()
+    mirrored: tuple[int, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -103,6 +104,7 @@ class Layout:
         palette: NDArray[np.uint8] | None = None,
         sizes: Mapping[str, int] | None = None,
         withheld: tuple[str, ...] = (),
+        mirrored: tuple[int, ...] = (),
     ) -> Published:
         """The benchmark of these splits; one line on stderr says which are not of their size.
 
@@ -113,6 +115,7 @@ class Layout:
             palette: (classes, 3); by default distinct colours.
             sizes: Published number of images a split; by default the layout's own.
             withheld: Splits whose labels are not public.
+            mirrored: Which class each becomes in the mirror image, if any becomes another.
         """
         self.compare_sizes({split: len(found) for split, found in splits.items()}, sizes)
         return Published(
@@ -122,6 +125,7 @@ class Layout:
             palette=distinct_colours(len(class_names)) if palette is None else palette,
             splits=splits,
             withheld=withheld,
+            mirrored=mirrored,
         )
 
 

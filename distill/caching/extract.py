@@ -10,10 +10,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from distill.augmentation import augmentation
 from distill.build import build_accelerator, build_training_set
 from distill.caching.cache import FeatureCache
 from distill.config import RunConfig
-from distill.data import Augmented, Draw, Tagged, augmentation, loader
+from distill.data import Augmented, Draw, Tagged, loader
 from distill.errors import Interrupted, UserError
 from distill.tracking import Progress, stop_on_signals
 from distill.training.fit import fit_batch
@@ -30,7 +31,7 @@ def extract(config: RunConfig) -> str:
         What to print.
 
     Raises:
-        UserError: The recipe asks for no cache, or one that cannot be; see `cache_plan`.
+        UserError: The recipe asks for no cache, or one that cannot be; see `plan_cache`.
         Interrupted: The user stopped it; the same command goes on.
     """
     if config.teacher.cache is None:

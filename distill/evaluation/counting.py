@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.augmentation import Item
 from distill.benchmarks import Benchmark, Examples, LandmarkBenchmark
-from distill.data import Item, as_float
+from distill.data import as_float
 from distill.errors import UserError
 from distill.evaluation.landmarks import LandmarkTally, peaks
 from distill.evaluation.metrics import (

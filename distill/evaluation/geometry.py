@@ -13,11 +13,12 @@ from accelerate import Accelerator
 from torch.utils.data import Subset
 
 from distill import seeding
+from distill.augmentation import Strength, augmentation
 from distill.benchmarks import Examples
 from distill.benchmarks.geometric import CorrespondenceBenchmark, DepthBenchmark, KeypointPairs
 from distill.build import image_size, open_data
 from distill.config import RunConfig
-from distill.data import Augmented, InMemory, Resized, as_float, augmentation, choose_labelled
+from distill.data import Augmented, InMemory, Resized, as_float, choose_labelled
 from distill.errors import UserError
 from distill.evaluation import geometry_pictures
 from distill.evaluation.backbones import Subject
@@ -139,7 +140,7 @@ def _training_views(config: RunConfig, examples: Examples, size: tuple[int, int]
     resized: Examples = Resized(examples, size, masks=True)
     if config.data.memory_gb:
         resized = InMemory(resized, config.data.memory_gb * 1e9 / max(1, config.data.workers))
-    strength = "none" if config.data.augment == "none" else "flip"
+    strength: Strength = "none" if config.data.augment == "none" else "flip"
     return Augmented(resized, augmentation(strength, None, size))
 
 

@@ -21,6 +21,7 @@ def several_looks(
     size: tuple[int, int],
     window: tuple[int, int] | None = None,
     flip: bool = False,
+    mirrored: Sequence[int] = (),
     scales: Sequence[float] = (1.0,),
 ) -> Predictor:
     """A predictor that averages several looks at an image.
@@ -31,6 +32,7 @@ def several_looks(
         window: (H, W) of windows that images are cut into, each resized to `size`; next ones begin
             at two thirds of its side, and logits are averaged where they overlap. None: whole.
         flip: A second look at the mirrored image.
+        mirrored: Which class each becomes there, if any becomes another.
         scales: A look at the image resized by each; with `window`, cut then.
 
     Returns:
@@ -42,8 +44,10 @@ def several_looks(
     def look(images: Tensor) -> Tensor:
         return predict(images) if window is None else _slide(predict, images, window, size)
 
-    def mirrored(images: Tensor) -> Tensor:
+    def look_back(images: Tensor) -> Tensor:
         logits = look(images.flip(-1))
+        if mirrored:
+            logits = logits[:, list(mirrored)]
         return logits.flip(-1) if logits.ndim == 4 else logits
 
     def average(images: Tensor) -> Tensor:
@@ -54,7 +58,7 @@ def several_looks(
             if scale != 1:
                 shape = scaled((height, width), scale)
                 sized = F.interpolate(images, shape, mode="bilinear", antialias=True)
-            looks += [look(sized), mirrored(sized)] if flip else [look(sized)]
+            looks += [look(sized), look_back(sized)] if flip else [look(sized)]
         if len(looks) == 1:
             return looks[0]
         dense = looks[0].ndim == 4

@@ -1,4 +1,4 @@
-"""Landmarks as heat maps: their targets and loss, how points move with an image, and the scores.
+"""Landmarks as heat maps: their targets and loss, where they are highest, and the scores.
 
 Points are x to the right and y down as shares of the image's width and height: its corners are at
 (0, 0) and (1, 1), so that resizing an image leaves them as they are.
@@ -7,13 +7,11 @@ Points are x to the right and y down as shares of the image's width and height: 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision import tv_tensors
 
 from distill.benchmarks import LandmarkBenchmark
 from distill.errors import UserError
@@ -24,8 +22,6 @@ FLOOR = 0.1
 """Share of a peak that its neighbours count with at least: of a Gaussian they have more."""
 FAILURE = 0.1
 """The error from which a face counts as failed, and to which AUC is taken (Wu et al. 2018)."""
-TURN = 30.0
-SIZES = (0.75, 1.25)
 
 
 def heat_maps(points: Tensor, size: tuple[int, int]) -> Tensor:
@@ -83,50 +79,6 @@ def landmark_loss(outputs: Tensor, points: Tensor) -> Tensor:
     found = (1 + outputs.float().view_as(points)) / 2
     distances: Tensor = (found - points).norm(dim=2)
     return distances.mean(dim=1)
-
-
-class RandomTurn:
-    """An image and its points, turned by up to 30 degrees and made 0.75 to 1.25 times as large
-    around the middle, as HRNet augments faces (Sun et al. 2019); borders are mirrored."""
-
-    def __call__(self, image: tv_tensors.Image, *points: Tensor) -> Any:
-        angle, scale = torch.rand(2).tolist()
-        angle = math.radians(TURN * (2 * angle - 1))
-        scale = SIZES[0] + (SIZES[1] - SIZES[0]) * scale
-        height, width = image.shape[-2:]
-        sine, cosine = math.sin(angle) / scale, math.cos(angle) / scale
-        # From a place in the new image to that in the old one, from -1 to 1 in both.
-        back = torch.tensor([[cosine, -sine * height / width], [sine * width / height, cosine]])
-        theta = torch.cat([back, torch.zeros(2, 1)], dim=1)
-        grid = F.affine_grid(theta[None], [1, 3, height, width], align_corners=False)
-        old = image.as_subclass(Tensor)[None].float()
-        new = F.grid_sample(old, grid, padding_mode="reflection", align_corners=False)[0]
-        turned = tv_tensors.Image(new.round().clamp(0, 255).to(torch.uint8))
-        if not points:
-            return turned
-        return turned, ((2 * points[0] - 1) @ back.inverse().T + 1) / 2
-
-
-class RandomMirror:
-    """An image and its points, left to right in half of the cases.
-
-    Args:
-        mirrored: Which point each becomes.
-    """
-
-    def __init__(self, mirrored: Sequence[int]) -> None:
-        self.mirrored = list(mirrored)
-
-    def __call__(self, image: tv_tensors.Image, *points: Tensor) -> Any:
-        if torch.rand(()) < 0.5:
-            image = tv_tensors.Image(image.flip(-1))
-            points = tuple(mirror(one, self.mirrored) for one in points)
-        return (image, *points) if points else image
-
-
-def mirror(points: Tensor, mirrored: Sequence[int]) -> Tensor:
-    """The points (K, 2) of the mirror image, in their own order."""
-    return torch.stack([1 - points[:, 0], points[:, 1]], dim=1)[list(mirrored)]
 
 
 class LandmarkTally:

@@ -101,7 +101,12 @@ def score(
     """
     options = config.evaluate
     looks = several_looks(
-        predict, size=size, window=options.window, flip=options.flip, scales=options.scales
+        predict,
+        size=size,
+        window=options.window,
+        flip=options.flip,
+        mirrored=getattr(benchmark, "mirrored", ()),
+        scales=options.scales,
     )
     clock = Clock(accelerator.device)
     (tally,) = count(

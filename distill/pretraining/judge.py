@@ -10,10 +10,11 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
+from distill.augmentation import Strength, augmentation
 from distill.benchmarks import Benchmark, Examples
 from distill.build import Unlabelled
 from distill.config import DataConfig
-from distill.data import Augmented, Draw, Resized, augmentation, choose_labelled
+from distill.data import Augmented, Draw, Resized, choose_labelled
 from distill.errors import UserError
 from distill.probing.linear_probe import linear_probe
 from distill.tasks import traits
@@ -146,7 +147,7 @@ def _batches(
         examples = Unlabelled(examples)  # points do not follow patches, and nobody asks for them
     patches = data.augment == "patch"
     sized = examples if patches else Resized(examples, size, masks=True)
-    strength = "patch" if patches else "none"
+    strength: Strength = "patch" if patches else "none"
     change = augmentation(strength, benchmark.task, size, patch_scale=data.patch_scale)
     views = Augmented(sized, change)
     targets = getattr(examples, "targets", None)

@@ -6,15 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.augmentation import Item, Strength, augmentation
 from distill.data import (
-    STRENGTHS,
     Augmented,
     Draw,
     InMemory,
-    Item,
     Resized,
     StepSampler,
-    augmentation,
     choose_labelled,
     fingerprint,
     loader,
@@ -41,7 +39,7 @@ class Blocks:
 
 
 def batches(
-    workers: int, start_step: int = 0, stop_step: int = 5, strength: str = "strong"
+    workers: int, start_step: int = 0, stop_step: int = 5, strength: Strength = "strong"
 ) -> list[tuple[Tensor, Tensor]]:
     examples = InMemory(Resized(Blocks(10), (12, 16), masks=True), room=1e9)
     sampler = StepSampler(range(10), 4, seed=3, start_step=start_step, stop_step=stop_step)
@@ -129,47 +127,6 @@ def test_sampler_refuses_no_examples_and_empty_batches() -> None:
         StepSampler([], 4, seed=0)
     with pytest.raises(UserError, match="at least one image, not 0"):
         StepSampler([1], 0, seed=0)
-
-
-@pytest.mark.parametrize("strength", STRENGTHS)
-def test_mask_stays_on_its_image(strength: str) -> None:
-    examples = Augmented(Blocks(4), augmentation(strength, "segmentation", (24, 32)))
-    for seed in range(20):
-        image, mask = examples[Draw(seed % 4, seed)]
-        assert isinstance(mask, Tensor)
-        # Colour jitter moves red, and cropping blurs the borders; the order of the two stays.
-        inside, outside = image[0][mask == 1], image[0][mask == 0]
-        wrong = (inside < 0.4).sum() + (outside > 0.6).sum()
-        assert wrong <= 0.1 * mask.numel()
-
-
-def test_none_changes_nothing_and_flip_only_flips() -> None:
-    original = Blocks(1)[0][0] / 255
-    none = Augmented(Blocks(1), augmentation("none", "segmentation", (24, 32)))
-    assert torch.equal(none[Draw(0, 5)][0], original)
-    flip = Augmented(Blocks(1), augmentation("flip", "segmentation", (24, 32)))
-    flipped = [torch.equal(flip[Draw(0, seed)][0], original.flip(2)) for seed in range(20)]
-    same = [torch.equal(flip[Draw(0, seed)][0], original) for seed in range(20)]
-    assert any(flipped)
-    assert any(same)
-    assert all(a or b for a, b in zip(flipped, same, strict=True))
-
-
-@pytest.mark.parametrize("strength", STRENGTHS)
-def test_classification_keeps_size_and_class(strength: str) -> None:
-    examples = Augmented(
-        Blocks(6, "classification"), augmentation(strength, "classification", (24, 32))
-    )
-    for seed in range(10):
-        image, target = examples[Draw(5, seed)]
-        assert image.shape == (3, 24, 32)
-        assert target == 5
-        assert strength == "strong" or image[1].min() == image[1].max()  # no black border
-
-
-def test_unknown_strength_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="did you mean 'strong'"):
-        augmentation("stronk", "segmentation", (8, 8))
 
 
 def test_resizing_shrinks_training_masks_and_leaves_evaluation_masks() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.augmentation import augmentation
 from distill.benchmarks.shapes import Shapes
 from distill.build import training_examples
 from distill.config import DataConfig
-from distill.data import Augmented, Draw, augmentation
+from distill.data import Augmented, Draw
 
 
 def ramp(height: int, width: int) -> Tensor:

@@ -21,6 +21,8 @@ def test_a_later_part_covers_an_earlier_one_and_the_rest_is_background(
     skin, hair = benchmark.class_names.index("skin"), benchmark.class_names.index("hair")
     assert (skin, hair, benchmark.num_classes) == (1, 13, 19)
     assert mask[:, 0].tolist() == [skin, hair, 0, 0]
+    left, right = map(benchmark.class_names.index, ("l_ear", "r_ear"))
+    assert benchmark.mirrored[left] == right
 
 
 def test_eighteen_classes_are_the_parts_alone(build: Callable[..., Any]) -> None:

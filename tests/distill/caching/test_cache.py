@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.augmentation import augmentation
 from distill.benchmarks.shapes import ShapesDataset
 from distill.caching.cache import Stored
 from distill.cli import main
 from distill.config import RunConfig
-from distill.data import Augmented, Draw, Tagged, as_float, augmentation
+from distill.data import Augmented, Draw, Tagged, as_float
 from distill.errors import UserError
 from distill.training.loop import batches
 from distill.training.trainer import Trainer

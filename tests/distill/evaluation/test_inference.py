@@ -60,6 +60,10 @@ def test_a_flipped_look_is_flipped_back() -> None:
     both = several_looks(leftmost, size=(6, 9), flip=True)(images)
     assert torch.allclose(both.softmax(1), torch.full_like(both, 0.5))
 
+    # The two classes are called by their sides: in the mirror each is the other.
+    sides = several_looks(leftmost, size=(6, 9), flip=True, mirrored=(1, 0))(images)
+    assert torch.allclose(sides.softmax(1), leftmost(images).softmax(1))
+
 
 def test_looks_at_classes_have_the_mean_probabilities_as_their_softmax() -> None:
     """A sure predictor stays sure, however often it looks."""

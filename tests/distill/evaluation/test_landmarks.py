@@ -16,11 +16,11 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from distill.augmentation import augmentation, mirror_points
 from distill.benchmarks.wflw import wflw
 from distill.cli import main
-from distill.data import augmentation
 from distill.errors import UserError
-from distill.evaluation.landmarks import LandmarkTally, heat_maps, landmark_loss, mirror, peaks
+from distill.evaluation.landmarks import LandmarkTally, heat_maps, landmark_loss, peaks
 from distill.evaluation.metrics import in_points, worth
 from distill.studies.comparison import gains
 from distill.studies.results import markdown, study_results
@@ -132,7 +132,7 @@ def test_colours_and_missing_points_change_nothing_of_that() -> None:
 
 def test_a_mirrored_point_is_the_other_one() -> None:
     points = torch.tensor([[0.25, 0.5], [0.5, 0.125]])
-    assert mirror(points, (1, 0)).tolist() == [[0.5, 0.125], [0.75, 0.5]]
+    assert mirror_points(points, (1, 0)).tolist() == [[0.5, 0.125], [0.75, 0.5]]
 
 
 # Scores
