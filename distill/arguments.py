@@ -284,9 +284,7 @@ def _policy(verbs: Verbs) -> None:
     fit.add_argument("--policy", default="a2c", help="its policy.name (default: a2c)")
     fit.add_argument("--steps", type=int, default=300, help="steps of training (default: 300)")
     fit.add_argument("--batch", type=int, default=64, help="images a step (default: 64)")
-    fit.add_argument(
-        "--seed", type=int, nargs="+", default=[0], help="a training each (default: 0)"
-    )
+    fit.add_argument("--seed", nargs="+", default=["0"], help="a training each (default: 0)")
     fit.add_argument(
         "--raw", action="store_true", help="rewards as they come, without each image's baseline"
     )

@@ -88,7 +88,7 @@ def typed_options(
     """
     try:
         hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
-    except NameError:  # of somebody's module that imports them for type checkers alone
+    except (NameError, TypeError):  # imported for type checkers alone; or no plain function
         hints = {}
     found = {}
     for name, value in options.items():

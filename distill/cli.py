@@ -139,20 +139,26 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _seeds(words: Sequence[str], option: str) -> tuple[list[int], list[str]]:
+    """The seeds, and the overrides that argparse took for such."""
+    seeds, overrides = without_overrides(words)
+    for seed in seeds:
+        if not seed.isdecimal():
+            raise UserError(f"{option}: {seed!r} is no seed, which is a whole number")
+    return [int(seed) for seed in seeds], overrides
+
+
 def _sweep(options: argparse.Namespace) -> int:
     from distill.studies.sweep import sweep
 
     only, late = without_overrides(options.only)
-    seeds, later = without_overrides(options.seeds)
-    for seed in seeds:
-        if not seed.isdecimal():
-            raise UserError(f"--seeds: {seed!r} is no seed, which is a whole number")
+    seeds, later = _seeds(options.seeds, "--seeds")
     print(
         sweep(
             options.study,
             [*options.overrides, *late, *later],
             only=only,
-            seeds=[int(seed) for seed in seeds],
+            seeds=seeds,
             out=options.out,
             dry_run=options.dry_run,
         )
@@ -237,14 +243,15 @@ def _teacher_layers(options: argparse.Namespace) -> int:
 def _policy_fit(options: argparse.Namespace) -> int:
     from distill.probing.policy_fit import fit
 
+    seeds, late = _seeds(options.seed, "--seed")
     print(
         fit(
             options.table,
             policy=options.policy,
-            options=options.overrides,
+            options=[*options.overrides, *late],
             steps=options.steps,
             batch=options.batch,
-            seeds=options.seed,
+            seeds=seeds,
             raw=options.raw,
             out=options.out,
         )

@@ -54,6 +54,8 @@ def dry_run(config: RunConfig) -> str:
         lines.append(
             f"# {arm}: {config.train.steps} steps of {seconds:.2f} s, about {_clock(estimate)}"
         )
+        del trainer
+        accelerator.free_memory()  # for the next arm
     lines.append(f"# in all about {_clock(total)}, evaluation not counted; nothing was trained")
     folder = Path(config.output) / config.name
     if folder.exists():
@@ -122,6 +124,8 @@ def teacher_layers(name: str, path: str, size: int | None) -> str:
     factory = resolve("teachers", name, "--name")
     with blame("teacher"):
         teacher = factory(embedded(path), layers=())
+        if not hasattr(teacher, "layer_table"):
+            raise UserError(f"--name: {name} is a teacher that does not list its layers")
         side = teacher.family.image_size if size is None else size
         if side is None:
             raise UserError(f"{path} does not say what size of images it takes; give --size")

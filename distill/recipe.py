@@ -230,7 +230,8 @@ def _child(node: Any, name: str, override: str) -> Any:
 def _first_problem(kind: type[Any], error: ValidationError) -> str:
     """One line for the first thing that is wrong: key, what it got, what would be right."""
     problem = error.errors(include_url=False)[0]
-    location = [part for part in problem["loc"] if part not in ("tuple[int, int]", "tuple")]
+    kinds = ("tuple[int, int]", "tuple", "int", "str")  # of a union's members, which are no keys
+    location = [part for part in problem["loc"] if part not in kinds]
     key = ".".join(str(part) for part in location)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         section, _, name = key.rpartition(".")

@@ -21,7 +21,7 @@ from distill.tracking import commit
 from distill.training.distiller import SMALL
 from rl_policy.baseline import ImageBaseline
 from rl_policy.options import create
-from rl_policy.protocol import TimestepPolicy
+from rl_policy.protocol import MixingPolicy, TimestepPolicy
 from rl_policy.summary import policy_summary
 from rl_policy.table import ReplayTable
 
@@ -64,17 +64,10 @@ def fit(
         rewards = ReplayTable.read(table)
     if rewards.images < 4:
         raise UserError(f"--table: {table} has {rewards.images} images; it takes 4 to have halves")
-    if min(seeds) < 0:
-        raise UserError(f"--seed: {min(seeds)} is negative; give 0 or more")
     given: dict[str, Any] = {}
     for option in options:
         apply_override(given, option)
     factory = resolve("policies", policy, "--policy")
-    if hasattr(factory, "mix"):
-        raise UserError(
-            f"--policy: {policy} mixes the features of all timesteps, and a table has the rewards "
-            "of one at a time; try it with `distill train`"
-        )
     timesteps = np.arange(rewards.bins) if rewards.timesteps is None else rewards.timesteps
     # A probe's table holds small images; their size has a meaning to a convolution alone
     size = SMALL if rewards.context_size == 3 * SMALL * SMALL else None
@@ -85,6 +78,11 @@ def fit(
         with blame("--policy"):
             facts = rewards.context_size, torch.from_numpy(timesteps), batch, seed
             built = create(factory, *facts, given, size)
+            if isinstance(built, MixingPolicy):
+                raise UserError(
+                    f"--policy: {policy} mixes the features of all timesteps, and a table has the "
+                    "rewards of one at a time; try it with `distill train`"
+                )
             train_policy(built, training, steps=steps, batch=batch, seed=seed, raw=raw)
         fitted.append(built.probabilities(torch.from_numpy(held_out.contexts)))
     figures = {

@@ -111,9 +111,14 @@ def recall_choices(run: FinishedRun, arm: str, config: RunConfig) -> Choices:
         config, student=dataclasses.replace(config.student, pretrained=False)
     )
     distiller = build_distiller(config, data.benchmark, data.size, None)
-    weights = {k: v for k, v in state["distiller"].items() if k.startswith("student.")}
+    inside = "student."
+    weights = {
+        name.removeprefix(inside): weight
+        for name, weight in state["distiller"].items()
+        if name.startswith(inside)
+    }
     try:
-        distiller.load_state_dict(weights)
+        distiller.student.load_state_dict(weights)
     except RuntimeError as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{checkpoint_path(run.folder, arm)}: another student: {line}") from error

@@ -103,7 +103,8 @@ class FeatureLoss(nn.Module):
             self.name, self.measure = measure, MEASURES[measure]
         else:
             self.measure = measure if isinstance(measure, Measure) else Measure(measure)
-            self.name = self.measure.function.__name__
+            function = self.measure.function
+            self.name = getattr(function, "__name__", type(function).__name__)
         self.options = _checked(options, self.name, self.measure.function)
         self.pooled = pooled
         if pooled and not self.measure.poolable:
@@ -199,15 +200,15 @@ def task_loss(logits: Tensor, targets: Tensor, ignore_index: int = 255) -> Tenso
     Args:
         logits: (B, C), or (B, C, h, w), which is resized to the masks.
         targets: Classes (B,) int64, masks (B, H, W) int64, or landmarks (B, K, 2) floating.
-        ignore_index: Mask value that does not count.
+        ignore_index: Class, or mask value, that does not count.
 
     Returns:
-        (B,) float32: of masks the mean over valid pixels, 0 if none is valid.
+        (B,) float32: of masks the mean over valid pixels; 0 if nothing is valid.
     """
     if targets.is_floating_point():
         return landmark_loss(logits, targets)
     if targets.ndim == 1:
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+        return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index, reduction="none")
     height, width = targets.shape[-2:]
     pixels = F.cross_entropy(
         resize_logits(logits, (height, width)), targets, ignore_index=ignore_index, reduction="none"

@@ -130,6 +130,8 @@ def policy_over(
             )
         except OptionError as error:
             raise UserError(f"policy.options.{error}") from error
+    if isinstance(built, MixingPolicy) and not mixes(config):
+        raise UserError(f"policy.name: {policy.name} mixes timesteps; name its class, MODULE:CLASS")
     if not policy.progress:
         return built
     if isinstance(built, MixingPolicy):

@@ -68,8 +68,10 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     validation = held_out
     if config.train.evaluate_every:
         validation = held_out_examples(config, data.benchmark, data.size, "val")
-    first = config.train.arms[0]  # built before there is a folder: its mistakes leave none behind
-    trainers = {first: _trainer(config, first, data, accelerator)}
+    results = {arm: folder / "checkpoints" / arm / "result.json" for arm in config.train.arms}
+    left = [arm for arm in config.train.arms if not (resume and results[arm].exists())]
+    # The first is built before there is a folder: its mistakes leave none behind.
+    trainers = {arm: _trainer(config, arm, data, accelerator) for arm in left[:1]}
     if accelerator.is_main_process:
         open_run_folder(folder, resume)
         checkpoint.write_text(written, to_yaml(config))
@@ -79,10 +81,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         _observe(trainer, log, validation)
 
     with stop_on_signals() as stop:
-        for arm in config.train.arms:
-            result = folder / "checkpoints" / arm / "result.json"
-            if resume and result.exists():
-                continue
+        for arm in left:
             trainer = trainers.pop(arm, None) or _trainer(config, arm, data, accelerator)
             path = checkpoint_path(folder, arm)
             path.parent.mkdir(parents=True, exist_ok=True)

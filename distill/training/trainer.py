@@ -68,13 +68,13 @@ class Trainer:
         self.teacher = None
         self.plan: Plan | None = None
         self.cache: FeatureCache | None = None
-        if config.teacher.labels and data.benchmark.task != "classification":
-            label = "a mask" if traits(data.benchmark).classes else "a set of points"
-            raise UserError(
-                f"teacher.labels: {label} is no class that a teacher could be told; leave it false "
-                f"for {data.benchmark.task}"
-            )
         if arm != "scratch":
+            if config.teacher.labels and data.benchmark.task != "classification":
+                label = "a mask" if traits(data.benchmark).classes else "a set of points"
+                raise UserError(
+                    f"teacher.labels: {label} is no class that a teacher could be told; leave it "
+                    f"false for {data.benchmark.task}"
+                )
             random_weights = config.seed if arm == "random_teacher" else None
             self.teacher = build_teacher(config, random_weights).to(device)
             image = torch.zeros(1, 3, *data.size, device=device)

@@ -197,6 +197,11 @@ def test_a_dry_run_of_a_teacher_counts_its_parameters(
     assert not (tmp_path / "runs").exists()
 
 
+def own_teacher(path: str, *, layers: tuple[str, ...]) -> object:
+    """As much of `teachers.protocol.Teacher` as is asked for."""
+    return object()
+
+
 def test_teacher_layers_are_a_table(
     teacher_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,3 +215,5 @@ def test_teacher_layers_are_a_table(
     assert rows["conv_in"][:2] == ["8", "1"]
     assert lines[-1] == "images of 32x32 px, timesteps 0 to 999"
     assert main(["teacher", "layers", str(teacher_folder), "--size", "33"]) == 2
+    assert main(["teacher", "layers", "x", "--name", f"{__name__}:own_teacher"]) == 2
+    assert "own_teacher is a teacher that does not list its layers" in capsys.readouterr().err

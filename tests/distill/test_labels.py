@@ -11,6 +11,7 @@ import torch
 from torchvision.utils import save_image
 
 from distill.build import build_accelerator, build_teacher, build_training_set
+from distill.cli import main
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.evaluation.scoring import held_out_examples
@@ -117,3 +118,5 @@ def test_a_class_that_the_teacher_has_not_is_refused(
 def test_masks_are_no_class_to_tell(recipe: Path, refuse: Refuse) -> None:
     line = refuse("train", recipe, "teacher.labels=true")
     assert line.startswith("teacher.labels: a mask is no class that a teacher could be told")
+    arms = "train.arms=[scratch]"  # where nobody is told anything
+    assert main(["train", str(recipe), "teacher.labels=true", arms, "--dry-run"]) == 0

@@ -179,6 +179,11 @@ def test_all_rewards_together_resume_to_the_bit(
     assert whole.figures.keys() >= {"reward", "reward/student_progress", "reward/label_free"}
 
 
+def soft(context_size: int, bins: int, batch: int, seed: int) -> SoftMix:
+    """A mixture, but no class that says so."""
+    return SoftMix(context_size, bins, batch, seed)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -192,6 +197,7 @@ def test_all_rewards_together_resume_to_the_bit(
         ),
         (["policy.name=soft_mix", FREE], "soft_mix follows the loss of the reward head"),
         (["policy.name=grid"], "policy.options.table must name the recorded rewards"),
+        ([f"policy.name={__name__}:soft"], "mixes timesteps; name its class, MODULE:CLASS"),
         (["policy.rewards={teacher_task: 0}"], "greater than 0"),
         (["policy.rewards={}"], "policy.rewards"),
     ],

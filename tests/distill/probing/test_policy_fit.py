@@ -228,7 +228,9 @@ def test_what_is_wrong_is_one_line(refuse: Refuse, planted: Path, tmp_path: Path
             "--policy: table: No such file",
         ),
         (["--table", planted, "--steps", "0"], "--steps and --batch: at least 1, not 0 and 64"),
-        (["--table", planted, "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--table", planted, "--seed", "x"], "--seed: 'x' is no seed, which is a whole number"),
+        (["--table", planted, "--seed", "-1"], "--seed: '-1' is no seed"),
+        (["--table", planted, "--seed", "0", "bins=3"], "--policy: bins is no option"),
         ([], "the following arguments are required: --table"),
     ):
         assert words in refuse("policy", "fit", *arguments), words

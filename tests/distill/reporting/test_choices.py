@@ -85,6 +85,17 @@ def test_a_finetuned_runs_policy_is_asked_about_the_student_it_chose_for(recipe:
     }
 
 
+def test_a_second_head_of_training_is_no_part_of_the_student_that_is_asked(recipe: Path) -> None:
+    second = [
+        "train.auxiliary=0.4",
+        "train.arms=[distilled]",
+        "student.head_layers=[layer3, layer4]",
+    ]
+    assert main(["train", str(recipe), *second]) == 0
+    run = read_run(recipe.parent / "runs" / "tiny")
+    assert recall_choices(run, "distilled", run.config).step == run.config.train.steps
+
+
 def test_other_images_are_refused(finished_run: Path) -> None:
     run = read_run(finished_run)
     data = dataclasses.replace(run.config.data, options={**run.config.data.options, "train": 17})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -136,6 +137,7 @@ def test_own_measure_is_taken_as_it_is(wrap):
         return (student - teacher).abs().amax(dim=(1, 2, 3))
 
     loss = FeatureLoss(wrap(largest), 1, 1, standardise=False)
+    FeatureLoss(wrap(partial(largest)), 1, 1)  # without a name
     student = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
     assert loss(student, torch.zeros(2, 1, 1, 1), T[:2]).tolist() == [1.0, 3.0]
 
@@ -176,6 +178,11 @@ def test_classification_loss_is_cross_entropy_an_image():
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
     loss = task_loss(logits, torch.tensor([0, 1]))
     assert loss.tolist() == pytest.approx([math.log(2), math.log(4)])
+
+
+def test_an_image_without_a_class_costs_nothing():
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
+    assert task_loss(logits, torch.tensor([255, 1])).tolist() == pytest.approx([0, math.log(4)])
 
 
 def test_segmentation_loss_is_the_mean_over_valid_pixels():
