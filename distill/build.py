@@ -222,6 +222,8 @@ def build_teacher(
         "random_weights": teacher.random_weights if random_weights is None else random_weights,
         "compile": teacher.compile,
     }
+    if "factory_of" in inspect.signature(factory).parameters:
+        given["factory_of"] = member_factory
     check_options(teacher.options, factory, "teacher.options", given)
     options = typed_options(teacher.options, factory, "teacher.options")
     try:
@@ -232,6 +234,24 @@ def build_teacher(
             raise
         raise UserError(f"teacher.options: {teacher.name} with {options}: {error}") from error
     return built
+
+
+def member_factory(name: str) -> Callable[..., Teacher]:
+    """What builds a teacher within another one, as `factory(path, **view, **options)`.
+
+    Raises:
+        ValueError: There is none of this name; whoever asks says for what it was.
+    """
+    try:
+        factory = resolve("teachers", name, "name")
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+    def build(path: str, **given: Any) -> Teacher:
+        built: Teacher = factory(embedded(path), **given)
+        return built
+
+    return build
 
 
 def embedded(path: str) -> str:

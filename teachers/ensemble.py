@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, NamedTuple, Self, Unpack
 
 import torch
@@ -20,17 +17,6 @@ from teachers.anatomy import LayerError
 from teachers.diffusion import Flops, View
 from teachers.noise import Randomness
 
-# The names of distill's registry, which this library cannot ask; a test holds them together.
-FACTORIES = MappingProxyType(
-    {
-        "diffusers_unet": "teachers.diffusers_unet:diffusers_unet",
-        "stable_diffusion": "teachers.stable_diffusion:stable_diffusion",
-        "flow": "teachers.flow:flow",
-        "dit": "teachers.dit:dit",
-        "guided_diffusion": "teachers.guided_diffusion:guided_diffusion",
-        "timm": "teachers.timm_model:timm_model",
-    }
-)
 OWN = ("image_size", "random_weights")  # what a member may see in its own way
 KEYS = ("name", "path", *OWN, "options")
 
@@ -45,6 +31,7 @@ class Part(NamedTuple):
 def ensemble(
     path: str,
     *,
+    factory_of: Callable[[str], Callable[..., Any]],
     members: Mapping[str, Mapping[str, Any]] | None = None,
     **view: Unpack[View],
 ) -> Ensemble:
@@ -62,8 +49,10 @@ def ensemble(
 
     Args:
         path: nothing; each member has its own.
-        members: name -> `name` (a teacher of this package, or module:attribute), `path`, and where
-            needed `image_size`, `random_weights` (otherwise the view's) and `options`, the rest.
+        factory_of: what builds a teacher of a name, as `factory(path, **view, **options)`; raises
+            ValueError where there is none.
+        members: name -> `name` (as in `teacher.name`), `path`, and where needed `image_size`,
+            `random_weights` (otherwise the view's) and `options`, the rest.
         view: of all members, see `teachers.diffusion.View`; layers are `member/layer`, or several
             with `+` between them, see `Ensemble.features`. Every member must be in one of them.
 
@@ -85,7 +74,7 @@ def ensemble(
             if not asked[name]:
                 raise ValueError("no layer is asked of it; leave it out")
             try:
-                built[name] = _build(member, {**view, "layers": list(asked[name])})
+                built[name] = _build(member, factory_of, {**view, "layers": list(asked[name])})
             except LayerError as error:
                 part = Part(name, error.layer)
                 whole = next(layer for layer, parts in layers.items() if part in parts)
@@ -195,12 +184,16 @@ def _parts(layer: str, members: Mapping[str, Any]) -> tuple[Part, ...]:
     return parts
 
 
-def _build(member: Mapping[str, Any], view: dict[str, Any]) -> Any:
+def _build(
+    member: Mapping[str, Any],
+    factory_of: Callable[[str], Callable[..., Any]],
+    view: dict[str, Any],
+) -> Any:
     """One member, by its own factory."""
     given = set(member) if isinstance(member, Mapping) else set()
     if not {"name", "path"} <= given <= set(KEYS):
         raise ValueError(f"{member!r} must hold name and path, and may hold {', '.join(KEYS[2:])}")
-    options, factory = member.get("options", {}), _factory(member["name"])
+    options, factory = member.get("options", {}), factory_of(member["name"])
     if twice := sorted(view.keys() & options):
         raise ValueError(f"option {twice[0]!r} is not one of a member's own")
     view |= {key: member[key] for key in OWN if key in member}
@@ -208,24 +201,6 @@ def _build(member: Mapping[str, Any], view: dict[str, Any]) -> Any:
         return factory(member["path"], **view, **options)
     except TypeError as error:
         raise ValueError(f"{member['name']} with options {options}: {error}") from error
-
-
-def _factory(name: str) -> Any:
-    """What a member's `name` stands for."""
-    target = name if ":" in name else FACTORIES.get(name)
-    if target is None:
-        hint = _nearest(name, FACTORIES)
-        raise ValueError(f"unknown teacher {name!r}; {hint} (or module:attribute)")
-    module, _, attribute = target.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise ValueError(f"{target!r} cannot be imported: {error}") from error
-
-
-def _nearest(name: str, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, choices, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
 
 
 @contextmanager

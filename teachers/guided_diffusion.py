@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import textwrap
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -131,14 +131,14 @@ def noise_schedule(schedule: Schedule, timesteps: int) -> NoiseSchedule:
         raise ValueError(f"schedule {schedule!r} is unknown; choose from linear, cosine")
     if timesteps < 20:
         raise ValueError(f"timesteps {timesteps} is too few; these schedules have 20 or more")
-    if schedule == "linear":
-        scale = 1000 / timesteps
-        betas = torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64)
-    else:  # Nichol & Dhariwal 2021, eq. 17, and beta clipped as there
-        fraction = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
-        alpha_bar = torch.cos((fraction + 0.008) / 1.008 * math.pi / 2).square()
-        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    return NoiseSchedule.variance_preserving((1 - betas).cumprod(0), "epsilon")
+    stretch = 1000 / timesteps
+    scheduler = DDPMScheduler(
+        num_train_timesteps=timesteps,
+        beta_start=1e-4 * stretch,
+        beta_end=0.02 * stretch,
+        beta_schedule="linear" if schedule == "linear" else "squaredcos_cap_v2",
+    )
+    return NoiseSchedule.from_scheduler(scheduler)
 
 
 def read(path: Path) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ as they do there: `input_blocks.7`, `middle_block`, `output_blocks.3`.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -121,7 +121,12 @@ class GuidedUNet(nn.Module):
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
         """Predict. x: (B, 3, H, W), times: (B,) -> (B, out_channels, H, W)."""
-        sinusoids = timestep_embedding(times, self.architecture.channels)
+        sinusoids = get_timestep_embedding(
+            times,
+            self.architecture.channels,
+            flip_sin_to_cos=True,  # cosines first
+            downscale_freq_shift=0,
+        )
         embedding = self.time_embed(sinusoids.to(x.dtype))
         skips = []
         for block in self.input_blocks:
@@ -132,14 +137,6 @@ class GuidedUNet(nn.Module):
             x = block(torch.cat([x, skips.pop()], dim=1), embedding)
         prediction: Tensor = self.out(x)
         return prediction
-
-
-def timestep_embedding(times: Tensor, channels: int) -> Tensor:
-    """Cosines, then sines, of geometrically falling frequencies. times: (B,) -> (B, channels)."""
-    half = channels // 2
-    frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=times.device))
-    angles = times.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class Block(nn.ModuleList):

@@ -22,6 +22,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from distill.build import member_factory
 from teachers.diffusers_unet import diffusers_unet
 from teachers.dit import dit
 from teachers.ensemble import ensemble
@@ -219,7 +220,7 @@ def build_ensemble(path: str, **view: Any) -> Any:
         "ddpm": {"name": "diffusers_unet", "path": f"{path}/unet"},
         "vit": {"name": "timm", "path": f"local-dir:{path}/vit"},
     }
-    return ensemble("", members=members, **view)
+    return ensemble("", members=members, factory_of=member_factory, **view)
 
 
 CASES = {

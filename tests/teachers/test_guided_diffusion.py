@@ -218,7 +218,8 @@ def test_linear_schedule_is_that_of_ddpm_at_1000_steps_and_stretched_at_others()
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     schedule = noise_schedule("linear", 1000)
     expected = (1 - betas).cumprod(0)
-    torch.testing.assert_close(schedule.alpha_bar(torch.arange(1000)), expected)
+    alpha_bar = schedule.alpha_bar(torch.arange(1000))
+    torch.testing.assert_close(alpha_bar, expected, rtol=1e-6, atol=1e-6)  # diffusers: float32
     short = noise_schedule("linear", 100).alpha_bar(torch.tensor([0, 98, 99]))
     assert short[0].item() == pytest.approx(1 - 0.001)  # ten of the long one's steps in one
     assert (short[2] / short[1]).item() == pytest.approx(1 - 0.2)
