@@ -37,15 +37,16 @@ class Tally:
         device: Where the counts are kept.
 
     Attributes:
-        matrix: `metrics.ConfusionMatrix`.
+        counter: `metrics.BoundaryMatrix` of masks, `metrics.ConfusionMatrix` of classes.
         each: How good each image's prediction is, in [0, 1], in order: pixel accuracy, or the
             probability of the true class; NaN where nothing is labelled.
     """
 
     def __init__(self, benchmark: Benchmark, device: torch.device | str) -> None:
         self.benchmark, self.device = benchmark, device
-        self.matrix = ConfusionMatrix(benchmark.num_classes, benchmark.ignore_index, device)
-        self.boundary = BoundaryMatrix(benchmark.num_classes, benchmark.ignore_index, device)
+        dense = benchmark.task == "segmentation"
+        kind: type[BoundaryMatrix | ConfusionMatrix] = BoundaryMatrix if dense else ConfusionMatrix
+        self.counter = kind(benchmark.num_classes, benchmark.ignore_index, device)
         self.each: list[Tensor] = []
 
     def update(self, logits: Tensor, guess: Tensor, truth: Tensor) -> None:
@@ -56,15 +57,20 @@ class Tally:
             guess: The class predicted, (), or classes (H, W).
             truth: Of the same shape.
         """
-        if truth.ndim:
+        if isinstance(self.counter, BoundaryMatrix):
             guess = guess.to(torch.uint8)  # small integers are counted several times faster
-            counts = self.boundary.update(guess, truth)
-            self.matrix.counts += counts
+            counts = self.counter.update(guess, truth)
             self.each.append(counts.diagonal().sum() / counts.sum())
         else:
-            self.matrix.update(guess, truth)
+            self.counter.update(guess, truth)
             known = truth != self.benchmark.ignore_index
             self.each.append(logits.softmax(0)[truth.where(known, 0)].where(known, math.nan))
+
+    @property
+    def confusion(self) -> Tensor:
+        """(C, C) int64, truth in rows, prediction in columns."""
+        counts = self.counter.counts
+        return counts.sum(2) if counts.ndim == 3 else counts
 
     def scores(self, total: Total = lambda counts: counts) -> dict[str, Any]:
         """Shares in [0, 1] over all that was counted.
@@ -80,7 +86,7 @@ class Tally:
         Raises:
             UserError: No pixel or image had a label.
         """
-        counts = total(self.matrix.counts)
+        counts = total(self.counter.counts)
         names = self.benchmark.class_names
         if counts.sum() == 0:
             name = self.benchmark.name
@@ -88,9 +94,9 @@ class Tally:
         if self.benchmark.task == "classification":
             of_images = classification_scores(counts)
             return {**of_images._asdict(), "accuracy": _by_name(names, of_images.accuracy)}
-        of_pixels = segmentation_scores(counts)._asdict()
+        of_pixels = segmentation_scores(counts.sum(2))._asdict()
         of_classes = _by_name(names, of_pixels.pop("iou"))
-        mean = boundary_iou(total(self.boundary.counts)).nanmean().item()
+        mean = boundary_iou(counts).nanmean().item()
         return {**of_pixels, "boundary_iou": mean, "iou": of_classes}
 
 

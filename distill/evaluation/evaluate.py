@@ -199,7 +199,7 @@ def _write_pictures(scored: Scored, out: Path) -> None:
     benchmark, tally = scored.benchmark, scored.tally
     if isinstance(tally, Tally):
         matrix = out.with_name(f"{out.stem}-confusion.png")
-        pictures.confusion(matrix, tally.matrix.counts, benchmark.class_names)
+        pictures.confusion(matrix, tally.confusion, benchmark.class_names)
     each = [float(value) for value in tally.each]
     known = [index for index, value in enumerate(each) if not math.isnan(value)]
     # Of classes it is told how much is right, of points how far they are off.
