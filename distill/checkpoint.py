@@ -49,8 +49,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way at all
         raise UserError(
-            f"{path} is truncated or not a checkpoint; delete it to go on from an older one, "
-            "or start a new run"
+            f"{path} is truncated or not a checkpoint; put a copy of it there, or start a new run"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} was not written by distill; name a file in a run's checkpoints/")

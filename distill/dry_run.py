@@ -123,13 +123,16 @@ def teacher_layers(name: str, path: str, size: int | None) -> str:
     """A table of a network's blocks: channels, reduction, share of a forward pass spent by then."""
     factory = resolve("teachers", name, "--name")
     with blame("teacher"):
-        teacher = factory(embedded(path), layers=())
+        sized = {} if size is None else {"image_size": size}
+        teacher = factory(embedded(path), layers=(), **sized)
         if not hasattr(teacher, "layer_table"):
             raise UserError(f"--name: {name} is a teacher that does not list its layers")
         side = teacher.family.image_size if size is None else size
         if side is None:
             raise UserError(f"{path} does not say what size of images it takes; give --size")
         table = teacher.layer_table(side)
+    if not table:
+        raise UserError(f"{path} has no blocks with the usual names; layers are its module names")
     width = max(len(row.name) for row in table)
     lines = [f"{'layer':{width}} {'channels':>8} {'reduction':>9} {'cost until here':>15}"]
     lines += [

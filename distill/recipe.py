@@ -134,10 +134,13 @@ class Difference(NamedTuple):
 def first_difference(
     before: RunConfig | TeacherTrainConfig, now: RunConfig | TeacherTrainConfig
 ) -> Difference | None:
-    """The first key in which two recipes differ, but for `device`; None if there is none."""
+    """The first key in which two recipes differ; None if there is none.
+
+    `device`, and how many files may be unreadable, change nothing of what a run computes.
+    """
     old, new = flat(to_tree(before)), flat(to_tree(now))
     for key in old | new:
-        if key != "device" and old.get(key) != new.get(key):
+        if key not in ("device", "data.options.skip") and old.get(key) != new.get(key):
             return Difference(key, old.get(key), new.get(key))
     return None
 

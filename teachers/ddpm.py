@@ -73,6 +73,11 @@ def load_pipeline(path: str, image_size: tuple[int, int]) -> tuple[UNet2DModel, 
             is none that a `DDPMScheduler` has.
     """
     family = PixelUNet(path)
+    if (channels := family.configs["unet"]["out_channels"]) != 3:
+        raise ValueError(
+            f"{path}: its UNet predicts {channels} channels; to be trained further it must be 3 "
+            "(no learned variance)"
+        )
     anatomy.check_image_size(image_size, family.multiple)
     unet = family.load(None)["network"]
     assert isinstance(unet, UNet2DModel)

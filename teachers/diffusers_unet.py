@@ -62,6 +62,7 @@ class PixelUNet:
             "scheduler": loading.without_bookkeeping(scheduler / "scheduler_config.json"),
         }
         self.multiple = 2 ** (len(config["block_out_channels"]) - 1)  # each level but one halves
+        self.coarsest = self.multiple
         self.image_size = config["sample_size"] and anatomy.height_width(config["sample_size"])
         self.classes = 0
 

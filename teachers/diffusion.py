@@ -37,6 +37,7 @@ class Family(Protocol):
         configs: all that decides the architecture and the noise, for the fingerprint.
         noise_schedule: what the timesteps index.
         multiple: both sides of an image must be multiples of it.
+        coarsest: reduction of its coarsest map.
         image_size: of the images that it was trained on, in pixels; None where nothing tells.
         classes: how many classes it has a condition for; 0 where labels play no part.
     """
@@ -45,6 +46,7 @@ class Family(Protocol):
     configs: Mapping[str, Any]
     noise_schedule: NoiseSchedule
     multiple: int
+    coarsest: int
     image_size: int | tuple[int, int] | None
     classes: int
 
@@ -158,7 +160,7 @@ class DiffusionTeacher:
             anatomy.check_image_size(self.image_size, family.multiple)
         if not layers:
             return
-        height, width = self.image_size or (2 * family.multiple, 2 * family.multiple)
+        height, width = self.image_size or (2 * family.coarsest, 2 * family.coarsest)
         traced = self._trace((height, width))
         asked = {name: anatomy.find_layer(name, traced) for name in layers}
         self.channels = {name: layer.shape[1] for name, layer in asked.items()}

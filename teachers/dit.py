@@ -78,6 +78,7 @@ class DiT:
         self.patch: int = self.config["patch_size"]
         reduction = latents.reduction(self.vae_config)
         self.multiple = reduction * self.patch
+        self.coarsest = self.multiple
         self.image_size = self.config["sample_size"] * reduction
 
     def build(self) -> nn.ModuleDict:

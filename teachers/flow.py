@@ -80,6 +80,7 @@ class FlowTransformer:
         }
         reduction = latents.reduction(self.vae_config)
         self.multiple = reduction * self.patch
+        self.coarsest = self.multiple
         self.image_size = None if self.is_flux else self.config["sample_size"] * reduction
         self.classes = 0
         self.text_length = TEXT_LENGTH[self.architecture]

@@ -28,6 +28,7 @@ def guided_diffusion(
     *,
     schedule: Schedule = "linear",
     timesteps: int = 1000,
+    rescale_timesteps: bool = False,
     head_channels: int = 64,
     heads: int | None = None,
     new_attention_order: bool = False,
@@ -43,7 +44,9 @@ def guided_diffusion(
         path: a state dict, `.safetensors`, or what `torch.save` wrote.
         schedule: `linear` (Ho et al. 2020), or `cosine` (Nichol & Dhariwal 2021), which OpenAI's
             64x64 models have.
-        timesteps: T; the network is told the index as it is.
+        timesteps: T; the network is told the index as it is, or
+        rescale_timesteps: as its share of T in thousandths (`--rescale_timesteps`), which improved
+            diffusion's training script, the origin of the 64x64 models, does where it is not told.
         head_channels: channels of an attention head (`--num_head_channels`), or
         heads: their number (`--num_heads`), 4 where the training script was given neither.
         new_attention_order: of the attention's channels (`--use_new_attention_order`).
@@ -53,12 +56,13 @@ def guided_diffusion(
     Raises:
         ValueError, OSError: see `DiffusionTeacher` and `GuidedDiffusion`.
     """
+    told = 1000 / timesteps if rescale_timesteps and timesteps else 1.0
     options = {
         "head_channels": head_channels,
         "heads": heads,
         "new_attention_order": new_attention_order,
     }
-    return DiffusionTeacher(GuidedDiffusion(path, schedule, timesteps, options), **view)
+    return DiffusionTeacher(GuidedDiffusion(path, schedule, timesteps, options, told), **view)
 
 
 class GuidedDiffusion:
@@ -67,6 +71,7 @@ class GuidedDiffusion:
     Args:
         path, schedule, timesteps: as `guided_diffusion`.
         options: those of its options that `Architecture` has.
+        told: what the network is told of timestep 1.
 
     Raises:
         OSError: no such file.
@@ -74,8 +79,14 @@ class GuidedDiffusion:
     """
 
     def __init__(
-        self, path: str, schedule: Schedule, timesteps: int, options: Mapping[str, Any]
+        self,
+        path: str,
+        schedule: Schedule,
+        timesteps: int,
+        options: Mapping[str, Any],
+        told: float = 1.0,
     ) -> None:
+        self.told = told
         self.path = Path(path).expanduser()
         self.name = self.path.stem
         self.noise_schedule = noise_schedule(schedule, timesteps)
@@ -90,8 +101,10 @@ class GuidedDiffusion:
             "architecture": dataclasses.asdict(self.architecture),
             "schedule": schedule,
             "timesteps": timesteps,
+            **({} if told == 1 else {"told": told}),
         }
         self.multiple = 2 ** (len(self.architecture.level_channels) - 1)
+        self.coarsest = self.multiple
         self.image_size: int | tuple[int, int] | None = None
         self.classes = 0
 
@@ -114,7 +127,7 @@ class GuidedDiffusion:
 
     def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
         """Run the UNet."""
-        return parts["network"](x, times)
+        return parts["network"](x, times * self.told)
 
     def feature_map(self, output: Any, x: Tensor) -> Any:
         """Maps already."""

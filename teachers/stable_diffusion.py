@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -96,7 +95,8 @@ class TextUNet:
         self.classes = len(self.prompts) - 1
         self.reduction = latents.reduction(self.vae_config)
         self.image_size = self.config["sample_size"] and self.config["sample_size"] * self.reduction
-        self.multiple = self.reduction * 2 ** (len(self.config["block_out_channels"]) - 1)
+        self.multiple = self.reduction  # the UNet itself takes latents of any size
+        self.coarsest = self.reduction * 2 ** (len(self.config["block_out_channels"]) - 1)
 
     def _check_config(self) -> None:
         where = self.root / "unet" / "config.json"
@@ -175,8 +175,8 @@ class TextUNet:
         if not isinstance(output, Tensor) or output.ndim != 3:
             return output
         height, width = x.shape[-2:]
-        shrink = max(1, math.isqrt(height * width // output.shape[1]))
-        grid = (height // shrink, width // shrink)
-        if math.prod(grid) != output.shape[1]:
+        while height * width > output.shape[1]:  # each level but the last one halves
+            height, width = (height + 1) // 2, (width + 1) // 2
+        if height * width != output.shape[1]:
             return output  # tokens of the text
-        return output.transpose(1, 2).reshape(len(output), -1, *grid)
+        return output.transpose(1, 2).reshape(len(output), -1, height, width)

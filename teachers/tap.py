@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class LastLayerReached(Exception):
@@ -34,6 +34,8 @@ class Tap:
         self._layers = tuple(layers)
         self._outputs: dict[str, Any] = {}
         self._running = False
+        # Such a module may write over the output of the layer before it.
+        self._copies = any(getattr(module, "inplace", False) for module in network.modules())
         for name in layers:
             network.get_submodule(name).register_forward_hook(self._keep(name, name == last))
 
@@ -55,5 +57,14 @@ class Tap:
                 self._outputs[name] = output
                 if last:
                     raise LastLayerReached
+                if self._copies:
+                    self._outputs[name] = _copied(output)
 
         return hook
+
+
+def _copied(output: Any) -> Any:
+    """A tensor's copy, or a tuple of copies; anything else as it is."""
+    if isinstance(output, tuple):
+        return tuple(map(_copied, output))
+    return output.clone() if isinstance(output, Tensor) else output

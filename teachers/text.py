@@ -61,7 +61,9 @@ def prompt_length(pipeline: Path, encoders: int) -> int:
                 "tokenizer.json"
             )
     config = loading.read_json(pipeline / "tokenizer" / "tokenizer_config.json")
-    return int(config.get("model_max_length", 77))
+    longest = loading.read_json(pipeline / "text_encoder" / "config.json")
+    # A tokenizer that knows no limit says so by an absurd one.
+    return int(min(config.get("model_max_length", 77), longest.get("max_position_embeddings", 77)))
 
 
 def embed(pipeline: Path, prompts: Sequence[str], encoders: int) -> Prompts:

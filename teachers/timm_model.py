@@ -95,6 +95,7 @@ class TimmModel:
         )
         self.classes = 0
         self.multiple = max(int(info["reduction"]) for info in network.feature_info)
+        self.coarsest = self.multiple
         self.prefix: int = getattr(network, "num_prefix_tokens", 0)
         self.channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
 

@@ -16,7 +16,7 @@ from distill.errors import UserError
 
 
 class UnlabelledImages(Dataset[tuple[Tensor, int]]):
-    """Image files, decoded when asked for. Items: image (3, H, W) uint8, `IGNORE_INDEX`.
+    """Image files, decoded when asked for, upright. Items: image (3, H, W) uint8, `IGNORE_INDEX`.
 
     Args:
         root: The folder that `names` are relative to.
@@ -42,7 +42,7 @@ class UnlabelledImages(Dataset[tuple[Tensor, int]]):
         while True:
             if not self._unreadable[index]:
                 try:
-                    return read_image(self.paths[index]), IGNORE_INDEX
+                    return read_image(self.paths[index], upright=True), IGNORE_INDEX
                 except UserError as error:
                     if self.skip is None:
                         raise
@@ -62,8 +62,8 @@ class UnlabelledImages(Dataset[tuple[Tensor, int]]):
             first = ", ".join(self.names[index] for index in bad[:3])
             raise UserError(
                 f"{next(iter(problems.values()))}; {len(bad)} of {len(self)} images are unreadable "
-                f"({first}{', ...' if len(bad) > 3 else ''}), where {limit} may be: mend or remove "
-                "them, or raise data.options.skip"
+                f"({first}{', ...' if len(bad) > 3 else ''}), where {limit} may be: mend them "
+                "(before a training begins, or remove them), or raise data.options.skip"
             )
         for problem in problems.values():
             notice(f"skipped {problem}")
@@ -110,6 +110,7 @@ class Images:
             path
             for path in folder.rglob("*")
             if path.suffix.lower() in IMAGE_SUFFIXES
+            and not path.is_dir()
             and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )
         if not paths:

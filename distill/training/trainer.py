@@ -82,6 +82,12 @@ class Trainer:
             with blame("data.size, or teacher.image_size"):  # a size that does not fit shows here
                 maps = self.teacher.features(image, first)
             if config.teacher.labels:
+                family = getattr(self.teacher, "family", None)
+                if family is not None and not family.classes:
+                    raise UserError(
+                        f"teacher.labels: {self.teacher.name} has no condition a class "
+                        "(stable_diffusion: teacher.options.class_prompts); leave it false"
+                    )
                 with blame("teacher.labels"):  # and here a class that it knows nothing of
                     last = first + data.benchmark.num_classes - 1
                     self.teacher.features(image, first, None, last)

@@ -60,9 +60,25 @@ def tones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ]
 
 
-def test_labels_are_shown_in_training_and_never_in_evaluation(load: Load, tones: list[str]) -> None:
+def teacher_of(classes: int) -> Callable[..., Any]:
+    """A teacher that has conditions, though this network makes nothing of them."""
+
+    def build(*arguments: Any) -> Any:
+        teacher: Any = build_teacher(*arguments)
+        teacher.family.classes = classes
+        return teacher
+
+    return build
+
+
+def test_labels_are_shown_in_training_and_never_in_evaluation(
+    load: Load, tones: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = load(*tones, "teacher.labels=true")
     data = build_training_set(config.data)
+    with pytest.raises(UserError, match=r"teacher\.labels: tiny has no condition a class"):
+        Trainer(config, "distilled", data, build_accelerator("cpu"))
+    monkeypatch.setattr("distill.training.trainer.build_teacher", teacher_of(classes=3))
     trainer = Trainer(config, "distilled", data, build_accelerator("cpu"))
     teacher: Any = trainer.teacher
     shown: list[list[int] | None] = []
@@ -104,13 +120,7 @@ def test_a_class_that_the_teacher_has_not_is_refused(
     load: Load, tones: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load(*tones, "teacher.labels=true")
-
-    def of_one_class(*arguments: Any) -> Any:
-        teacher: Any = build_teacher(*arguments)
-        teacher.family.classes = 1
-        return teacher
-
-    monkeypatch.setattr("distill.training.trainer.build_teacher", of_one_class)
+    monkeypatch.setattr("distill.training.trainer.build_teacher", teacher_of(classes=1))
     with pytest.raises(UserError, match=r"^teacher\.labels: label 1 is not one of the .* 0\.\.0$"):
         Trainer(config, "distilled", build_training_set(config.data), build_accelerator("cpu"))
 

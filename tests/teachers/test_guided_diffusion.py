@@ -244,6 +244,19 @@ def test_schedule_is_part_of_the_fingerprint(state, tmp_path):
     assert len(teachers[2].noise_schedule) == 500
 
 
+def test_a_rescaled_index_is_told_in_thousandths_of_the_schedule(state, tmp_path):
+    """As improved diffusion trained its models of 4,000 steps."""
+    images = torch.rand(2, 3, 16, 16)
+    plain = teacher_of(state, tmp_path, input="clean")
+    rescaled = teacher_of(state, tmp_path, input="clean", timesteps=4000, rescale_timesteps=True)
+    longer = teacher_of(state, tmp_path, input="clean", timesteps=4000)
+    at, four = torch.tensor([3, 500]), torch.tensor([12, 2000])
+    for name, feature in plain.features(images, at).items():
+        torch.testing.assert_close(rescaled.features(images, four)[name], feature)
+        assert not torch.allclose(longer.features(images, four)[name], feature)
+    assert longer.fingerprint != rescaled.fingerprint
+
+
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [

@@ -305,7 +305,17 @@ def test_other_kinds_of_unet_are_refused(copied: Any) -> None:
 
 def test_unknown_layer_and_image_that_does_not_divide_are_refused(paths: dict[str, str]) -> None:
     fails(paths["sd1"], ValueError, r"did you mean 'mid_block'\?", layers=("mid_blok",))
-    pattern = r"18x16 does not fit .* reduces by 4; 16x16 would do"
-    fails(paths["sd1"], ValueError, pattern, image_size=(18, 16))
+    pattern = r"17x16 does not fit .* reduces by 2; 16x16 would do"
+    fails(paths["sd1"], ValueError, pattern, image_size=(17, 16))
     with pytest.raises(ValueError, match=pattern):
-        build(paths["sd1"]).features(images(18, 16), TIMESTEPS)
+        build(paths["sd1"]).features(images(17, 16), TIMESTEPS)
+
+
+def test_any_size_will_do_that_the_autoencoder_divides(paths: dict[str, str]) -> None:
+    inside = "up_blocks.0.attentions.0.transformer_blocks.0"
+    teacher = build(paths["sd1"], layers=("mid_block", inside, "up_blocks.1"))
+    assert [teacher.reductions[name] for name in ("mid_block", "up_blocks.1")] == [4, 2]
+    maps = teacher.features(images(18, 22), TIMESTEPS, seeded())
+    shapes = [tuple(maps[name].shape[-2:]) for name in teacher.layers]
+    assert shapes == [(5, 6), tuple(maps[inside].shape[-2:]), (9, 11)]
+    assert shapes[1] in {(5, 6), (9, 11)}

@@ -43,6 +43,16 @@ def test_images_of_every_8_bit_mode_are_rgb(tmp_path: Path, mode: str) -> None:
     assert image.eq(255).all()
 
 
+def test_photographs_are_upright_and_folders_are_no_files(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "b.jpg").mkdir()
+    examples = Images(str(tmp_path), skip=0).dataset("train")
+    assert [tuple(image.shape) for image, _ in map(examples.__getitem__, [0])] == [(3, 8, 4)]
+    assert examples.names == ["a.jpg"]
+
+
 def test_what_is_no_image_is_named_at_the_start_and_the_next_takes_its_place(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,8 +99,8 @@ def test_too_many_that_are_no_images_stop_the_start_and_the_first_are_named(
     line = str(caught.value)
     assert line.startswith(f"{root / '2.png'}: does not decode (")
     assert line.endswith(
-        "; 5 of 10 images are unreadable (2.png, 3.png, 4.png, ...), where 4 may be: mend or "
-        "remove them, or raise data.options.skip"
+        "; 5 of 10 images are unreadable (2.png, 3.png, 4.png, ...), where 4 may be: mend "
+        "them (before a training begins, or remove them), or raise data.options.skip"
     )
     assert capsys.readouterr().err == ""
 
