@@ -15,7 +15,7 @@ class Teacher(Protocol):
     """A frozen network with one feature map per layer and timestep.
 
     It is in eval mode, has no gradients, and belongs to no `state_dict`: a checkpoint refers to it
-    by `name` and `fingerprint`.
+    by its `fingerprint`.
     """
 
     @property
@@ -45,7 +45,7 @@ class Teacher(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the features, apart from the layers asked for."""
+        """SHA-256 of weights and configs: of the network, not of how it is asked to look."""
         ...
 
     def features(

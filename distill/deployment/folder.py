@@ -50,7 +50,7 @@ class StudentCard:
     recipe: dict[str, Any]
     """The resolved recipe of the run."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Arm, step, teacher, seed, commit."""
+    """Arm, step, teacher, commit."""
     version: str = field(default_factory=lambda: _version())
 
 

@@ -46,7 +46,7 @@ class Cell(NamedTuple):
     temperature: float
     """Divides the outputs before the softmax; chosen together with the penalty."""
     effective_rank: float
-    """Of the training images' features, see `probe.effective_rank`."""
+    """Of the training images' features, see `linear_probe.effective_rank`."""
     rewards: Tensor
     """(R, N) float32: minus each val image's mean cross-entropy, for each draw of the noise; NaN
     for an image without a label."""

@@ -242,7 +242,7 @@ def policy(
         steps: (S,) training steps, ascending.
         history: (S, K) probability of each timestep bin at those steps.
         timesteps: (K,) the bins' timesteps.
-        noise_fraction: (K,) share of noise in x_t at each of them, sqrt(1 - alpha_bar), in [0, 1].
+        noise_fraction: (K,) share of noise in x_t at each of them, see `NoiseSchedule`, in [0, 1].
     """
     at, bins = np.asarray(steps, dtype=np.float64), np.asarray(timesteps)
     shares, noise = np.asarray(history, dtype=np.float64), np.asarray(noise_fraction)
