@@ -61,7 +61,8 @@ def augmentation(
     elif strength == "patch":
         steps.append(RandomPatch(size, patch_scale))
     if strength != "none":
-        steps.append(RandomMirror(mirrored) if mirrored else v2.RandomHorizontalFlip())
+        sides = bool(mirrored) or task == "landmarks"
+        steps.append(RandomMirror(mirrored) if sides else v2.RandomHorizontalFlip())
     if strength == "strong":
         steps.append(v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05))
     transform = v2.Compose(steps)

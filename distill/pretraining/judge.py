@@ -148,7 +148,13 @@ def _batches(
     patches = data.augment == "patch"
     sized = examples if patches else Resized(examples, size, masks=True)
     strength: Strength = "patch" if patches else "none"
-    change = augmentation(strength, benchmark.task, size, patch_scale=data.patch_scale)
+    change = augmentation(
+        strength,
+        benchmark.task,
+        size,
+        patch_scale=data.patch_scale,
+        mirrored=getattr(benchmark, "mirrored", ()),
+    )
     views = Augmented(sized, change)
     targets = getattr(examples, "targets", None)
     chosen = choose_labelled(len(examples), min(count, len(examples)), SEED, targets)
