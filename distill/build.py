@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -40,11 +40,6 @@ def build_accelerator(device: str) -> Accelerator:
     # Some parameters rest in some phases: projectors while fine-tuning, the head while distilling.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[unused])
-
-
-def autocast(device: torch.device, precision: Literal["bf16", "no"]) -> torch.autocast:
-    """The precision of a forward pass."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def build_benchmark(data: DataConfig) -> Benchmark:

@@ -20,7 +20,6 @@ from torchvision.utils import make_grid, save_image
 from distill import checkpoint, seeding
 from distill.build import (
     Unlabelled,
-    autocast,
     build_accelerator,
     build_benchmark,
     embedded,
@@ -29,6 +28,7 @@ from distill.build import (
 )
 from distill.data import StepSampler, fingerprint, loader
 from distill.errors import Interrupted, UserError, blame
+from distill.precision import autocast
 from distill.pretraining.card import teacher_card
 from distill.pretraining.config import DiffusionConfig, TeacherTrainConfig, UNetConfig
 from distill.pretraining.judge import judge_features, judge_losses

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill import seeding
-from distill.build import TrainingSet, autocast, build_distiller, build_teacher
+from distill.build import TrainingSet, build_distiller, build_teacher
 from distill.caching.cache import FeatureCache, Plan
 from distill.caching.plan import open_cache, plan_cache
 from distill.config import Arm, RunConfig
 from distill.deployment.folder import load_backbone
 from distill.errors import UserError, blame
+from distill.precision import autocast
 from distill.recipe import to_tree
 from distill.tasks import traits
 from distill.training.batch import Batch
