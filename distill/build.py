@@ -92,7 +92,12 @@ def typed_options(
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             message = problem["msg"][0].lower() + problem["msg"][1:]
-            raise UserError(f"{key}.{name}: {message}, got {value!r:.80}") from error
+            where, inner = f"{key}.{name}", value
+            for place in problem["loc"]:  # of a union it goes on with the type's name
+                if not isinstance(inner, Mapping) or place not in inner:
+                    break
+                where, inner = f"{where}.{place}", inner[place]
+            raise UserError(f"{where}: {message}, got {inner!r:.80}") from error
         except PydanticUserError:
             found[name] = value
     return found

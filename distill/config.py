@@ -91,7 +91,7 @@ class TeacherConfig:
     means to it (`class_prompts`). Evaluation never does."""
     random_weights: int | None = None
     """Seed of fresh random weights instead of the trained ones: the control."""
-    cache: str | None = None
+    cache: Annotated[str, Field(min_length=1)] | None = None
     """Folder that keeps the features of every image, flip and timestep, each computed once; needs
     `data.augment` flip or none. The noise of each is then fixed, and no target-noise floor is
     measured."""

@@ -12,13 +12,23 @@ from typing import Any, NamedTuple, Self, Unpack
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import TypedDict  # in place of typing's, which pydantic reads from 3.12 on
 
 from teachers.anatomy import LayerError
 from teachers.diffusion import Flops, View
 from teachers.noise import Randomness
 
-OWN = ("image_size", "random_weights")  # what a member may see in its own way
-KEYS = ("name", "path", *OWN, "options")
+OWN = ("image_size", "random_weights")  # otherwise the view's
+
+
+class Member(TypedDict, total=False):
+    """A teacher of an ensemble: `name` and `path`, and what it sees in its own way."""
+
+    name: str
+    path: str
+    image_size: int | tuple[int, int] | None
+    random_weights: int | None
+    options: dict[str, Any]
 
 
 class Part(NamedTuple):
@@ -32,7 +42,7 @@ def ensemble(
     path: str,
     *,
     factory_of: Callable[[str], Callable[..., Any]],
-    members: Mapping[str, Mapping[str, Any]] | None = None,
+    members: Mapping[str, Member] | None = None,
     **view: Unpack[View],
 ) -> Ensemble:
     """Teachers that look at the same images. In a recipe:
@@ -185,18 +195,19 @@ def _parts(layer: str, members: Mapping[str, Any]) -> tuple[Part, ...]:
 
 
 def _build(
-    member: Mapping[str, Any],
+    member: Member,
     factory_of: Callable[[str], Callable[..., Any]],
     view: dict[str, Any],
 ) -> Any:
     """One member, by its own factory."""
     given = set(member) if isinstance(member, Mapping) else set()
-    if not {"name", "path"} <= given <= set(KEYS):
-        raise ValueError(f"{member!r} must hold name and path, and may hold {', '.join(KEYS[2:])}")
+    needed, more = ("name", "path"), (*OWN, "options")
+    if not set(needed) <= given <= {*needed, *more}:
+        raise ValueError(f"{member!r} must hold name and path, and may hold {', '.join(more)}")
     options, factory = member.get("options", {}), factory_of(member["name"])
     if twice := sorted(view.keys() & options):
         raise ValueError(f"option {twice[0]!r} is not one of a member's own")
-    view |= {key: member[key] for key in OWN if key in member}
+    view |= {key: value for key, value in member.items() if key in OWN}
     try:
         return factory(member["path"], **view, **options)
     except TypeError as error:

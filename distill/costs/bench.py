@@ -75,7 +75,7 @@ def bench(
     """
     if batch < 2 or rounds < 1:
         raise UserError(f"bench: two images and one round at least, not {batch} and {rounds}")
-    if out is not None and Path(out).suffix == ".png":
+    if out is not None and (Path(out).suffix == ".png" or Path(out).is_dir()):
         raise UserError(f"--out: {out} is for the figures, such as bench.json; a chart lies beside")
     if out is not None and not Path(out).parent.is_dir():
         raise UserError(f"--out: there is no folder {Path(out).parent}")

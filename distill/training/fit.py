@@ -13,6 +13,7 @@ from distill.build import TrainingSet
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.tasks import blank_targets
+from distill.training.measures import MEASURES
 from distill.training.trainer import Trainer
 
 
@@ -88,6 +89,16 @@ def check_schedule(config: RunConfig, processes: int) -> None:
             f"train.batch: {train.batch} is too small: batch norm needs two images in every step "
             "and process" + (" and part" if train.accumulate > 1 else "")
         )
+    together = (
+        train.batch + (train.unlabelled_batch if config.data.unlabelled != 0 else 0)
+    ) // parts
+    for index, pair in enumerate(config.pairs if set(train.arms) != {"scratch"} else []):
+        measure = MEASURES.get(pair.loss)
+        if measure is not None and together < measure.smallest_batch:
+            raise UserError(
+                f"pairs.{index}.loss: {pair.loss} compares the images of a batch: it needs "
+                f"{measure.smallest_batch} or more in every process and part, not {together}"
+            )
 
 
 def with_batch(config: RunConfig, batch: int) -> RunConfig:

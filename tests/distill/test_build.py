@@ -18,7 +18,7 @@ from distill.errors import UserError
         ("folder", {"classes": "cat,dog"}, "data.options.classes: 'str' instances are not allowed"),
         ("folder", {"classes": [0, 1]}, "data.options.classes: input should be a valid string"),
         ("folder", {"num_classes": 2, "value_map": [0, 1]}, "data.options.value_map: input should"),
-        ("folder", {"num_classes": 2, "value_map": {255: 0.5}}, "data.options.value_map: input"),
+        ("folder", {"num_classes": 2, "value_map": {9: 0.5}}, "data.options.value_map.9: input"),
         ("folder", {"num_classes": 2, "split_seed": "a"}, "data.options.split_seed: input should"),
         ("shapes", {"size": "large"}, "data.options.size: input should be a valid integer"),
     ],

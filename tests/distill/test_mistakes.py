@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -65,6 +66,7 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
             "teacher={name: timm, path: test_vit, options: {kwargs: 5}}",
             "teacher.options.kwargs: input should be a valid dictionary, got 5",
         ),
+        ("teacher.cache=''", "teacher.cache: string should have at least 1 character"),
         ("teacher.name=os:sep", "teacher.name: 'os:sep' is no class and no function"),
         (
             "pairs.0.teacher=mid_blok",
@@ -110,6 +112,16 @@ def test_a_mistake_is_one_line_that_names_it(
     assert not (recipe.parent / "runs").exists()
 
 
+def test_a_batch_too_small_for_the_loss_is_named(recipe: Path, refuse: Refuse) -> None:
+    small = ["train.batch=2", "train.unlabelled_batch=0", "pairs.0.loss=rkd"]
+    line = refuse("train", recipe, *small)
+    assert line == (
+        "pairs.0.loss: rkd compares the images of a batch: it needs 3 or more in every process and "
+        "part, not 2"
+    )
+    assert not (recipe.parent / "runs").exists()
+
+
 def test_a_layer_that_a_member_of_an_ensemble_lacks_names_its_pair(
     recipe: Path, teacher_folder: Path, refuse: Refuse
 ) -> None:
@@ -124,13 +136,24 @@ def test_a_layer_that_a_member_of_an_ensemble_lacks_names_its_pair(
     assert line == ("pairs.0.teacher: member 'a': no layer 'mid_blok'; did you mean 'mid_block'?")
 
 
-def test_a_member_of_an_ensemble_that_is_no_section_is_one_line(
-    recipe: Path, refuse: Refuse
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("name: 5", "name: input should be a valid string, got 5"),
+        ("options: 5", "options: input should be a valid dictionary, got 5"),
+        ("random_weights: x", "random_weights: input should be a valid integer, "),
+        ("image_size: big", "image_size: input should be a valid integer, "),
+    ],
+)
+def test_what_a_member_of_an_ensemble_is_given_has_a_type(
+    recipe: Path, refuse: Refuse, wrong: str, words: str
 ) -> None:
-    members = "teacher.options={members: {a: {name: 5, path: here}}}"
-    ensemble = ["teacher.name=ensemble", "teacher.path=''", "pairs.0.teacher=a/mid_block"]
-    line = refuse("train", recipe, *ensemble, members)
-    assert line.startswith("teacher.options: ensemble with {'members': ")
+    member = {"name": "diffusers_unet", "path": "here"} | yaml.safe_load(wrong)
+    line = refuse(
+        *("train", recipe, "teacher.name=ensemble", "teacher.path=''"),
+        *(f"teacher.options={{members: {{a: {member}}}}}", "pairs.0.teacher=a/mid_block"),
+    )
+    assert line.startswith(f"teacher.options.members.a.{words}")
 
 
 def test_an_own_file_that_fails_says_why(
@@ -163,13 +186,6 @@ def test_a_teacher_that_leaves_float16_is_said_to(
     assert line in capsys.readouterr().err
     marks = (tmp_path / "cache" / "distilled" / "marks.bin").read_bytes()
     assert not any(marks)
-
-
-def test_a_batch_too_small_for_the_loss_is_named(recipe: Path, refuse: Refuse) -> None:
-    small = ["train.batch=2", "train.unlabelled_batch=0", "pairs.0.loss=rkd"]
-    assert "feature loss 'rkd' compares the images of a batch: it needs 3 or more, not 2" in refuse(
-        "train", recipe, *small
-    )
 
 
 def test_images_without_labels_are_no_benchmark_to_score(

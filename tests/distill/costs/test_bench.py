@@ -115,6 +115,7 @@ def test_the_network_is_the_published_one() -> None:
         (["--rounds", "0"], "bench: two images and one round at least, not 64 and 0"),
         (["--layer", "mid_blok"], "--layer: no layer 'mid_blok'; did you mean 'mid_block'?"),
         (["--out", "nowhere/at/all.json"], "--out: there is no folder nowhere/at"),
+        (["--out", "."], "--out: . is for the figures, such as bench.json"),
         (["--teacher", "nowhere/at/all"], "nowhere/at/all"),
     ],
 )
