@@ -20,6 +20,7 @@ from distill.benchmarks import IGNORE_INDEX, Benchmark, Examples
 from distill.config import DataConfig, PairConfig, RunConfig
 from distill.data import Augmented, InMemory, Resized, choose_labelled, fingerprint
 from distill.errors import UserError, blame, nearest
+from distill.recipe import problem_line
 from distill.registry import resolve
 from distill.tasks import traits
 from distill.training.distiller import Distiller, Match
@@ -91,13 +92,7 @@ def typed_options(
             found[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
-            message = problem["msg"][0].lower() + problem["msg"][1:]
-            where, inner = f"{key}.{name}", value
-            for place in problem["loc"]:  # of a union it goes on with the type's name
-                if not isinstance(inner, Mapping) or place not in inner:
-                    break
-                where, inner = f"{where}.{place}", inner[place]
-            raise UserError(f"{where}: {message}, got {inner!r:.80}") from error
+            raise UserError(problem_line(problem, f"{key}.{name}")) from error
         except PydanticUserError:
             found[name] = value
     return found

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from distill.config import RunConfig
 from distill.errors import UserError, nearest
@@ -233,17 +234,28 @@ def _child(node: Any, name: str, override: str) -> Any:
 def _first_problem(kind: type[Any], error: ValidationError) -> str:
     """One line for the first thing that is wrong: key, what it got, what would be right."""
     problem = error.errors(include_url=False)[0]
-    kinds = ("tuple[int, int]", "tuple", "int", "str")  # of a union's members, which are no keys
-    location = [part for part in problem["loc"] if part not in kinds]
-    key = ".".join(str(part) for part in location)
+    location = _location(problem)
+    key = ".".join(map(str, location))
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         section, _, name = key.rpartition(".")
         known = _keys(kind, location[:-1])
         return f"unknown key {key!r}; {nearest(name, known, section and f'{section}.')}"
+    return problem_line(problem)
+
+
+def problem_line(problem: ErrorDetails, below: str = "") -> str:
+    """What pydantic found wrong: the key, of the section `below`, and what it got."""
+    key = ".".join(filter(None, [below, *map(str, _location(problem))]))
     if problem["type"] in ("missing", "missing_argument"):
         return f"{key} is missing"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{key}: {message}, got {problem['input']!r:.80}"
+
+
+def _location(problem: ErrorDetails) -> list[int | str]:
+    """Keys and indices, without the names of a union's members."""
+    kinds = ("tuple[int, int]", "tuple", "int", "str")
+    return [part for part in problem["loc"] if part not in kinds]
 
 
 def _keys(kind: type[Any], location: Sequence[int | str]) -> list[str]:

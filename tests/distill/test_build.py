@@ -16,7 +16,7 @@ from distill.errors import UserError
     ("benchmark", "options", "told"),
     [
         ("folder", {"classes": "cat,dog"}, "data.options.classes: 'str' instances are not allowed"),
-        ("folder", {"classes": [0, 1]}, "data.options.classes: input should be a valid string"),
+        ("folder", {"classes": [0, 1]}, "data.options.classes.0: input should be a valid"),
         ("folder", {"num_classes": 2, "value_map": [0, 1]}, "data.options.value_map: input should"),
         ("folder", {"num_classes": 2, "value_map": {9: 0.5}}, "data.options.value_map.9: input"),
         ("folder", {"num_classes": 2, "split_seed": "a"}, "data.options.split_seed: input should"),

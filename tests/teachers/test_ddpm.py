@@ -123,6 +123,20 @@ def test_saved_pipeline_loads_in_diffusers_and_as_a_teacher(tmp_path, images):
     assert teacher.features(images, torch.arange(4), seeded())["mid_block"].shape == (4, 16, 8, 8)
 
 
+def test_a_learned_variance_is_not_trained_further(tmp_path):
+    unet = UNet2DModel(
+        sample_size=16,
+        out_channels=6,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "improved")
+    with pytest.raises(ValueError, match=r"predicts 6 channels; .* \(no learned variance\)"):
+        ddpm.load_pipeline(str(tmp_path / "improved"), (16, 16))
+
+
 def test_the_memory_format_of_training_is_not_saved(tmp_path):
     unet = tiny_unet().to(memory_format=torch.channels_last)
     ddpm.save_pipeline(unet, DDPMScheduler(), tmp_path / "teacher")

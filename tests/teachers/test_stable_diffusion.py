@@ -280,6 +280,15 @@ def test_missing_transformers_names_the_extra(
     fails(paths["sd1"], ValueError, r"not installed; pip install 'diffusion-distill\[text\]'")
 
 
+def test_a_tokenizer_without_a_limit_reads_what_its_encoder_reads(
+    paths: dict[str, str], copied: Any
+) -> None:
+    folder = copied("sd1")
+    edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=int(1e30))
+    assert same(features(build(folder)), features(build(paths["sd1"])))
+    fails(folder, ValueError, r"has 14 tokens, .* reads 11", prompt="abcdefabcdef")
+
+
 def test_prompts_that_are_none_are_refused(paths: dict[str, str]) -> None:
     path = paths["sd1"]
     fails(path, ValueError, r"class_prompts \[\] must be a list with a prompt", class_prompts=[])

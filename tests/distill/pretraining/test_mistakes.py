@@ -113,6 +113,18 @@ def test_damaged_images_are_skipped_up_to_a_limit(
     assert skipped[0].startswith(f"distill: skipped {damaged}: does not decode (")
 
 
+def test_a_teacher_stopped_by_damaged_images_goes_on_with_a_higher_limit(
+    recipe: Path, tmp_path: Path, refuse: Refuse
+) -> None:
+    photos(tmp_path)
+    damaged = tmp_path / "photos" / "deep" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:1500])
+    data = f"data={{benchmark: images, root: {tmp_path / 'photos'}, size: 32}}"
+    command = ["teacher", "train", recipe, "steps=2", "samples=0", data]
+    assert "raise data.options.skip" in refuse(*command)
+    assert main([*map(str, command), "data.options.skip=0.4", "--resume"]) == 0
+
+
 # Values that are not finite
 
 
