@@ -70,7 +70,11 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         validation = held_out_examples(config, data.benchmark, data.size, "val")
     results = {arm: folder / "checkpoints" / arm / "result.json" for arm in config.train.arms}
     left = [arm for arm in config.train.arms if not (resume and results[arm].exists())]
-    # The first is built before there is a folder: its mistakes leave none behind.
+    # The first is built before there is a folder: its mistakes leave none behind. So are, one at a
+    # time, those whose feature caches may be stale or find no room.
+    for arm in left[1:] if config.teacher.cache is not None else []:
+        _trainer(config, arm, data, accelerator)
+        accelerator.free_memory()
     trainers = {arm: _trainer(config, arm, data, accelerator) for arm in left[:1]}
     if accelerator.is_main_process:
         open_run_folder(folder, resume)
@@ -83,6 +87,8 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     with stop_on_signals() as stop:
         for arm in left:
             trainer = trainers.pop(arm, None) or _trainer(config, arm, data, accelerator)
+            if trainer.cache is not None and accelerator.is_main_process:
+                print(f"{arm}: {trainer.cache}", file=sys.stderr)
             path = checkpoint_path(folder, arm)
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume and path.exists():
@@ -108,8 +114,6 @@ def _trainer(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accele
     trainer = Trainer(config, arm, data, accelerator)
     with accelerator.main_process_first():  # one makes the folder, the others find it
         trainer.open_cache()
-    if trainer.cache is not None and accelerator.is_main_process:
-        print(f"{arm}: {trainer.cache}", file=sys.stderr)
     return trainer
 
 

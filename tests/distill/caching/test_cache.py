@@ -187,6 +187,18 @@ def test_a_stale_cache_is_refused(
     assert not (recipe.parent / "runs").exists()
 
 
+def test_a_stale_cache_of_a_later_arm_is_refused_before_the_first_is_trained(
+    recipe: Path, cached: list[str], tmp_path: Path, refuse: Refuse
+) -> None:
+    both = [*cached, "train.arms=[distilled,random_teacher]"]
+    later = tmp_path / "cache" / "random_teacher0"
+    later.mkdir(parents=True)
+    (later / "manifest.json").write_text("{}")
+    line = refuse("train", recipe, *both)
+    assert line.startswith(f"teacher.cache: {later} is of other features (")
+    assert not (recipe.parent / "runs").exists()
+
+
 def test_an_image_that_was_replaced_is_refused(
     load: Load, cached: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
