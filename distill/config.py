@@ -186,7 +186,8 @@ class PolicyConfig:
     name: str = "a2c"
     """A name of `distill list policies`, or `module:attribute`."""
     context: Literal["student", "image"] = "student"
-    """What it sees of an image: the student's pooled feature, or the image itself, small."""
+    """What it sees of an image: the deepest of the student's maps in `pairs`, pooled, or the image
+    itself, small."""
     image_size: Annotated[int, Field(ge=1, le=64)] = 8
     """Side in px of the image that it sees with `context: image`; 8 as in the table of `distill
     probe`."""

@@ -47,7 +47,9 @@ class GaussianBandit:
     def posterior(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation (K,) float64 of each bin's mean reward, on the standardised scale."""
         precision = self.counts + 1 / self.prior**2
-        scale = (self.reward_scale.variance + 1e-8).rsqrt()
+        # On any scale: the floor is what float32 rewards of that mean lose to rounding.
+        mean, variance = self.reward_scale.mean, self.reward_scale.variance
+        scale = (variance + 1e-14 * mean.square() + 1e-30).rsqrt()
         standardised = (self.sums - self.counts * self.reward_scale.mean) * scale
         return standardised / precision, precision.rsqrt()
 

@@ -95,9 +95,11 @@ class TimestepEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
 
         Raises:
             gymnasium.error.ResetNeeded: the image has had its choice; `reset` draws the next.
+            gymnasium.error.InvalidAction: there is no such bin.
         """
         if self._image is None:
             raise gymnasium.error.ResetNeeded("an episode is one step long: call reset() first")
+        _check_bins(np.asarray(action)[None], 1, self.source.bins)
         image, self._image = self._image, None
         reward = self.source.earn(np.array([image]), np.array([action]))[0]
         return self._context.copy(), float(reward), True, False, {"image": image}
@@ -139,9 +141,11 @@ class TimestepVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArra
 
         Raises:
             gymnasium.error.ResetNeeded: there was no `reset` yet.
+            gymnasium.error.InvalidAction: they are not B bins.
         """
         if self._images is None:
             raise gymnasium.error.ResetNeeded("call reset() first")
+        _check_bins(np.asarray(actions), self.num_envs, self.source.bins)
         rewards = self.source.earn(self._images, np.asarray(actions))
         ended, images = self._contexts, self._images
         contexts, info = self.reset()
@@ -153,3 +157,11 @@ class TimestepVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArra
             "_final_info": over,
         }
         return contexts, rewards, over, np.zeros_like(over), info
+
+
+def _check_bins(actions: NDArray[Any], count: int, bins: int) -> None:
+    whole = np.issubdtype(actions.dtype, np.integer)
+    if not whole or actions.shape != (count,) or (actions < 0).any() or (actions >= bins).any():
+        raise gymnasium.error.InvalidAction(
+            f"an action is a whole number from 0 to {bins - 1}, {count} at a time, not {actions}"
+        )

@@ -246,9 +246,11 @@ def verdict(figures: dict[str, Any]) -> str:
             "which one is best depends on the image"
         )
     if room["low"] <= 0:
+        by_image = figures["oracle"] - figures["best_fixed"]["reward"]
         return (
             f"no head-room: the best fixed timestep, t={t}, earns {_signed(room)} more than "
-            f"uniform, which may be chance; the policy has "
+            "uniform, which may be chance; the best for each image, chance included, earns "
+            f"{by_image:.4f} more; the policy has "
             f"{figures['mean']['effective_arms']:.1f} effective arms of {len(figures['timesteps'])}"
             f"{worse}"
         )

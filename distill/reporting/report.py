@@ -26,7 +26,7 @@ from distill.reporting.training import cost, losses
 from distill.studies.comparison import FinishedRun, Group, group_runs, read_run
 from distill.tasks import TASKS
 from distill.training.distiller import SMALL
-from distill.training.policies import mixes
+from distill.training.policies import mixes, reward_layer
 from rl_policy.table import ReplayTable
 
 NO_PROBE = (
@@ -168,10 +168,11 @@ def _regret(groups: Sequence[Group], probe: Probe | None) -> Section:
         section.blocks.append(Text("A probe of the teacher tells classes; here there are none."))
         return section
     if probe is None:
-        run = groups[0].first.folder
+        run, layer = groups[0].first.folder, reward_layer(groups[0].first.config)
+        out = f"{run}-probe"
         commands = [
-            ["distill", "probe", str(run / "config.yaml"), "--out", f"{run}-probe"],
-            ["distill", "report", str(run), "--probe", f"{run}-probe"],
+            [*("distill", "probe", str(run / "config.yaml"), "--layers", layer), "--out", out],
+            ["distill", "report", str(run), "--probe", out],
         ]
         section.blocks += [Text(NO_PROBE), Code("Commands", "\n".join(map(shlex.join, commands)))]
         return section
@@ -191,7 +192,8 @@ def _regret(groups: Sequence[Group], probe: Probe | None) -> Section:
             section.blocks.append(Text(f"The policy cannot be tried on the table: {error}."))
             continue
         section.blocks += blocks
-        section.findings.append(said_of(groups, group, f"on the probe's table: {finding}"))
+        if _probed_layer(probe) == reward_layer(group.first.config):
+            section.findings.append(said_of(groups, group, f"on the probe's table: {finding}"))
     return section
 
 
@@ -256,6 +258,12 @@ def _sees_the_table(run: FinishedRun) -> bool:
     return policy.context == "image" and policy.image_size == SMALL
 
 
+def _probed_layer(probe: Probe) -> str | None:
+    """The layer whose rewards the table holds."""
+    layer: str | None = probe.figures.get("best", {}).get("layer")
+    return layer
+
+
 def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
     """Where the probe is not of quite what the policy was rewarded for."""
     assert run.taught is not None
@@ -275,8 +283,7 @@ def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
             f"The policy was rewarded for {' and '.join(rewards)}, the table has teacher_task "
             "alone: it is no yardstick for this policy."
         )
-    layer = run.config.policy.reward_layer or run.config.pairs[0].teacher
-    probed = probe.figures.get("best", {}).get("layer")
+    layer, probed = reward_layer(run.config), _probed_layer(probe)
     if probed != layer:
         said.append(f"The table is of layer {probed}, the policy was rewarded for {layer}.")
     tree = to_tree(run.config)
@@ -290,7 +297,7 @@ def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
 
 def _honest(probe: Probe) -> list[Block]:
     """The probe's own head-room, which tells an honest oracle from chance."""
-    layer = probe.figures.get("best", {}).get("layer")
+    layer = _probed_layer(probe)
     room = probe.figures.get("head_room", {}).get(layer)
     if not room:
         return []

@@ -92,7 +92,8 @@ class Distiller(nn.Module):
         label_free: The same for clusters in place of labels, for `label_free`.
         reward_layer: Which map that is.
         auxiliary: Second head, on the last but one of the maps that the student's head reads.
-        context: What the policy sees: the student's last map, pooled, or the small image.
+        context: What the policy sees: the last matched map of the student, pooled, or the small
+            image.
         image_size: Side in px of that image.
         feature_weight: Weight of the feature loss beside the task loss.
         auxiliary_weight: The same of the second head's task loss (Zhao et al. 2017, section 3.3).
@@ -201,7 +202,7 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def _pooled(self, maps: Mapping[str, Tensor]) -> Tensor:
-        """The student's pooled feature, (B, D)."""
+        """The last matched map of the student, pooled, (B, D)."""
         return maps[self.student.layers[-1]].float().mean(dim=(2, 3))
 
     def _rewards(

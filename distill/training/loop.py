@@ -14,7 +14,7 @@ from distill.data import Augmented, StepSampler, Tagged, loader
 from distill.errors import Interrupted, blame
 from distill.tracking import Progress, RunLog, StopSignal, memory, stop_of_any
 from distill.training.batch import Batch
-from distill.training.clock import Clock, untimed
+from distill.training.clock import untimed
 from distill.training.distiller import Losses
 from distill.training.trainer import Trainer
 from rl_policy.summary import policy_summary
@@ -39,8 +39,8 @@ def train_arm(
         observe: Called every `evaluate_every` steps, and after the last.
 
     Returns:
-        Share of the time by part of a step (`Clock`), in every `TIMED`-th step since this start;
-        empty if there were fewer.
+        Share of the time by part of a step (`Clock`), in every `TIMED`-th step; empty if there were
+        fewer.
 
     Raises:
         Interrupted: The user stopped it; the checkpoint is written.
@@ -52,11 +52,10 @@ def train_arm(
     # A short run that ends with labels alone shows its policy all the same.
     taught = train.steps - train.finetune_steps
     shown = {train.steps, taught}
-    parts = Clock(trainer.accelerator.device)
     with Progress(trainer.arm, train.steps, trainer.step, show=main) as progress:
         while trainer.step < train.steps:
             began = time.monotonic()
-            trainer.clock = parts if trainer.step % TIMED == TIMED - 1 else untimed
+            trainer.clock = trainer.parts if trainer.step % TIMED == TIMED - 1 else untimed
             with trainer.clock("data"):
                 batch = next(stream)
             waited = time.monotonic() - began
@@ -85,8 +84,8 @@ def train_arm(
     if log:
         log.close()
     trainer.accelerator.wait_for_everyone()
-    total = sum(parts.seconds.values())
-    return {part: seconds / total for part, seconds in parts.seconds.items()}
+    seconds = trainer.parts.seconds
+    return {part: taken / sum(seconds.values()) for part, taken in seconds.items()}
 
 
 def checkpoint_path(folder: Path, arm: str) -> Path:

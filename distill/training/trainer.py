@@ -25,7 +25,7 @@ from distill.precision import autocast
 from distill.recipe import to_tree
 from distill.tasks import traits
 from distill.training.batch import Batch
-from distill.training.clock import Timed, untimed
+from distill.training.clock import Clock, Timed, untimed
 from distill.training.distiller import Losses, merge
 from distill.training.feedback import Feedback
 from distill.training.floor import NoiseFloor, distinct
@@ -59,6 +59,7 @@ class Trainer:
         images: How many images the student has seen, over all processes.
         looked: How many the teacher has, every draw of the noise, timestep of a mixture and
             measurement of the floor counted; none where features came from the cache.
+        parts: Seconds by part of a step, of the steps that were timed.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Trainer:
         self.floor = NoiseFloor(distinct(names, losses), len(self.timesteps))
         self.step, self.images, self.looked, self.seconds = 0, 0, 0, 0.0
         self.clock: Timed = untimed
+        self.parts = Clock(device)
         self.figures: dict[str, float] = {}
         self._late: Late | None = None
 
@@ -345,6 +347,7 @@ class Trainer:
             "images": self.images,
             "looked": self.looked,
             "seconds": self.seconds,
+            "parts": dict(self.parts.seconds),
             "distiller": self.distiller.state_dict(),
             "average": self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -369,6 +372,7 @@ class Trainer:
             self.floor.load_state_dict(state["floor"])
             self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
             self.looked = state.get("looked", 0)  # older checkpoints have not counted
+            self.parts.seconds.update(state.get("parts", {}))
         except (RuntimeError, ValueError, KeyError) as error:
             line = " ".join(str(error).split())
             raise UserError(

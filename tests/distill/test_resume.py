@@ -21,6 +21,7 @@ from distill.cli import main
 from distill.config import RunConfig
 from distill.recipe import load_config
 from distill.tracking import read_metrics
+from distill.training import loop
 from distill.training.loop import checkpoint_path
 from distill.training.trainer import Trainer
 
@@ -89,6 +90,21 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     assert not (run / "summary.json").exists()
     assert main(["train", str(recipe), "--resume"]) == 0
     assert_same_end(run, finished_run)
+
+
+def test_the_times_of_the_parts_are_those_of_the_whole_run(
+    recipe: Path, interrupt: Interrupter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "TIMED", 2)  # the second and the fourth step
+    changes = ["train.arms=[distilled]", "train.finetune_steps=2"]
+    interrupt("distilled", 3)
+    assert main(["train", str(recipe), *changes]) == 130
+    monkeypatch.undo()
+    assert main(["train", str(recipe), *changes, "--resume"]) == 0
+    result = recipe.parent / "runs" / "tiny" / "checkpoints" / "distilled" / "result.json"
+    parts = json.loads(result.read_text())["parts"]
+    assert {"teacher", "policy", "student"} <= parts.keys()  # none is asked after step 3
+    assert sum(parts.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("policy", ["ppo", "reinforce"])

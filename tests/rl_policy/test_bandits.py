@@ -35,6 +35,21 @@ def test_a_large_offset_of_the_rewards_changes_nothing() -> None:
     torch.testing.assert_close(plain.posterior(), far.posterior())
 
 
+@pytest.mark.parametrize("scale", [1e6, 1e-6])
+def test_the_scale_of_the_rewards_changes_nothing(scale: float) -> None:
+    plain, scaled = (UCB(2, 3, 4, 0) for _ in range(2))
+    for factor, policy in ((1.0, plain), (scale, scaled)):
+        see(policy, [0, 0, 1], [factor * x for x in (1.0, 3.0, 5.0)])
+    torch.testing.assert_close(plain.posterior(), scaled.posterior(), rtol=1e-5, atol=0)
+
+
+def test_equal_rewards_tell_nothing() -> None:
+    policy = Thompson(2, 3, 4, 0)
+    for _ in range(50):
+        see(policy, [0, 0, 1, 2], [-2.3] * 4)
+    assert policy.posterior()[0].abs().max() < 1e-3
+
+
 def test_thompson_chooses_a_bin_as_often_as_a_sample_of_it_is_the_largest() -> None:
     policy = Thompson(2, 4, 4, 0)
     see(policy, [0, 0, 1, 1, 1, 1, 2], [0.0, 1.0, 0.5, 0.6, 0.7, 0.4, -1.0])

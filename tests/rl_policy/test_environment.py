@@ -56,6 +56,21 @@ def test_environment_passes_the_check_of_stable_baselines3(table: ReplayTable) -
     stable_baselines3.common.env_checker.check_env(TimestepEnv(table))
 
 
+@pytest.mark.parametrize("action", [-1, BINS, 0.5])
+def test_an_action_that_is_no_bin_is_refused(table: ReplayTable, action: float) -> None:
+    environment = TimestepEnv(table)
+    environment.reset(seed=0)
+    with pytest.raises(gymnasium.error.InvalidAction, match="whole number from 0 to 4, 1 at"):
+        environment.step(np.asarray(action))  # type: ignore[arg-type]
+
+
+def test_a_batch_of_environments_wants_an_action_each(table: ReplayTable) -> None:
+    environments = gymnasium.make_vec(ENVIRONMENT_ID, num_envs=4, source=table)
+    environments.reset(seed=0)
+    with pytest.raises(gymnasium.error.InvalidAction, match="from 0 to 4, 4 at a time, not"):
+        environments.step(np.array([0]))
+
+
 def test_replay_gives_the_table_and_ends_after_one_step(table: ReplayTable) -> None:
     environment = TimestepEnv(table)
     context, info = environment.reset(seed=4)

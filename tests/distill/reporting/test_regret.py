@@ -71,7 +71,7 @@ def test_regret_is_that_of_the_late_policy_on_the_probes_table(run: Path, tmp_pa
 def test_a_mixture_of_timesteps_is_not_judged_by_the_rewards_of_single_ones(
     tmp_path: Path,
 ) -> None:
-    write_probe(tmp_path)
+    write_probe(tmp_path, best={"layer": "up_blocks.1"})
     runs = [taught(f"policy.name={name}") for name in ("a2c", "soft_mix")]
     groups = [Group(run.config.policy.name, (run,)) for run in runs]
     probe = report._read_probe(str(tmp_path), groups)
@@ -82,6 +82,14 @@ def test_a_mixture_of_timesteps_is_not_judged_by_the_rewards_of_single_ones(
     )
     assert sum(isinstance(block, Table) for block in section.blocks) == 1
     assert [about for about, _ in section.findings] == ["a2c"]
+
+
+def test_of_a_table_of_another_layer_no_finding_is_made(tmp_path: Path) -> None:
+    write_probe(tmp_path)  # of mid_block; the policy is rewarded for up_blocks.1
+    groups = [Group("", (taught("policy.name=a2c"),))]
+    section = report._regret(groups, report._read_probe(str(tmp_path), groups))
+    assert sum(isinstance(block, Table) for block in section.blocks) == 1
+    assert section.findings == []
 
 
 def test_a_probe_with_other_settings_is_told_and_of_other_images_refused(tmp_path: Path) -> None:
