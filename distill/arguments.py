@@ -26,7 +26,8 @@ EXAMPLES = """examples:
 """
 SUBJECT = (
     "a run folder or an exported student; timm:NAME, timm:NAME:scratch or timm:NAME:WEIGHTS; "
-    "teacher:PATH,layers=LAYER+LAYER,timestep=T,family=NAME"
+    "teacher:PATH,layers=LAYER+LAYER,timestep=T,family=NAME; layers= for the others too; with "
+    "--protocol own FILE.onnx or FILE.pt2"
 )
 
 

@@ -274,7 +274,8 @@ class TrainConfig:
     """Steps between two measurements of the target-noise floor, each one more look of the teacher
     at the batch; 0 for none."""
     evaluate_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between two evaluations on the validation split; 0 for only after the last step."""
+    """Steps between two evaluations on the validation split; 0 for none. After the last step
+    `evaluate.split` is scored."""
     checkpoint_every: Count = 100
     """Steps between two checkpoints."""
 

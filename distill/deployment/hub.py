@@ -59,7 +59,7 @@ weights.
 """
 HEAD = """
 The segmentation head lies beside it in `head.safetensors`; with diffusion-distill,
-`distill.deployment.folder.load_student(FOLDER)` returns backbone and head together, and
+`student, card = distill.deployment.folder.load_student(FOLDER)` gives backbone and head, and
 `distill predict FOLDER IMAGE --out DIR` writes masks."""
 
 
