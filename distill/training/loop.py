@@ -84,8 +84,8 @@ def train_arm(
     if log:
         log.close()
     trainer.accelerator.wait_for_everyone()
-    seconds = trainer.parts.seconds
-    return {part: taken / sum(seconds.values()) for part, taken in seconds.items()}
+    total = sum(trainer.parts.seconds.values())
+    return {part: seconds / total for part, seconds in trainer.parts.seconds.items()}
 
 
 def checkpoint_path(folder: Path, arm: str) -> Path:

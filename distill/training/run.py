@@ -72,9 +72,10 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     left = [arm for arm in config.train.arms if not (resume and results[arm].exists())]
     # The first is built before there is a folder: its mistakes leave none behind. So are, one at a
     # time, those whose feature caches may be stale or find no room.
-    for arm in left[1:] if config.teacher.cache is not None else []:
-        _trainer(config, arm, data, accelerator)
-        accelerator.free_memory()
+    for arm in left[1:]:
+        if config.teacher.cache is not None and arm != "scratch":
+            _trainer(config, arm, data, accelerator)
+            accelerator.free_memory()
     trainers = {arm: _trainer(config, arm, data, accelerator) for arm in left[:1]}
     if accelerator.is_main_process:
         open_run_folder(folder, resume)
