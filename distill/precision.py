@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+
+from teachers.arithmetic import FAST_ON_CPU, Replaced
 
 LONG = 512
 """Keys from which attention trains faster in bfloat16 than in float32 on a CPU with AMX."""
+HEAVY = 8
+"""Weights for each number of the input from which a convolution trains faster as a product."""
 
 
 @contextmanager
 def autocast(device: torch.device, precision: Literal["bf16", "no"]) -> Iterator[None]:
-    """Forward passes compute in `precision` under it; on a CPU short attention in float32."""
+    """Forward passes compute in `precision` under it; on a CPU, where torch is slow, otherwise."""
     low = precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16, enabled=low):
         if low and device.type == "cpu":
-            with _ShortAttention():
+            with Replaced(INSTEAD):
                 yield
         else:
             yield
-
-
-class _ShortAttention(TorchFunctionMode):
-    """Attention over few keys in float32 where gradients are asked for.
-
-    On a CPU torch's backward pass in bfloat16 takes longer, with few channels a head several times.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is F.scaled_dot_product_attention and torch.is_grad_enabled():
-            func = _attention
-        return func(*args, **(kwargs or {}))
 
 
 def _attention(
@@ -53,11 +39,46 @@ def _attention(
     *args: Any,
     **kw: Any,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`; masks, whose type is the query's, are left to it."""
-    if attn_mask is not None or key.shape[-2] >= LONG:
+    """`F.scaled_dot_product_attention`, over few keys in float32 where gradients are asked for.
+
+    torch's backward pass in bfloat16 takes longer, with few channels a head several times. Masks,
+    whose type is the query's, are left to it.
+    """
+    if attn_mask is not None or key.shape[-2] >= LONG or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kw)
     with torch.autocast("cpu", enabled=False):
         wide = F.scaled_dot_product_attention(
             query.float(), key.float(), value.float(), None, *args, **kw
         )
     return wide.to(query.dtype)
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`F.conv2d`; of small maps the product of unfolded positions with the weights.
+
+    There torch spends most of the time on the order of the weights, in its backward pass above all.
+    """
+    light = weight.numel() < HEAVY * x.numel() or not torch.is_grad_enabled()
+    dilated = max(to_2tuple(dilation)) > 1
+    if light or dilated or x.ndim < 4 or isinstance(padding, str) or groups > 1:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    (high, wide), (down, across), steps = weight.shape[2:], to_2tuple(padding), to_2tuple(stride)
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, across, across, down, down))
+    windows = padded.unfold(1, high, steps[0]).unfold(2, wide, steps[1])  # (B, H, W, C, h, w)
+    positions = windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+    return F.linear(positions, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
+
+
+INSTEAD: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    **FAST_ON_CPU,
+    F.scaled_dot_product_attention: _attention,
+    F.conv2d: _convolution,
+}

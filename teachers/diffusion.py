@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, Self, TypedDict, get_args
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from teachers import anatomy, loading
 from teachers.anatomy import LayerInfo
+from teachers.arithmetic import FAST_ON_CPU, Replaced
 from teachers.noise import NoiseSchedule, Randomness, draw_noise
 from teachers.tap import Tap
 
@@ -174,8 +176,8 @@ class DiffusionTeacher:
         self._weights_hash = loading.weights_hash(self.parts)
         self.dtype = dtype
         # oneDNN and cuDNN convolve 16-bit floats fastest in channels_last; float32 gains nothing
-        low = dtype in LOW_PRECISION
-        self.memory_format = torch.channels_last if low else torch.contiguous_format
+        self._low = dtype in LOW_PRECISION
+        self.memory_format = torch.channels_last if self._low else torch.contiguous_format
         with loading.quiet():
             self.parts.to(dtype=dtype).to(memory_format=self.memory_format)
         self.parts.eval().requires_grad_(False)
@@ -230,7 +232,9 @@ class DiffusionTeacher:
         times = self.noise_schedule.network_times(timesteps).to(images.device)
         labels = self._labels(labels, images.device)
         # the student's autocast must not reach in: this network computes in its own dtype
-        with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
+        kind = images.device.type
+        fast = Replaced(FAST_ON_CPU) if kind == "cpu" and self._low else nullcontext()
+        with torch.inference_mode(), torch.autocast(kind, enabled=False), fast:
             x = self.family.encode(self.parts, 2 * images - 1)
             maps = self._forward(self._noised(x, timesteps, generator), times, labels)
             for draw in range(1, self.draws):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.precision import LONG, autocast
+from distill.precision import HEAVY, LONG, autocast
 
 CPU = torch.device("cpu")
 
@@ -56,3 +56,52 @@ def test_without_low_precision_nothing_is_changed() -> None:
 
     with autocast(CPU, "no"):
         assert (x @ x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 2, 0), (3, (2, 1), (0, 1))]
+)
+def test_convolutions_of_small_maps_are_products(
+    kernel: int, stride: int, padding: int | tuple[int, int]
+) -> None:
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 256, 3, 4, generator=draws, requires_grad=True)
+    weight = 0.1 * torch.randn(256, 256, kernel, kernel, generator=draws)
+    bias = torch.randn(256, generator=draws)
+    assert weight.numel() >= HEAVY * x.numel()
+    inputs = [x, weight.requires_grad_(), bias.requires_grad_()]
+
+    exact = F.conv2d(*inputs, stride=stride, padding=padding)
+    slope = torch.randn(exact.shape, generator=draws)
+    theirs = torch.autograd.grad(exact, inputs, slope)
+    with autocast(CPU, "bf16"):
+        trained = F.conv2d(*inputs, stride=stride, padding=padding)
+    mine = torch.autograd.grad(trained, inputs, slope.bfloat16())
+
+    assert trained.dtype == torch.bfloat16
+    assert trained.is_contiguous(memory_format=torch.channels_last)
+    assert trained.grad_fn is not None
+    assert "Convolution" not in trained.grad_fn.name()
+    assert (trained - exact).norm() < 1e-2 * exact.norm()
+    for ours, true in zip(mine, theirs, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - true).norm() < 1e-2 * true.norm()
+
+
+@pytest.mark.parametrize("case", ["large map", "groups", "dilation", "same", "looked at"])
+def test_other_convolutions_are_left_to_torch(case: str) -> None:
+    x = torch.randn(1, 32, *((16, 16) if case == "large map" else (2, 2)))
+    groups, dilation = 32 if case == "groups" else 1, 2 if case == "dilation" else 1
+    padding = "same" if case == "same" else dilation
+    weight = torch.randn(32 * 32, 32 // groups, 3, 3, requires_grad=case != "looked at")
+
+    def convolved() -> Tensor:
+        return F.conv2d(x, weight, None, 1, padding, dilation, groups)
+
+    with torch.set_grad_enabled(case != "looked at"):
+        with autocast(CPU, "bf16"):
+            mine = convolved()
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = convolved()
+
+    assert torch.equal(mine, theirs)
