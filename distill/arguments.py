@@ -210,6 +210,11 @@ def _sweep(verbs: Verbs) -> None:
         "--out", metavar="FOLDER", help="where the results go (default: the folder of its runs)"
     )
     sweep.add_argument(
+        "--keep",
+        metavar="JSON",
+        help="results of this study from elsewhere: take their scores over, train the rest",
+    )
+    sweep.add_argument(
         "--dry-run",
         action="store_true",
         help="check every arm with one batch, estimate the cost; train nothing",

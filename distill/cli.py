@@ -160,6 +160,7 @@ def _sweep(options: argparse.Namespace) -> int:
             only=only,
             seeds=seeds,
             out=options.out,
+            keep=options.keep,
             dry_run=options.dry_run,
         )
     )

@@ -20,7 +20,10 @@ from distill.training.loop import checkpoint_path
 
 
 class Score(NamedTuple):
-    """What one arm of a finished run came to, its seconds of training, and those of all arms."""
+    """What one arm of a finished run came to, its seconds of training, and those of all arms.
+
+    Of one that was kept, commits and hardware are those of all its arm's seeds together.
+    """
 
     benchmark: str
     split: str
@@ -28,9 +31,12 @@ class Score(NamedTuple):
     value: float
     seconds: float
     images_per_second: float
-    commit: str
-    hardware: str
+    commits: tuple[str, ...]
+    hardware: tuple[str, ...]
     run_seconds: float
+
+
+Scores = dict[Cell, Score]
 
 
 def finished(run: RunConfig) -> bool:
@@ -38,17 +44,54 @@ def finished(run: RunConfig) -> bool:
     return (run_folder(run) / "summary.json").is_file()
 
 
-def read_scores(study: Study) -> dict[Cell, Score]:
-    """The scores of all finished runs, in the study's order.
+def read_scores(study: Study, kept: Scores) -> Scores:
+    """The scores of all finished runs, in the study's order; `kept` ones where there is no run.
 
     Raises:
         UserError: A file of a finished run is missing or damaged.
     """
-    return {
-        cell: _read_score(run_folder(run), study.takes[cell.arm])
-        for cell, run in study.cells.items()
-        if finished(run)
-    }
+    scores = {}
+    for cell, run in study.cells.items():
+        if finished(run):
+            scores[cell] = _read_score(run_folder(run), study.takes[cell.arm])
+        elif cell in kept:
+            scores[cell] = kept[cell]
+    return scores
+
+
+def kept_scores(study: Study, file: str) -> Scores:
+    """The scores in NAME.json of an earlier sweep of the study, here or on another machine.
+
+    Raises:
+        UserError: It is none, or its arms or the study had other settings.
+    """
+    try:
+        results = json.loads(Path(file).read_text())
+        about = results["benchmark"], results["split"], results["metric"]
+        before = {"the study": results["overrides"]}
+        scores = {}
+        for arm, row in results["arms"].items():
+            before[f"arm {arm}"] = [row["take"], *row["overrides"]]
+            commits, hardware = tuple(row["commits"]), tuple(row["hardware"])
+            columns = (row["seeds"], row["values"], row["seconds"], row["images_per_second"])
+            for seed, value, seconds, rate in zip(*columns, strict=True):
+                scores[Cell(arm, seed)] = Score(
+                    *about, value, seconds, rate, commits, hardware, run_seconds=seconds
+                )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--keep: {file} is no JSON of a sweep ({' '.join(str(error).split())}); name the "
+            f"{study.config.name}.json that one wrote"
+        ) from error
+    now = {"the study": study.config.overrides}
+    now |= {f"arm {arm.name}": [study.takes[arm.name], *arm.overrides] for arm in study.config.arms}
+    for place, overrides in before.items():
+        if place in now and now[place] != overrides:
+            raise UserError(
+                f"--keep: {file} is of other settings: {place} had {overrides}, and has "
+                f"{now[place]} in {study.path}"
+            )
+    return scores
 
 
 def _read_score(folder: Path, arm: Arm) -> Score:
@@ -63,8 +106,8 @@ def _read_score(folder: Path, arm: Arm) -> Score:
             result["scores"][metric],
             result["seconds"],
             result["images_per_second"],
-            result["commit"],
-            result["hardware"],
+            (result["commit"],),
+            (result["hardware"],),
             summary["wall_seconds"],
         )
     except (OSError, ValueError, KeyError) as error:
@@ -74,13 +117,13 @@ def _read_score(folder: Path, arm: Arm) -> Score:
         ) from error
 
 
-def write_results(study: Study, folder: Path) -> str:
-    """Write NAME.json, NAME.md and NAME.png of a study with one finished run or more.
+def write_results(study: Study, folder: Path, scores: Scores) -> str:
+    """Write NAME.json, NAME.md and NAME.png of a study with one score or more.
 
     Returns:
         The table, as it stands in NAME.md.
     """
-    results = study_results(study)
+    results = study_results(study, scores)
     table = markdown(results)
     name = study.config.name
     checkpoint.write_text(folder / f"{name}.json", json.dumps(results, indent=2) + "\n")
@@ -108,14 +151,15 @@ def _draw(path: Path, results: Mapping[str, Any]) -> None:
     )
 
 
-def study_results(study: Study) -> dict[str, Any]:
-    """All that is known: a row of every arm that has a finished run. Scores are in [0, 1].
+def study_results(study: Study, scores: Scores) -> dict[str, Any]:
+    """All that is known: a row of every arm that has a score. Scores are in [0, 1].
 
     A mean has a 95% interval (`low`, `high`), null where it is of one seed alone.
     """
-    scores = read_scores(study)
     first = next(iter(scores.values()))
-    runs = {run_folder(run): finished(run) for run in study.cells.values()}
+    runs = {run_folder(run): True for run in study.cells.values()}
+    for cell, run in study.cells.items():
+        runs[run_folder(run)] &= cell in scores
     rows = {arm: _row(study, arm, scores, first.metric) for arm in study.takes if _of(scores, arm)}
     return {
         "study": study.config.name,
@@ -129,7 +173,7 @@ def study_results(study: Study) -> dict[str, Any]:
         "overrides": study.config.overrides,
         "runs": {"finished": sum(runs.values()), "planned": len(runs)},
         "arms": rows,
-        "commits": _distinct(score.commit for score in scores.values()),
+        "commits": _distinct(score.commits for score in scores.values()),
         "hardware": _distinct(score.hardware for score in scores.values()),
     }
 
@@ -161,13 +205,13 @@ def _row(study: Study, arm: str, scores: Mapping[Cell, Score], metric: str) -> d
     return row | {
         "seconds": [score.seconds for score in own.values()],
         "images_per_second": [score.images_per_second for score in own.values()],
-        "commits": _distinct(score.commit for score in own.values()),
+        "commits": _distinct(score.commits for score in own.values()),
         "hardware": _distinct(score.hardware for score in own.values()),
     }
 
 
-def _distinct(words: Iterable[str]) -> list[str]:
-    return sorted(set(words))
+def _distinct(words: Iterable[Sequence[str]]) -> list[str]:
+    return sorted({word for some in words for word in some})
 
 
 def markdown(results: Mapping[str, Any]) -> str:

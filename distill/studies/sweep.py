@@ -14,7 +14,7 @@ from distill.config import RunConfig
 from distill.dry_run import training_seconds
 from distill.errors import Interrupted, UserError
 from distill.recipe import first_difference, load_config
-from distill.studies.results import finished, read_scores, write_results
+from distill.studies.results import Scores, kept_scores, read_scores, write_results
 from distill.studies.study import Cell, Study, load_study, run_folder
 from distill.training.fit import with_batch
 from distill.training.run import run
@@ -27,6 +27,7 @@ def sweep(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
     out: str | None = None,
+    keep: str | None = None,
     dry_run: bool = False,
 ) -> str:
     """Train what a study has not trained yet, and write its results after every run.
@@ -40,6 +41,8 @@ def sweep(
         seeds: Train these seeds alone.
         out: Folder of the results, which are those of all finished runs of the study; by default
             that of its runs.
+        keep: JSON of an earlier sweep of the study, whose scores are taken over where there is no
+            run, and are not trained again.
         dry_run: Check everything and train nothing.
 
     Returns:
@@ -55,11 +58,13 @@ def sweep(
     if build_accelerator(next(iter(study.cells.values())).device).num_processes > 1:
         raise UserError("sweep trains in one process; start it without torchrun")
     _check_folders(study)
-    runs = _distinct(study, chosen)
-    todo = [cell for cell in runs if not finished(study.cells[cell])]
+    kept = kept_scores(study, keep) if keep else {}
+    scores = read_scores(study, kept)
+    runs = _distinct(study, sorted(chosen, key=lambda cell: cell in scores))
+    todo = [cell for cell in runs if cell not in scores]
     tried = _try_recipes(study, todo)
     if dry_run:
-        return _plan(study, chosen, runs, tried)
+        return _plan(study, chosen, runs, tried, scores)
     folder = Path(out) if out else study.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +73,7 @@ def sweep(
     failed = []
     for place, cell in enumerate(todo):
         number = len(runs) - len(todo) + place + 1
-        left = _time_left(study, todo[place:], tried)
+        left = _time_left(todo[place:], tried, scores)
         line = f"{study.config.name}: run {number} of {len(runs)}, {study.cells[cell].name}"
         print(f"{line}, ETA {left}", file=sys.stderr, flush=True)
         try:
@@ -77,13 +82,14 @@ def sweep(
             print(f"distill: {error}; going on with the other runs", file=sys.stderr, flush=True)
             failed.append(str(error))
         else:
-            write_results(study, folder)
+            scores = read_scores(study, kept)
+            write_results(study, folder, scores)
     if failed:
         raise UserError(
             f"study {study.path}: {len(failed)} of {len(todo)} runs failed, the others are done: "
             + "; ".join(failed)
         )
-    table = write_results(study, folder)
+    table = write_results(study, folder, scores)
     return f"{table}\n\nwritten to {folder / study.config.name}.{{json,md,png}}"
 
 
@@ -137,25 +143,29 @@ def _try_recipes(study: Study, cells: Iterable[Cell]) -> dict[str, float]:
     return seconds
 
 
-def _seconds(study: Study, tried: Mapping[str, float]) -> dict[str, float]:
+def _seconds(tried: Mapping[str, float], scores: Scores) -> dict[str, float]:
     """Seconds of a run, by arm: what its other seeds took, or else what the trial said."""
     took: dict[str, list[float]] = {}
-    for cell, score in read_scores(study).items():
+    for cell, score in scores.items():
         took.setdefault(cell.arm, []).append(score.run_seconds)
     return {**tried, **{arm: statistics.mean(seconds) for arm, seconds in took.items()}}
 
 
-def _time_left(study: Study, todo: Iterable[Cell], tried: Mapping[str, float]) -> str:
-    seconds = _seconds(study, tried)
+def _time_left(todo: Iterable[Cell], tried: Mapping[str, float], scores: Scores) -> str:
+    seconds = _seconds(tried, scores)
     left: str = tqdm.format_interval(sum(seconds[cell.arm] for cell in todo))
     return left
 
 
 def _plan(
-    study: Study, chosen: Sequence[Cell], runs: Sequence[Cell], tried: Mapping[str, float]
+    study: Study,
+    chosen: Sequence[Cell],
+    runs: Sequence[Cell],
+    tried: Mapping[str, float],
+    scores: Scores,
 ) -> str:
     """What would be trained, arm by arm."""
-    seconds = _seconds(study, tried)
+    seconds = _seconds(tried, scores)
     lines = [
         "| arm | scored | seeds | to train | seconds a run | overrides |",
         "|---|---|---|---|---|---|",
@@ -165,16 +175,16 @@ def _plan(
         own = [cell for cell in runs if cell.arm == arm.name]
         cells = [
             *(arm.name, study.takes[arm.name], " ".join(str(cell.seed) for cell in mine)),
-            _to_train(study, mine, runs),
+            _to_train(study, mine, runs, scores),
             f"{seconds[arm.name]:.0f}" if own else "",
             ", ".join(f"`{override}`" for override in arm.overrides),
         ]
         if mine:
             lines.append(f"| {' | '.join(cells)} |")
-    todo = [cell for cell in runs if not finished(study.cells[cell])]
+    todo = [cell for cell in runs if cell not in scores]
     told = f"{len(runs) - len(todo)} of {len(runs)} runs are done"
     if todo:
-        left = _time_left(study, todo, tried)
+        left = _time_left(todo, tried, scores)
         told += (
             f"; the other {len(todo)} would be trained below {study.folder}, in about {left} "
             "altogether, evaluation not counted"
@@ -182,9 +192,9 @@ def _plan(
     return "\n".join([*lines, "", f"{told}; nothing was trained"])
 
 
-def _to_train(study: Study, cells: Sequence[Cell], runs: Sequence[Cell]) -> str:
+def _to_train(study: Study, cells: Sequence[Cell], runs: Sequence[Cell], scores: Scores) -> str:
     """What is left of an arm's cells: runs, those of other arms, or nothing."""
-    left = [cell for cell in cells if not finished(study.cells[cell])]
+    left = [cell for cell in cells if cell not in scores]
     if not left:
         return "done"
     if own := [cell for cell in left if cell in runs]:

@@ -23,7 +23,7 @@ from distill.errors import UserError
 from distill.evaluation.landmarks import LandmarkTally, heat_maps, landmark_loss, peaks
 from distill.evaluation.metrics import in_points, worth
 from distill.studies.comparison import gains
-from distill.studies.results import markdown, study_results
+from distill.studies.results import markdown, read_scores, study_results
 from distill.studies.study import Cell, load_study, run_folder
 from distill.training.losses import task_loss
 from tests.distill.benchmarks import faces
@@ -321,7 +321,7 @@ def test_a_study_counts_a_lower_error_as_gain(run: Path, tmp_path: Path) -> None
         result = copy / "checkpoints/distilled/result.json"
         content = json.loads(result.read_text()) | {"scores": {"nme": 0.25}}
         result.write_text(json.dumps(content))
-    table = markdown(study_results(study))
+    table = markdown(study_results(study, read_scores(study, {})))
     assert table.startswith("NME in points (lower is better) on wflw test: means over seeds")
     row = next(line for line in table.splitlines() if line.startswith("| distilled |"))
     assert row.split(" | ")[1:3] == ["25.0, 25.0", "25.0 (25.0 to 25.0)"]

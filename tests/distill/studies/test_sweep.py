@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 
 from distill import checkpoint
 from distill.cli import main
-from distill.studies.results import markdown, study_results, write_results
+from distill.studies.results import markdown, read_scores, study_results, write_results
 from distill.studies.study import Cell, Study, load_study, run_folder
 from distill.training.loop import checkpoint_path
 
@@ -126,7 +127,7 @@ def test_results_have_paired_gains_with_intervals(write: Write, tmp_path: Path) 
     study = load_study(write(seeds=[0, 1, 2]), ["policy.bins=3"])
     scores = {("scratch", 0): 0.50, ("scratch", 1): 0.60, ("a2c", 0): 0.52, ("a2c", 1): 0.64}
     fake_runs(study, scores | {("a2c", 2): 0.7, ("uniform", 0): 0.51})
-    results = study_results(study)
+    results = study_results(study, read_scores(study, {}))
     a2c = results["arms"]["a2c"]
     assert a2c["values"] == [0.52, 0.64, 0.7]
     assert a2c["miou"]["mean"] == pytest.approx(0.62)
@@ -149,7 +150,7 @@ def test_results_have_paired_gains_with_intervals(write: Write, tmp_path: Path) 
     assert "7, 1 unfinished" in table
     assert "* uniform: `policy.name=uniform`" in table
     assert "all have the same labelled images, so that the intervals leave out" in table
-    assert write_results(study, tmp_path) == table
+    assert write_results(study, tmp_path, read_scores(study, {})) == table
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -159,7 +160,7 @@ def test_rows_of_another_commit_than_a_baseline_are_marked(write: Write) -> None
     path = checkpoint_path(run_folder(study.cells[Cell("a2c", 1)]), "distilled")
     path = path.with_name("result.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "0ther"}))
-    table = markdown(study_results(study))
+    table = markdown(study_results(study, read_scores(study, {})))
     assert "| a2c † | 50.0, 50.0 |" in table
     assert "| scratch | 50.0, 50.0 |" in table
     assert "† of another commit than a baseline" in table
@@ -373,3 +374,59 @@ def test_a_run_of_an_earlier_version_of_the_study_is_named(
     error = refuse("sweep", study, "train.lr=2e-3")
     written = recipe.parent / "runs/small/scratch-0/config.yaml"
     assert f"arm scratch: train.lr is 0.001 in {written} and 0.002 in the study" in error
+
+
+# Results from elsewhere
+
+
+def results_of(study: Study, scores: dict[tuple[str, int], float], folder: Path) -> Path:
+    """Results of runs that are gone."""
+    fake_runs(study, scores)
+    write_results(study, folder, read_scores(study, {}))
+    shutil.rmtree(study.folder)
+    return folder / f"{study.config.name}.json"
+
+
+def test_scores_from_elsewhere_are_taken_over_and_not_trained_again(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write()
+    study = load_study(path)
+    file = results_of(study, {("scratch", 0): 0.2, ("a2c", 0): 0.3, ("a2c", 1): 0.9}, tmp_path)
+    fake_runs(study, {("a2c", 1): 0.4})  # a run counts for more than what was kept
+
+    assert main(["sweep", str(path), "--keep", str(file), "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "3 of 5 runs are done; the other 2 would be trained" in plan
+
+    assert main(["sweep", str(path), "--keep", str(file), "--out", str(tmp_path)]) == 0
+    results = json.loads(file.read_text())
+    arms = results["arms"]
+    assert results["runs"] == {"finished": 5, "planned": 5}
+    assert arms["a2c"]["values"] == [0.3, 0.4]
+    assert arms["a2c"]["gain_over_scratch"]["seeds"] == [0, 1]
+    assert arms["scratch"]["values"][0] == 0.2
+    assert {"c0ffee"} < {*arms["scratch"]["commits"]}
+    assert not (study.folder / "scratch-0").exists()
+    assert (study.folder / "scratch-1" / "summary.json").exists()
+
+
+def test_scores_of_other_settings_or_of_no_study_are_refused(
+    write: Write, tmp_path: Path, refuse: Refuse
+) -> None:
+    path = write()
+    file = results_of(load_study(path), {("scratch", 0): 0.2}, tmp_path)
+    refused = ["sweep", str(path), "--keep", str(file), "--dry-run"]
+
+    write(overrides=["train.arms=[distilled]", "train.steps=3"])
+    assert "the study had ['train.arms=[distilled]', 'train.steps=2'], and has" in refuse(*refused)
+    write(
+        arms=[{"name": "scratch", "overrides": ["train.arms=[scratch]", "train.lr=1.0"]}],
+        baselines=[],
+    )
+    assert "arm scratch had ['scratch', 'train.arms=[scratch]'], and has" in refuse(*refused)
+    for content in ("[]", "{", '{"arms": 1}'):
+        file.write_text(content)
+        assert f"--keep: {file} is no JSON of a sweep" in refuse(*refused)
+    file.unlink()
+    assert "No such file" in refuse(*refused)
