@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
-from teachers import latents, loading, text
+from teachers import anatomy, latents, loading, text
 from teachers.diffusion import DiffusionTeacher, View
 from teachers.tap import first_tensor
 
@@ -94,7 +94,9 @@ class TextUNet:
         }
         self.classes = len(self.prompts) - 1
         self.reduction = latents.reduction(self.vae_config)
-        self.image_size = self.config["sample_size"] and self.config["sample_size"] * self.reduction
+        size = anatomy.height_width(self.config["sample_size"] or 0)
+        high, wide = (self.reduction * side for side in size)
+        self.image_size: int | tuple[int, int] | None = (high, wide) if high else None
         self.multiple = self.reduction  # the UNet itself takes latents of any size
         self.coarsest = self.reduction * 2 ** (len(self.config["block_out_channels"]) - 1)
 

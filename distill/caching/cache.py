@@ -133,9 +133,12 @@ class FeatureCache:
                 _check_origin(folder, origin)
             else:
                 _make(folder, plan, origin)
-            self._file = os.open(folder / "features.bin", os.O_RDWR)
-            weakref.finalize(self, os.close, self._file)
-            sizes = os.fstat(self._file).st_size, (folder / "marks.bin").stat().st_size
+            try:
+                self._file = os.open(folder / "features.bin", os.O_RDWR)
+                weakref.finalize(self, os.close, self._file)
+                sizes = os.fstat(self._file).st_size, (folder / "marks.bin").stat().st_size
+            except FileNotFoundError:
+                raise self._damaged() from None
         if sizes[0] < plan.rows * plan.row_bytes or sizes[1] != plan.rows * 4:
             raise self._damaged()
         self._saved = np.memmap(folder / "marks.bin", np.uint32, "r+")

@@ -71,28 +71,13 @@ class Trainer:
         self.plan: Plan | None = None
         self.cache: FeatureCache | None = None
         if arm != "scratch":
-            if config.teacher.labels and data.benchmark.task != "classification":
-                label = "a mask" if traits(data.benchmark).classes else "a set of points"
-                raise UserError(
-                    f"teacher.labels: {label} is no class that a teacher could be told; leave it "
-                    f"false for {data.benchmark.task}"
-                )
             random_weights = config.seed if arm == "random_teacher" else None
             self.teacher = build_teacher(config, random_weights).to(device)
             image = torch.zeros(1, 3, *data.size, device=device)
             first = torch.zeros(1, dtype=torch.int64)
             with blame("data.size, or teacher.image_size"):  # a size that does not fit shows here
                 maps = self.teacher.features(image, first)
-            if config.teacher.labels:
-                family = getattr(self.teacher, "family", None)
-                if family is not None and not family.classes:
-                    raise UserError(
-                        f"teacher.labels: {self.teacher.name} has no condition a class "
-                        "(stable_diffusion: teacher.options.class_prompts); leave it false"
-                    )
-                with blame("teacher.labels"):  # and here a class that it knows nothing of
-                    last = first + data.benchmark.num_classes - 1
-                    self.teacher.features(image, first, None, last)
+            self._check_labels(image, first)
         # Every arm starts from the same student.
         torch.manual_seed(seeding.derive_seed(config.seed, "network"))
         self.distiller = build_distiller(config, data.benchmark, data.size, self.teacher)
@@ -124,6 +109,33 @@ class Trainer:
         self.parts = Clock(device)
         self.figures: dict[str, float] = {}
         self._late: Late | None = None
+
+    def _check_labels(self, image: Tensor, first: Tensor) -> None:
+        """Refuse labels that the teacher cannot be told, and prompts that no label would choose."""
+        config, benchmark = self.config.teacher, self.data.benchmark
+        assert self.teacher is not None
+        if not config.labels:
+            if config.options.get("class_prompts"):
+                raise UserError(
+                    "teacher.options.class_prompts: only a label chooses one of them; set "
+                    "teacher.labels=true, or leave them out"
+                )
+            return
+        if benchmark.task != "classification":
+            label = "a mask" if traits(benchmark).classes else "a set of points"
+            raise UserError(
+                f"teacher.labels: {label} is no class that a teacher could be told; leave it "
+                f"false for {benchmark.task}"
+            )
+        family = getattr(self.teacher, "family", None)
+        if family is not None and not family.classes:
+            raise UserError(
+                f"teacher.labels: {self.teacher.name} has no condition a class "
+                "(stable_diffusion: teacher.options.class_prompts); leave it false"
+            )
+        with blame("teacher.labels"):  # a class that it knows nothing of shows here
+            last = first + benchmark.num_classes - 1
+            self.teacher.features(image, first, None, last)
 
     def _prepare_student(self) -> None:
         """Training mode, the weights that the recipe starts from, and what of them is frozen."""

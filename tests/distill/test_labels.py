@@ -125,6 +125,18 @@ def test_a_class_that_the_teacher_has_not_is_refused(
         Trainer(config, "distilled", build_training_set(config.data), build_accelerator("cpu"))
 
 
+def test_prompts_that_no_label_would_choose_are_refused(
+    load: Load, tones: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = build_teacher(load(*tones))
+    monkeypatch.setattr("distill.training.trainer.build_teacher", lambda *arguments: teacher)
+    config = load(*tones, "teacher.options={class_prompts: [red, green, blue]}")
+    with pytest.raises(
+        UserError, match=r"^teacher\.options\.class_prompts: .* teacher\.labels=true"
+    ):
+        Trainer(config, "distilled", build_training_set(config.data), build_accelerator("cpu"))
+
+
 def test_masks_are_no_class_to_tell(recipe: Path, refuse: Refuse) -> None:
     line = refuse("train", recipe, "teacher.labels=true")
     assert line.startswith("teacher.labels: a mask is no class that a teacher could be told")

@@ -211,6 +211,15 @@ def test_autoencoder_is_upcast_from_float16_where_its_config_asks_for_it(copied:
         assert teacher.network.dtype == torch.float16
 
 
+@pytest.mark.parametrize(("sample", "pixels"), [(8, (16, 16)), ([8, 4], (16, 8)), (None, None)])
+def test_the_images_it_was_trained_on_are_told_in_pixels(
+    copied: Any, sample: Any, pixels: Any
+) -> None:
+    folder = copied("sd1")
+    edit(folder / "unet" / "config.json", sample_size=sample)
+    assert stable_diffusion(str(folder), layers=()).family.image_size == pixels
+
+
 def test_layers_are_listed_without_any_weights(copied: Any) -> None:
     folder = copied("sdxl")
     for weights in folder.rglob("*.safetensors"):

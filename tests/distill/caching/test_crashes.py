@@ -66,6 +66,15 @@ def test_a_damaged_cache_is_one_line(
     assert "is damaged; delete it" in line or "is not one of a cache" in line
 
 
+@pytest.mark.parametrize("name", ["features.bin", "marks.bin"])
+def test_a_cache_that_lacks_a_file_is_one_line(
+    recipe: Path, load: Load, cached: list[str], tmp_path: Path, refuse: Refuse, name: str
+) -> None:
+    build(load(*cached))
+    (tmp_path / "cache" / "distilled" / name).unlink()
+    assert "is damaged; delete it" in refuse("train", recipe, *cached)
+
+
 KILLED = """
 import os, signal, sys
 from distill.caching import cache
