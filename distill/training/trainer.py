@@ -23,12 +23,12 @@ from distill.deployment.folder import load_backbone
 from distill.errors import UserError, blame
 from distill.precision import autocast
 from distill.recipe import to_tree
-from distill.tasks import traits
 from distill.training.batch import Batch
 from distill.training.clock import Clock, Timed, untimed
 from distill.training.distiller import Losses, merge
 from distill.training.feedback import Feedback
 from distill.training.floor import NoiseFloor, distinct
+from distill.training.labels import check_labels
 from distill.training.late import Late, not_finite
 from distill.training.lesson import Lesson, choose, mixture
 from distill.training.optim import build_optimizer, freeze_backbone, stage_lr_factor
@@ -77,7 +77,7 @@ class Trainer:
             first = torch.zeros(1, dtype=torch.int64)
             with blame("data.size, or teacher.image_size"):  # a size that does not fit shows here
                 maps = self.teacher.features(image, first)
-            self._check_labels(image, first)
+            check_labels(config.teacher, self.teacher, data.benchmark, image)
         # Every arm starts from the same student.
         torch.manual_seed(seeding.derive_seed(config.seed, "network"))
         self.distiller = build_distiller(config, data.benchmark, data.size, self.teacher)
@@ -109,33 +109,6 @@ class Trainer:
         self.parts = Clock(device)
         self.figures: dict[str, float] = {}
         self._late: Late | None = None
-
-    def _check_labels(self, image: Tensor, first: Tensor) -> None:
-        """Refuse labels that the teacher cannot be told, and prompts that no label would choose."""
-        config, benchmark = self.config.teacher, self.data.benchmark
-        assert self.teacher is not None
-        if not config.labels:
-            if config.options.get("class_prompts"):
-                raise UserError(
-                    "teacher.options.class_prompts: only a label chooses one of them; set "
-                    "teacher.labels=true, or leave them out"
-                )
-            return
-        if benchmark.task != "classification":
-            label = "a mask" if traits(benchmark).classes else "a set of points"
-            raise UserError(
-                f"teacher.labels: {label} is no class that a teacher could be told; leave it "
-                f"false for {benchmark.task}"
-            )
-        family = getattr(self.teacher, "family", None)
-        if family is not None and not family.classes:
-            raise UserError(
-                f"teacher.labels: {self.teacher.name} has no condition a class "
-                "(stable_diffusion: teacher.options.class_prompts); leave it false"
-            )
-        with blame("teacher.labels"):  # a class that it knows nothing of shows here
-            last = first + benchmark.num_classes - 1
-            self.teacher.features(image, first, None, last)
 
     def _prepare_student(self) -> None:
         """Training mode, the weights that the recipe starts from, and what of them is frozen."""

@@ -105,8 +105,8 @@ def _forget() -> Iterator[None]:
     sys.modules.pop("planted", None)
 
 
-# Measured: 0.998 or more; ucb 1.0, and dqn, which explores 0.05 to the end, 0.95.
-@pytest.mark.parametrize("policy", ["a2c", "ppo", "reinforce", "thompson"])
+# Measured: 0.998 or more, soft_mix 0.94; ucb 1.0, and dqn, which explores 0.05 to the end, 0.95.
+@pytest.mark.parametrize("policy", ["a2c", "ppo", "reinforce", "thompson", "soft_mix"])
 def test_policy_finds_the_planted_timestep_within_300_steps_of_64(
     train: Callable[[str, str], PolicySummary], policy: str
 ) -> None:

@@ -1,0 +1,47 @@
+"""Whether a teacher can be told the labels of the images that it looks at in training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.benchmarks import Benchmark
+from distill.config import TeacherConfig
+from distill.errors import UserError, blame
+from distill.tasks import traits
+from teachers.protocol import Teacher
+
+
+def check_labels(
+    config: TeacherConfig, teacher: Teacher, benchmark: Benchmark, image: Tensor
+) -> None:
+    """Refuse labels that the teacher cannot be told, and prompts that no label would choose.
+
+    Args:
+        image: (1, 3, H, W), of the size that the teacher will see.
+
+    Raises:
+        UserError: Which of the recipe's keys does not fit.
+    """
+    if not config.labels:
+        if config.options.get("class_prompts"):
+            raise UserError(
+                "teacher.options.class_prompts: only a label chooses one of them; set "
+                "teacher.labels=true, or leave them out"
+            )
+        return
+    if benchmark.task != "classification":
+        label = "a mask" if traits(benchmark).classes else "a set of points"
+        raise UserError(
+            f"teacher.labels: {label} is no class that a teacher could be told; leave it "
+            f"false for {benchmark.task}"
+        )
+    family = getattr(teacher, "family", None)
+    if family is not None and not family.classes:
+        raise UserError(
+            f"teacher.labels: {teacher.name} has no condition a class "
+            "(stable_diffusion: teacher.options.class_prompts); leave it false"
+        )
+    with blame("teacher.labels"):  # a class that it knows nothing of shows here
+        last = torch.tensor([benchmark.num_classes - 1])
+        teacher.features(image, torch.zeros_like(last), None, last)
