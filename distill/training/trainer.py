@@ -179,7 +179,7 @@ class Trainer:
             self._late = Late(self.step, **figures, gradient=norm)
             if self._late.arrived:
                 self.settle()
-            with self._progress(batch) if phase.teach else nullcontext():
+            with self._watched(batch) if phase.teach else nullcontext():
                 self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
@@ -275,7 +275,7 @@ class Trainer:
         assert self.teacher is not None
         return self.teacher.noise_schedule.has_noise
 
-    def _progress(self, batch: Batch) -> AbstractContextManager[None]:
+    def _watched(self, batch: Batch) -> AbstractContextManager[None]:
         """Around an update: what it does to the task losses of the labelled images, if asked."""
         train = self.config.train
 
