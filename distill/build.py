@@ -217,7 +217,7 @@ def build_teacher(
         "random_weights": teacher.random_weights if random_weights is None else random_weights,
         "compile": teacher.compile,
     }
-    if "factory_of" in inspect.signature(factory).parameters:
+    if has_members(factory):
         given["factory_of"] = member_factory
     check_options(teacher.options, factory, "teacher.options", given)
     options = typed_options(teacher.options, factory, "teacher.options")
@@ -231,16 +231,24 @@ def build_teacher(
     return built
 
 
+def has_members(factory: Callable[..., Any]) -> bool:
+    """Whether what it builds is made of other teachers."""
+    return "factory_of" in inspect.signature(factory).parameters
+
+
 def member_factory(name: str) -> Callable[..., Teacher]:
     """What builds a teacher within another one, as `factory(path, **view, **options)`.
 
     Raises:
-        ValueError: There is none of this name; whoever asks says for what it was.
+        ValueError: There is none of this name, or it has members itself; whoever asks says for what
+            it was.
     """
     try:
         factory = resolve("teachers", name, "name")
     except UserError as error:
         raise ValueError(str(error)) from error
+    if has_members(factory):
+        raise ValueError(f"{name} has members itself; name those in its place")
 
     def build(path: str, **given: Any) -> Teacher:
         built: Teacher = factory(embedded(path), **given)

@@ -14,6 +14,7 @@ from distill.build import (
     build_accelerator,
     build_training_set,
     embedded,
+    has_members,
     in_order,
 )
 from distill.config import RunConfig
@@ -122,6 +123,8 @@ def teacher_dry_run(config: TeacherTrainConfig) -> str:
 def teacher_layers(name: str, path: str, size: int | None) -> str:
     """A table of a network's blocks: channels, reduction, share of a forward pass spent by then."""
     factory = resolve("teachers", name, "--name")
+    if has_members(factory):
+        raise UserError(f"--name: {name} has the layers of its members; list those, one by one")
     with blame("teacher"):
         sized = {} if size is None else {"image_size": size}
         teacher = factory(embedded(path), layers=(), **sized)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-BLOCK = re.compile(r"conv_in|mid_block|middle_block|layer\d+|(\w*blocks|stages)\.\d+")
+BLOCK = re.compile(r"conv_in|mid_block|middle_block|layer\d+|(\w*blocks|stages|layers)\.\d+")
 
 
 class TracedLayer(NamedTuple):
@@ -29,6 +29,11 @@ class TracedLayer(NamedTuple):
     name: str
     shape: tuple[int, ...]
     flops: int
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it is a (1, C, h, w); the windows of an image would make several rows of it."""
+        return len(self.shape) == 4 and self.shape[0] == 1
 
 
 class LayerError(ValueError):
@@ -118,7 +123,7 @@ def layer_table(layers: Sequence[TracedLayer], height: int) -> list[LayerInfo]:
             layer.name, layer.shape[1], height // layer.shape[2], layer.flops / layers[-1].flops
         )
         for layer in layers
-        if BLOCK.fullmatch(layer.name) and len(layer.shape) == 4
+        if BLOCK.fullmatch(layer.name) and layer.is_map
     ]
 
 
@@ -126,10 +131,11 @@ def find_layer(name: str, layers: Sequence[TracedLayer]) -> TracedLayer:
     """The one call of the module `name`.
 
     Raises:
-        LayerError: no such module ran, it ran twice, or its output is no (B, C, H, W) map.
+        LayerError: no such module ran, it ran twice, or its output is no (B, C, H, W) map of the
+            one image.
     """
     calls = [layer for layer in layers if layer.name == name]
-    maps = [layer.name for layer in layers if len(layer.shape) == 4]
+    maps = [layer.name for layer in layers if layer.is_map]
     if not calls:
         close = difflib.get_close_matches(name, maps, n=1)
         blocks = ", ".join(known for known in maps if BLOCK.fullmatch(known))
@@ -139,6 +145,12 @@ def find_layer(name: str, layers: Sequence[TracedLayer]) -> TracedLayer:
         raise LayerError(
             name,
             f"layer {name!r} runs {len(calls)} times in one forward pass; name one that runs once",
+        )
+    if not calls[0].is_map and len(calls[0].shape) == 4:
+        raise LayerError(
+            name,
+            f"layer {name!r} gives {calls[0].shape[0]} rows for one image, such as its windows; "
+            "name a block around it",
         )
     if name not in maps:
         raise LayerError(

@@ -136,9 +136,16 @@ class TimmModel:
         count = grid[0] * grid[1]
         if output.ndim == 3 and output.shape[1] in (count, self.prefix + count):
             return output[:, -count:].mT.reshape(len(output), -1, *grid)
-        # Swin says so; the patch embedding of a ViT for all sizes does not
-        last = self.channels_last or (output.shape[1:3] == grid != output.shape[2:])
-        return output.permute(0, 3, 1, 2) if output.ndim == 4 and last else output
+        if output.ndim != 4:
+            return output
+        # A map has the aspect of the image. Where both readings have, the network's word counts.
+        first, last = (
+            high * x.shape[-1] == wide * x.shape[-2]
+            for high, wide in (output.shape[2:], output.shape[1:3])
+        )
+        if first == last:
+            last = self.channels_last
+        return output.permute(0, 3, 1, 2) if last else output
 
 
 def _unreadable(what: str, path: str, error: Exception) -> OSError:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from teachers.diffusion import DiffusionTeacher
+from teachers.tap import first_tensor
 
 # The published configuration of google/ddpm-cifar10-32 (Ho et al. 2020, 35.7M parameters).
 CIFAR10_DDPM = {
@@ -54,7 +55,7 @@ class WholeTeacher:
             2 * images - 1, noise.to(images.device), timesteps
         )
         handle = self.teacher.network.get_submodule(layer).register_forward_hook(
-            lambda module, inputs, output: maps.update({layer: output})
+            lambda module, inputs, output: maps.update({layer: first_tensor(output)})
         )
         self.teacher.network(x, timesteps.to(x.device))
         handle.remove()

@@ -12,12 +12,21 @@ from distill.tasks import traits
 from teachers.protocol import Teacher
 
 
-def check_labels(
-    config: TeacherConfig, teacher: Teacher, benchmark: Benchmark, image: Tensor
-) -> None:
+def check_task(config: TeacherConfig, benchmark: Benchmark) -> None:
+    """Refuse labels that are no classes, before a teacher is read. Raises UserError."""
+    if config.labels and benchmark.task != "classification":
+        label = "a mask" if traits(benchmark).classes else "a set of points"
+        raise UserError(
+            f"teacher.labels: {label} is no class that a teacher could be told; leave it "
+            f"false for {benchmark.task}"
+        )
+
+
+def check_labels(config: TeacherConfig, teacher: Teacher, classes: int, image: Tensor) -> None:
     """Refuse labels that the teacher cannot be told, and prompts that no label would choose.
 
     Args:
+        classes: How many the benchmark has.
         image: (1, 3, H, W), of the size that the teacher will see.
 
     Raises:
@@ -30,12 +39,6 @@ def check_labels(
                 "teacher.labels=true, or leave them out"
             )
         return
-    if benchmark.task != "classification":
-        label = "a mask" if traits(benchmark).classes else "a set of points"
-        raise UserError(
-            f"teacher.labels: {label} is no class that a teacher could be told; leave it "
-            f"false for {benchmark.task}"
-        )
     family = getattr(teacher, "family", None)
     if family is not None and not family.classes:
         raise UserError(
@@ -43,5 +46,5 @@ def check_labels(
             "(stable_diffusion: teacher.options.class_prompts); leave it false"
         )
     with blame("teacher.labels"):  # a class that it knows nothing of shows here
-        last = torch.tensor([benchmark.num_classes - 1])
+        last = torch.tensor([classes - 1])
         teacher.features(image, torch.zeros_like(last), None, last)

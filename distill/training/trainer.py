@@ -28,7 +28,7 @@ from distill.training.clock import Clock, Timed, untimed
 from distill.training.distiller import Losses, merge
 from distill.training.feedback import Feedback
 from distill.training.floor import NoiseFloor, distinct
-from distill.training.labels import check_labels
+from distill.training.labels import check_labels, check_task
 from distill.training.late import Late, not_finite
 from distill.training.lesson import Lesson, choose, mixture
 from distill.training.optim import build_optimizer, freeze_backbone, stage_lr_factor
@@ -71,13 +71,14 @@ class Trainer:
         self.plan: Plan | None = None
         self.cache: FeatureCache | None = None
         if arm != "scratch":
+            check_task(config.teacher, data.benchmark)
             random_weights = config.seed if arm == "random_teacher" else None
             self.teacher = build_teacher(config, random_weights).to(device)
             image = torch.zeros(1, 3, *data.size, device=device)
             first = torch.zeros(1, dtype=torch.int64)
             with blame("data.size, or teacher.image_size"):  # a size that does not fit shows here
                 maps = self.teacher.features(image, first)
-            check_labels(config.teacher, self.teacher, data.benchmark, image)
+            check_labels(config.teacher, self.teacher, data.benchmark.num_classes, image)
         # Every arm starts from the same student.
         torch.manual_seed(seeding.derive_seed(config.seed, "network"))
         self.distiller = build_distiller(config, data.benchmark, data.size, self.teacher)

@@ -69,6 +69,7 @@ def test_mistakes_on_the_command_line_are_one_line(
         (["teacher"], "the following arguments are required: VERB"),
         (["teacher", "layers", "/none"], "teacher: '/none' is not a folder"),
         (["teacher", "layers", "teachers/pretrained/shapes", "--size", "0"], "an image of 0x0"),
+        (["teacher", "layers", "", "--name", "ensemble"], "--name: ensemble has the layers of its"),
         (["train", "/none.yaml"], "recipe /none.yaml: No such file or directory"),
         (["bench", "--batch", "many"], "argument --batch: invalid int value: 'many'"),
         (["train", recipe, "train.steps"], "override 'train.steps': expected section.key=value"),

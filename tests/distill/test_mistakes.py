@@ -156,6 +156,15 @@ def test_what_a_member_of_an_ensemble_is_given_has_a_type(
     assert line.startswith(f"teacher.options.members.a.{words}")
 
 
+def test_an_ensemble_is_no_member_of_another(recipe: Path, refuse: Refuse) -> None:
+    members = "teacher.options={members: {a: {name: ensemble, path: '', options: {members: {}}}}}"
+    line = refuse(
+        *("train", recipe, "teacher.name=ensemble", "teacher.path=''", members),
+        "pairs.0.teacher=a/mid_block",
+    )
+    assert line.endswith("ensemble has members itself; name those in its place")
+
+
 def test_an_own_file_that_fails_says_why(
     recipe: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:

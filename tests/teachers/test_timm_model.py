@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from teachers.anatomy import LayerError
+from teachers.diffusion import DiffusionTeacher
 from teachers.timm_model import timm_model
 
 MEAN, STD = (0.2, 0.4, 0.6), (0.1, 0.2, 0.3)
@@ -87,6 +89,35 @@ def test_maps_with_the_channels_last_are_turned(path: str, images: Tensor) -> No
     )
     shapes = [tuple(x.shape) for x in swin.features(images, ZERO).values()]
     assert shapes == [(2, 8, 8, 8), (2, 16, 4, 4)]
+
+
+def test_inner_maps_are_read_by_the_aspect_of_the_image(images: Tensor) -> None:
+    tiny = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
+    layers = ("stages.0.blocks.0.mlp", "stages.0.blocks.0.conv_dw")
+    teacher = timm_model("convnext_tiny", random_weights=0, kwargs=tiny, layers=layers)
+    wide = torch.cat([images] * 4, dim=3)
+    assert teacher.channels == dict.fromkeys(layers, 8)
+    assert teacher.reductions == dict.fromkeys(layers, 4)
+    shapes = [tuple(x.shape) for x in teacher.features(wide, ZERO).values()]
+    assert shapes == [(2, 8, 8, 16)] * 2
+
+
+def swin(*layers: str) -> DiffusionTeacher:
+    kwargs = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+    name = "swin_tiny_patch4_window7_224"
+    return timm_model(name, random_weights=0, kwargs=kwargs, layers=layers, image_size=32)
+
+
+def test_a_network_of_channels_last_may_have_maps_that_are_not() -> None:
+    teacher = swin("patch_embed.proj", "layers.0")
+    features = teacher.features(torch.rand(2, 3, 32, 32), ZERO)
+    assert [tuple(x.shape) for x in features.values()] == [(2, 16, 8, 8)] * 2
+    assert [row.name for row in teacher.layer_table(32)] == ["layers.0", "layers.1"]
+
+
+def test_windows_are_no_maps() -> None:
+    with pytest.raises(LayerError, match=r"attn' gives 4 rows for one image"):
+        swin("layers.0.blocks.0.attn")
 
 
 def test_convnets_give_their_maps(images: Tensor) -> None:

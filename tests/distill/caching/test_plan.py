@@ -85,8 +85,8 @@ def test_the_budget_names_how_many_bins_and_images_fit(
 def test_pooled_pairs_are_suggested_where_the_reward_reads_no_dense_map(
     load: Load, cached: list[str], tmp_path: Path
 ) -> None:
-    changes = ["data.benchmark=tones:Tones", f"data.root={tmp_path}", "data.options={}"]
-    (tmp_path / "tones.py").write_text(TONES)
+    changes = ["data.benchmark=greys:Greys", f"data.root={tmp_path}", "data.options={}"]
+    (tmp_path / "greys.py").write_text(GREYS)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
         changes += ["policy.reward_layer=mid_block", "teacher.cache_gb=0.00001"]
@@ -97,14 +97,14 @@ def test_pooled_pairs_are_suggested_where_the_reward_reads_no_dense_map(
         losses(trainer)
 
 
-TONES = """
+GREYS = """
 import torch
 
 
-class Tones:
+class Greys:
     '''Grey images; how bright, is the class.'''
 
-    name, task, num_classes, ignore_index = "tones", "classification", 2, 255
+    name, task, num_classes, ignore_index = "greys", "classification", 2, 255
     class_names, palette = ("dark", "bright"), torch.zeros(2, 3).numpy()
 
     def __init__(self, root):
