@@ -54,6 +54,11 @@ class PixelUNet:
             )
         if config["class_embed_type"] is not None or config["num_class_embeds"] is not None:
             raise ValueError(f"{where}: the UNet is conditioned on classes; a teacher must not be")
+        if config["time_embedding_type"] == "fourier":
+            raise ValueError(
+                f"{where}: time_embedding_type fourier takes the logarithm of the timestep, which "
+                "0 has not; a teacher's must be positional or learned"
+            )
         scheduler = _scheduler_folder(self.folder)
         self.noise_schedule = loading.load_schedule(scheduler)
         self.config = config

@@ -96,19 +96,21 @@ class Ensemble:
     """Teachers under names of their own (a `protocol.Teacher`).
 
     Args:
-        members: by name; teachers that know their `flops`. The first one's noise schedule is the
-            ensemble's, and the order is the one in which they draw noise.
+        members: by name; teachers that know their `flops`. The order is the one in which they draw
+            noise.
         layers: what to return, and which parts it is made of.
 
     Attributes:
         channels: C of each layer's map, the sum over its parts.
         reductions: of each layer's part that its member reduces least.
+        noise_schedule: the first member's that has noise.
     """
 
     def __init__(self, members: Mapping[str, Any], layers: Mapping[str, tuple[Part, ...]]) -> None:
         self.members, self._parts = dict(members), dict(layers)
         self.layers = tuple(layers)
-        self.noise_schedule = next(iter(self.members.values())).noise_schedule
+        schedules = [member.noise_schedule for member in self.members.values()]
+        self.noise_schedule = next((each for each in schedules if each.has_noise), schedules[0])
         self.name = "+".join(member.name for member in self.members.values())
         self.channels = {
             layer: sum(self.members[member].channels[name] for member, name in parts)
@@ -140,15 +142,15 @@ class Ensemble:
     ) -> dict[str, Tensor]:
         """The asked layers' maps, float32 (B, C, h, w) each.
 
-        Every other member sees the timestep whose noise fraction is nearest to the first one's;
-        that is 0 for one without noise. A layer of one part is that member's map. The parts of a
+        A member with another schedule sees the timestep whose noise fraction is nearest; that is 0
+        for one without noise. A layer of one part is that member's map. The parts of a
         joined one are resized to the finest and scaled to unit mean square over (C, h, w), each
         image by itself (RMSNorm, Zhang & Sennrich 2019): otherwise the member with the largest
         numbers would be all that a loss sees. Nothing is estimated, so nothing has to be stored.
 
         Args:
             images: (B, 3, H, W) RGB float in [0, 1], on the teacher's device.
-            timesteps: (B,) int64 in 0..T-1 of the first member.
+            timesteps: (B,) int64 in 0..T-1 of the ensemble's schedule.
             generator: source of the noise, or one for each image, used in the members' order.
             labels: (B,) int64 classes, handed to every member.
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from teachers import loading
 from teachers.diffusion import DiffusionTeacher, View
@@ -175,7 +176,9 @@ def read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged, or holds more than tensors ({reason})") from error
     if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(f"{path} is no state dict; save the weights alone: model.state_dict()")
-    return dict(state)
+    tensors = dict(state)
+    consume_prefix_in_state_dict_if_present(tensors, "module.")  # of DistributedDataParallel
+    return tensors
 
 
 def infer(shapes: Shapes) -> Architecture:

@@ -52,5 +52,10 @@ def encode(vae: nn.Module, images: Tensor) -> Tensor:
         with torch.inference_mode(False):  # its weights outlive the caller's inference mode
             vae.float()
     mean = vae.encode(images.to(vae.dtype)).latent_dist.mean.float()
-    latents: Tensor = (mean - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]
+    shift, scale = vae.config["shift_factor"] or 0.0, vae.config["scaling_factor"]
+    each = vae.config["latents_mean"], vae.config["latents_std"]
+    if all(each):  # of every channel, where an autoencoder of SDXL's layout was given them
+        shift, spread = (torch.tensor(x, device=mean.device)[:, None, None] for x in each)
+        scale = scale / spread
+    latents: Tensor = (mean - shift) * scale
     return latents.contiguous()

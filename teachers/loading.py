@@ -27,8 +27,9 @@ from teachers.noise import NoiseSchedule
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
-WEIGHTS = (SAFETENSORS, f"{SAFETENSORS}.index.json", "diffusion_pytorch_model.bin")
-VARIANTS = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]  # the same weights again
+PICKLED = "diffusion_pytorch_model.bin"
+HALVES = ("fp16", "bf16")  # variants: the same weights again, rounded
+NOT_AVERAGED = "*.non_ema*"  # a variant too, but worse weights
 LOCAL_FOLDER = "a local folder written by save_pretrained of a diffusers pipeline or model"
 
 Built = TypeVar("Built")
@@ -56,25 +57,34 @@ def pipeline_folder(
 
 
 def download(hub_id: str, revision: str | None, components: Sequence[str] = ("",)) -> Path:
-    """Fetch configs and weights (safetensors where there are any) into the hub's own cache.
+    """Fetch configs and weights into the hub's own cache.
+
+    Of each component the best that there is: whole weights before halves, and of these safetensors
+    before `.bin`.
 
     Raises:
         OSError: offline and not in the cache, or no such repository or revision.
     """
 
-    def fetch(suffix: str) -> Path:
-        weights = [f"{component and component + '/'}*{suffix}" for component in components]
-        patterns = ["*.json", "*.txt", "*tokenizer*/*", *weights]
+    def fetch(lacking: Sequence[str], suffix: str, ignored: Sequence[str]) -> Path:
+        weights = [f"{component and component + '/'}*{suffix}" for component in lacking]
         return Path(
             snapshot_download(
-                hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=VARIANTS
+                hub_id,
+                revision=revision,
+                allow_patterns=["*.json", "*.txt", "*tokenizer*/*", *weights],
+                ignore_patterns=[NOT_AVERAGED, *ignored],
             )
         )
 
+    lacking = list(components)
     try:
-        folder = fetch(".safetensors")
-        if not any(folder.rglob("*.safetensors")):
-            folder = fetch(".bin")
+        for ignored in ([f"*.{half}*" for half in HALVES], []):
+            for suffix in (".safetensors", ".bin"):
+                folder = fetch(lacking, suffix, ignored)
+                lacking = [name for name in lacking if not any((folder / name).rglob(f"*{suffix}"))]
+                if not lacking:
+                    return folder
     except (OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise OSError(
@@ -152,6 +162,28 @@ def load_schedule(folder: Path) -> NoiseSchedule:
         raise ValueError(f"{path}: {textwrap.shorten(str(error), 200)}") from error
 
 
+def find_weights(folder: Path, safetensors: str, pickled: str) -> tuple[Path, str | None]:
+    """The best weights of a model's folder, see `download`.
+
+    Args:
+        folder: of the model.
+        safetensors, pickled: what its library calls the file of each kind.
+
+    Returns:
+        The file, or the index of its shards, and its variant in the library's terms.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    for variant in (None, *HALVES):
+        for whole in (safetensors, f"{safetensors}.index.json", pickled, f"{pickled}.index.json"):
+            stem, ending = whole.rsplit(".", 1)
+            path = folder / (f"{stem}.{variant}.{ending}" if variant else whole)
+            if path.is_file():
+                return path, variant
+    raise FileNotFoundError(f"no weights in {folder}: it should hold {safetensors}")
+
+
 def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
     """The trained model of that folder, in float32, every weight from the file and finite.
 
@@ -159,16 +191,15 @@ def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
         FileNotFoundError: no weights in the folder.
         ValueError: they are truncated, of another architecture, incomplete, or not finite.
     """
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise FileNotFoundError(f"no weights in {folder}: it should hold {SAFETENSORS}")
+    weights, variant = find_weights(folder, SAFETENSORS, PICKLED)
     try:
         with quiet():
             # low_cpu_mem_usage leaves missing weights on the meta device instead of reporting them
             model, report = architecture.from_pretrained(
                 folder,
                 torch_dtype=torch.float32,
-                use_safetensors=weights.suffix != ".bin",
+                use_safetensors=".safetensors" in weights.name,
+                variant=variant,
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
@@ -213,10 +244,13 @@ def weights_hash(module: nn.Module) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep diffusers' log lines off the terminal: what matters is raised."""
-    verbosity = chatter.get_verbosity()
+    """Keep diffusers' log lines and progress bars off the terminal: what matters is raised."""
+    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
     chatter.set_verbosity(chatter.CRITICAL)
+    chatter.disable_progress_bar()
     try:
         yield
     finally:
         chatter.set_verbosity(verbosity)
+        if bars:
+            chatter.enable_progress_bar()

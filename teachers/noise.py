@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+DENOISING = ("epsilon", "v_prediction", "sample")  # what a network predicts but in flow matching
+
 Randomness = torch.Generator | Sequence[torch.Generator] | None
 """Where noise comes from: one generator for a batch, one for each image, or torch's default one."""
 
@@ -92,8 +94,8 @@ class NoiseSchedule:
         """Read the schedule off a diffusers scheduler, as it is before a sampler thins it.
 
         Raises:
-            ValueError: it has neither `alphas_cumprod` nor flow matching's sigmas (EDM), or no
-                prediction type.
+            ValueError: it has neither `alphas_cumprod` nor flow matching's sigmas (EDM), flow
+                matching's as an option of another kind, or a prediction type that is not known.
         """
         name = type(scheduler).__name__
         if name.startswith("FlowMatch"):
@@ -104,9 +106,17 @@ class NoiseSchedule:
                 f"scheduler {name} has no alphas_cumprod; a teacher needs a variance-preserving "
                 "schedule such as DDPMScheduler's, or flow matching"
             )
+        if scheduler.config.get("use_flow_sigmas"):
+            raise ValueError(
+                f"scheduler {name} samples flow matching (use_flow_sigmas); give the one that the "
+                "model was trained with, such as FlowMatchEulerDiscreteScheduler"
+            )
         prediction_type = scheduler.config.get("prediction_type")
-        if prediction_type is None:
-            raise ValueError(f"scheduler {name} has no prediction_type in its config")
+        if prediction_type not in DENOISING:
+            raise ValueError(
+                f"scheduler {name} has prediction_type {prediction_type!r}; a teacher's is one of "
+                f"{', '.join(DENOISING)}"
+            )
         return cls.variance_preserving(alphas_cumprod, prediction_type)
 
     def __len__(self) -> int:

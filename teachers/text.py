@@ -122,10 +122,15 @@ def _token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
 
 def _load_encoder(folder: Path, kind: Any) -> Any:
     """A text encoder in float32, all of its weights from the file."""
+    weights, variant = loading.find_weights(folder, "model.safetensors", "pytorch_model.bin")
     try:
         with _quiet():
             encoder, report = kind.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True
+                folder,
+                local_files_only=True,
+                output_loading_info=True,
+                use_safetensors=".safetensors" in weights.name,
+                variant=variant,
             )
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,15 +34,21 @@ def check_labels(config: TeacherConfig, teacher: Teacher, classes: int, image: T
     Raises:
         UserError: Which of the recipe's keys does not fit.
     """
+    members: dict[str, Any] = config.options.get("members") or {}
+    options = {
+        f"members.{name}.options.": member.get("options", {}) for name, member in members.items()
+    }
     if not config.labels:
-        if config.options.get("class_prompts"):
-            raise UserError(
-                "teacher.options.class_prompts: only a label chooses one of them; set "
-                "teacher.labels=true, or leave them out"
-            )
+        for where, given in {"": config.options, **options}.items():
+            if given.get("class_prompts"):
+                raise UserError(
+                    f"teacher.options.{where}class_prompts: only a label chooses one of them; set "
+                    "teacher.labels=true, or leave them out"
+                )
         return
-    family = getattr(teacher, "family", None)
-    if family is not None and not family.classes:
+    teachers = getattr(teacher, "members", {"": teacher}).values()
+    families = [getattr(one, "family", None) for one in teachers]
+    if all(family is not None and not family.classes for family in families):
         raise UserError(
             f"teacher.labels: {teacher.name} has no condition a class "
             "(stable_diffusion: teacher.options.class_prompts); leave it false"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,29 @@ def test_prompts_that_no_label_would_choose_are_refused(
         UserError, match=r"^teacher\.options\.class_prompts: .* teacher\.labels=true"
     ):
         Trainer(config, "distilled", build_training_set(config.data), build_accelerator("cpu"))
+
+
+def ensemble_of(folder: Path, **options: Any) -> str:
+    member = {"name": "diffusers_unet", "path": str(folder), "options": options}
+    options = {"members": {"a": member}}
+    return "teacher=" + json.dumps({"name": "ensemble", "path": "", "options": options})
+
+
+def test_the_members_of_an_ensemble_are_asked_too(
+    load: Load, tones: list[str], teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = ["pairs.0.teacher=a/mid_block", ensemble_of(teacher_folder)]
+    config = load(*tones, *pairs)
+    data = build_training_set(config.data)
+    with pytest.raises(UserError, match=r"teacher\.labels: tiny has no condition a class"):
+        Trainer(
+            load(*tones, *pairs, "teacher.labels=true"), "distilled", data, build_accelerator("cpu")
+        )
+    built = build_teacher(config)
+    monkeypatch.setattr("distill.training.trainer.build_teacher", lambda *arguments: built)
+    pairs[1] = ensemble_of(teacher_folder, class_prompts=["red", "green", "blue"])
+    with pytest.raises(UserError, match=r"^teacher\.options\.members\.a\.options\.class_prompts: "):
+        Trainer(load(*tones, *pairs), "distilled", data, build_accelerator("cpu"))
 
 
 def test_masks_are_no_class_to_tell(recipe: Path, refuse: Refuse) -> None:

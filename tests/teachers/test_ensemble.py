@@ -124,6 +124,14 @@ def test_other_members_see_the_nearest_noise_fraction_and_draw_after_the_first(
         assert torch.equal(features[f"{name}/mid_block"], expected)
 
 
+def test_timesteps_are_those_of_the_first_member_that_has_any(members: dict[str, Any]) -> None:
+    reordered = dict(reversed(members.items()))
+    both = ensemble("", members=reordered, layers=("vit/blocks.1", "a/mid_block"))
+    assert (next(iter(both.members)), len(both.noise_schedule)) == ("vit", 100)
+    alone = ensemble("", members={"vit": VIT}, layers=("vit/blocks.1",))
+    assert len(alone.noise_schedule) == 1
+
+
 def test_members_have_image_sizes_of_their_own(members: dict[str, Any], images: Tensor) -> None:
     members["vit"] = {**VIT, "image_size": 64}
     layers = ("vit/blocks.1", "a/mid_block", "vit/blocks.1+a/mid_block")
@@ -142,7 +150,7 @@ def test_name_fingerprint_and_flops_are_of_all_members(
     assert both.name == "first+test_vit-random0"
     pairs = zip(unet.flops(32), vit.flops(32), strict=True)
     assert both.flops(32) == tuple(a + b for a, b in pairs)
-    reordered = dict(reversed(members.items()))  # another first member: other timesteps
+    reordered = dict(reversed(members.items()))  # noise is drawn in another order
     changed = members | {"a": {"name": "diffusers_unet", "path": unets[1]}}
     others = (ensemble("", members=m, layers=layers) for m in (members, reordered, changed))
     same, *different = (other.fingerprint for other in others)

@@ -203,6 +203,8 @@ def test_pt_and_safetensors_and_half_precision_give_a_float32_teacher(state, tmp
     assert first.fingerprint == second.fingerprint
     assert {weight.dtype for weight in first.network.parameters()} == {torch.float32}
     assert first.name == "model"
+    wrapped = {f"module.{name}": weight for name, weight in state.items()}
+    assert teacher_of(wrapped, tmp_path).fingerprint == teacher_of(state, tmp_path).fingerprint
 
 
 def test_images_of_any_even_size_will_do(state, tmp_path):

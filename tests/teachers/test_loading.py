@@ -3,12 +3,21 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, EDMEulerScheduler, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from teachers import loading
@@ -140,19 +149,74 @@ def test_unreachable_hub_says_to_give_a_folder(monkeypatch):
     fails("google/ddpm-cifar10-32", OSError, "at revision 'v9'", revision="v9")
 
 
-def test_hub_falls_back_to_bin_only_without_safetensors(pipeline, monkeypatch):
-    asked = []
+Fetched = Callable[[], set[str]]
 
-    def snapshot(hub_id, *, revision, allow_patterns, ignore_patterns):
-        asked.append((hub_id, revision, allow_patterns[-1]))
-        return str(pipeline)
+
+@pytest.fixture
+def hub(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetched:
+    """A hub that has `pipeline`, and which weights were fetched from it so far."""
+    cache = tmp_path / "cache"
+
+    def snapshot(
+        hub_id: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        assert (hub_id, revision) == ("someone/tiny", "main")
+        names = [str(path.relative_to(pipeline)) for path in pipeline.rglob("*.*")]
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        for name in filter_repo_objects(names, **patterns):
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(pipeline / name, cache / name)
+        return str(cache)
 
     monkeypatch.setattr(loading, "snapshot_download", snapshot)
-    load("someone/tiny", revision="main")
-    assert asked == [("someone/tiny", "main", "*.safetensors")]
+    return lambda: {path.name for path in cache.rglob("diffusion*")}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "fetched"),
+    [
+        ([{}, {"safe_serialization": False}, {"variant": "fp16"}], WEIGHTS),
+        ([{"safe_serialization": False}, {"variant": "fp16"}], "diffusion_pytorch_model.bin"),
+        ([{"variant": "bf16"}], "diffusion_pytorch_model.bf16.safetensors"),
+        ([{"variant": "fp16", "safe_serialization": False}], "diffusion_pytorch_model.fp16.bin"),
+    ],
+)
+def test_the_best_weights_of_the_hub_are_fetched(
+    pipeline: Path, hub: Fetched, kinds: list[dict[str, Any]], fetched: str
+) -> None:
+    expected = load(pipeline).fingerprint
+    model = tiny_unet()
+    model.load_state_dict(load_file(pipeline / "unet" / WEIGHTS))
     (pipeline / "unet" / WEIGHTS).unlink()
-    load("someone/tiny", random_weights=0)
-    assert asked[-1] == ("someone/tiny", None, "*.bin")
+    for kind in [*kinds, {"variant": "non_ema"}]:
+        model.save_pretrained(pipeline / "unet", **kind)
+    assert load("someone/tiny", revision="main").fingerprint == expected
+    assert hub() == {fetched}
+
+
+def test_every_component_has_weights_of_its_own_kind(pipeline: Path, hub: Fetched) -> None:
+    (pipeline / "vae").mkdir()
+    (pipeline / "vae" / "diffusion_pytorch_model.fp16.bin").touch()
+    loading.download("someone/tiny", "main", ("unet", "vae"))
+    assert hub() == {WEIGHTS, "diffusion_pytorch_model.fp16.bin"}
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_in_shards_load(
+    pipeline: Path, capfd: pytest.CaptureFixture[str], variant: str | None, safe: bool
+) -> None:
+    expected = load(pipeline).fingerprint
+    model = UNet2DModel.from_pretrained(pipeline / "unet")
+    (pipeline / "unet" / WEIGHTS).unlink()
+    capfd.readouterr()
+    model.save_pretrained(
+        pipeline / "unet", variant=variant, safe_serialization=safe, max_shard_size="20KB"
+    )
+    assert load(pipeline).fingerprint == expected
+    assert capfd.readouterr() == ("", "")
+    next((pipeline / "unet").glob("*-00002-*")).unlink()
+    fails(pipeline, ValueError, r"\.index\.(fp16\.)?json is truncated")
 
 
 def test_missing_scheduler_is_not_guessed(pipeline):
@@ -177,6 +241,10 @@ def test_unfit_schedulers_are_refused(pipeline):
         num_train_timesteps=-5,
     )
     fails(pipeline, ValueError, r"scheduler_config\.json: number of steps must be non-negative")
+    UniPCMultistepScheduler(use_flow_sigmas=True).save_pretrained(pipeline / "scheduler")
+    fails(pipeline, ValueError, r"scheduler_config\.json: .* samples flow matching")
+    DDPMScheduler(prediction_type="score").save_pretrained(pipeline / "scheduler")
+    fails(pipeline, ValueError, "prediction_type 'score'; a teacher's is one of epsilon, ")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +253,7 @@ def test_unfit_schedulers_are_refused(pipeline):
         ({"_class_name": "UNet2DConditionModel"}, "describes a UNet2DConditionModel"),
         ({"in_channels": 1}, r"takes 1 channels; a teacher must take 3 \(RGB\)"),
         ({"num_class_embeds": 10}, "conditioned on classes"),
+        ({"time_embedding_type": "fourier"}, "logarithm of the timestep, which 0 has not"),
         ({"down_block_types": ["DownBlock2D"]}, "does not describe a UNet2DModel: "),
         ({"block_out_channels": [7, 16]}, "does not describe a UNet2DModel: "),
         ({"block_out_channels": []}, "does not describe a UNet2DModel: "),
