@@ -17,9 +17,24 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Options = dict[str, Any]
+
+
+def _once(names: list[str]) -> list[str]:
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{min(twice)} once, not {names.count(min(twice))} times")
+    return names
+
+
+def _rising(scales: tuple[float, float]) -> tuple[float, float]:
+    if scales[0] > scales[1]:
+        raise ValueError("the smallest and then the largest")
+    return scales
+
+
 Names = Annotated[
     list[str],
     BeforeValidator(lambda names: [names] if isinstance(names, str) else names),
+    AfterValidator(_once),
     Field(min_length=1),
 ]
 
@@ -56,7 +71,7 @@ class DataConfig:
     augment: Literal["none", "flip", "crop", "strong", "patch"] = "crop"
     """Strength of the augmentation of training images. `patch`: flipped random patches of `size` px
     in place of whole images resized to it, to train a teacher on large images."""
-    patch_scale: tuple[Positive, Positive] = (1.0, 1.0)
+    patch_scale: Annotated[tuple[Positive, Positive], AfterValidator(_rising)] = (1.0, 1.0)
     """Smallest and largest scale of patches; 1 is the image's own, 0.5 shows twice as much."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read data; with 0 the training process does."""

@@ -94,6 +94,19 @@ def test_a_value_of_the_wrong_type_names_key_and_value(kind: Any, key: str, hint
     assert str(caught.value).endswith(f", got {wrong!r}")
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("pairs.0.student=[layer2, layer3, layer2]", "layer2 once, not 2 times"),
+        ("data.patch_scale=[2, 1]", "the smallest and then the largest"),
+        ("evaluate.labels=[1/0]", "a number of images, a share such as 1/16, or all"),
+    ],
+)
+def test_values_that_make_no_sense_say_why(recipe: Path, change: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"value error, {reason}, got "):
+        load_config(RunConfig, recipe, [change])
+
+
 @pytest.mark.parametrize("kind", SMALLEST)
 def test_every_key_says_what_it_is(kind: Any) -> None:
     schema = TypeAdapter(kind).json_schema()

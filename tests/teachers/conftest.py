@@ -236,6 +236,7 @@ CASES = {
         ("up_blocks.0", "down_blocks.1.attentions.0.transformer_blocks.0", "mid_block"),
         16,
     ),
+    "sd2": Case(pipelines.save_sd2, stable_diffusion, ("up_blocks.0", "mid_block"), 16),
     "sdxl": Case(
         pipelines.save_sdxl, stable_diffusion, ("up_blocks.0", "mid_block", "down_blocks.0"), 16
     ),

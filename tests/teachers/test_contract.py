@@ -25,6 +25,22 @@ def noisy(teacher: Any) -> bool:
     return len(teacher.noise_schedule) > 1
 
 
+def test_timesteps_noise_fractions_and_log_snr_are_one_scale(case: Any, path: str) -> None:
+    """From each to each of the others and back, and as `add_noise` mixes."""
+    schedule = case.build(path).noise_schedule
+    timesteps = torch.arange(len(schedule))
+    fractions = schedule.noise_fraction(timesteps)
+    assert bool((fractions.diff() > 0).all())
+    assert torch.equal(schedule.nearest(fractions), timesteps)
+    ratio = fractions / (1 - fractions)  # noise over signal
+    torch.testing.assert_close(schedule.log_snr(timesteps), -2 * ratio.log())
+    torch.testing.assert_close(schedule.alpha_bar(timesteps), 1 / (1 + ratio**2))
+    one = torch.ones((len(schedule), 1, 1, 1), dtype=torch.float64)
+    signal = schedule.add_noise(one, 0 * one, timesteps)
+    noise = schedule.add_noise(0 * one, one, timesteps)
+    torch.testing.assert_close((noise / (signal + noise)).flatten(), fractions)
+
+
 def members_of(teacher: Any) -> list[Any]:
     """The teachers in an ensemble; otherwise the teacher itself."""
     return list(getattr(teacher, "members", {"": teacher}).values())
@@ -32,39 +48,41 @@ def members_of(teacher: Any) -> list[Any]:
 
 def test_features_equal_a_complete_forward_with_hooks(case: Any, path: str) -> None:
     """Early exit gives what the whole network gives, to the bit."""
-    if not case.single_network:
-        pytest.skip("about one network; each member's family is tested by itself")
-    teacher = case.build(path, input="clean")
-    images, timesteps = case.images(), timesteps_of(teacher)
-    outputs: dict[str, Any] = {}
-    for name in teacher.layers:
-        teacher.network.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: outputs.update({name: output})
-        )
-    times = teacher.noise_schedule.network_times(timesteps)
-    with torch.no_grad():
-        x = teacher.family.encode(teacher.parts, 2 * images - 1)
-        teacher.family.forward(teacher.parts, x, times, None)
-    expected = {name: teacher.family.feature_map(outputs[name], x) for name in teacher.layers}
-    features = teacher.features(images, timesteps)
-    assert list(features) == list(case.layers)
-    for name in teacher.layers:
-        assert torch.equal(features[name], expected[name].float())
+    whole = case.build(path, input="clean")
+    images = case.images()
+    assert list(whole.features(images, timesteps_of(whole))) == list(case.layers)
+    for teacher in members_of(whole):
+        timesteps = timesteps_of(teacher)
+        outputs: dict[str, Any] = {}
+        for name in teacher.layers:
+            teacher.network.get_submodule(name).register_forward_hook(
+                lambda module, args, output, name=name, outputs=outputs: outputs.update(
+                    {name: output}
+                )
+            )
+        times = teacher.noise_schedule.network_times(timesteps)
+        with torch.no_grad():
+            x = teacher.family.encode(teacher.parts, 2 * images - 1)
+            teacher.family.forward(teacher.parts, x, times, None)
+        expected = {name: teacher.family.feature_map(outputs[name], x) for name in teacher.layers}
+        for name, feature in teacher.features(images, timesteps).items():
+            assert torch.equal(feature, expected[name].float())
 
 
 def test_nothing_runs_after_the_last_asked_layer(case: Any, path: str) -> None:
-    if not case.single_network:
-        pytest.skip("about one network; each member's family is tested by itself")
-    teacher = case.build(path)
-    done: list[str] = []
-    for name, module in teacher.network.named_modules():
-        module.register_forward_hook(lambda module, args, output, name=name: done.append(name))
-    teacher.features(case.images(), timesteps_of(teacher), seeded())
-    inside = [name for name in done if not name.startswith(f"{teacher.last_layer}.")]
-    assert inside
-    assert "" not in done  # the network itself never came to its end
-    used, whole = teacher.flops(case.size)
-    assert 0 < used < whole
+    whole = case.build(path)
+    for teacher in members_of(whole):
+        done: list[str] = []
+        for name, module in teacher.network.named_modules():
+            module.register_forward_hook(
+                lambda module, args, output, name=name, done=done: done.append(name)
+            )
+        teacher.features(case.images(), timesteps_of(teacher), seeded())
+        inside = [name for name in done if not name.startswith(f"{teacher.last_layer}.")]
+        assert inside
+        assert "" not in done  # the network itself never came to its end
+    flops = whole.flops(case.size)
+    assert 0 < flops.used < flops.whole
 
 
 @pytest.mark.parametrize(
@@ -144,16 +162,14 @@ def test_generator_decides_the_noise(case: Any, path: str) -> None:
 
 
 def test_average_is_the_mean_over_draws(case: Any, path: str) -> None:
-    if not case.single_network:
-        pytest.skip("about one network; each member's family is tested by itself")
-    teacher, single = case.build(path, input="average", draws=3), case.build(path)
-    images, timesteps = case.images(), timesteps_of(teacher)
-    mean = teacher.features(images, timesteps, seeded())
-    generator = seeded()
-    draws = [single.features(images, timesteps, generator) for _ in range(3)]
-    for name in teacher.layers:
-        expected = torch.stack([draw[name] for draw in draws]).mean(0)
-        torch.testing.assert_close(mean[name], expected, rtol=1e-4, atol=1e-4)
+    images = case.images()
+    averaging, plain = case.build(path, input="average", draws=3), case.build(path)
+    for teacher, single in zip(members_of(averaging), members_of(plain), strict=True):
+        timesteps, generator = timesteps_of(teacher), seeded()
+        draws = [single.features(images, timesteps, generator) for _ in range(3)]
+        for name, mean in teacher.features(images, timesteps, seeded()).items():
+            expected = torch.stack([draw[name] for draw in draws]).mean(0)
+            torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_features_teach_but_are_not_taught(case: Any, path: str) -> None:
@@ -220,7 +236,7 @@ def test_unknown_layer_is_named_with_what_there_is(case: Any, path: str) -> None
 
 def test_the_layer_table_names_layers_that_can_be_asked_for(case: Any, path: str) -> None:
     if not case.single_network:
-        pytest.skip("about one network; each member's family is tested by itself")
+        pytest.skip("an ensemble has the layers of its members, whose families have this test")
     table = case.build(path).layer_table(case.size)
     assert len(table) >= 2
     costs = [row.cost for row in table]

@@ -43,6 +43,14 @@ def test_images_of_every_8_bit_mode_are_rgb(tmp_path: Path, mode: str) -> None:
     assert image.eq(255).all()
 
 
+@pytest.mark.parametrize("suffix", ["bmp", "GIF", "jpeg", "pgm", "ppm", "tiff", "webp"])
+def test_images_of_every_suffix_count(tmp_path: Path, suffix: str) -> None:
+    Image.new("L", (5, 3), 200).save(tmp_path / f"a.{suffix}")
+    image, _ = Images(str(tmp_path)).dataset("train")[0]
+    assert image.shape == (3, 3, 5)
+    assert image.int().sub(200).abs().max() <= 1
+
+
 def test_photographs_are_upright_and_folders_are_no_files(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
