@@ -275,6 +275,13 @@ def _teacher(verbs: Verbs) -> None:
         "--name", default="diffusers_unet", help="its teacher.name (default: diffusers_unet)"
     )
     layers.add_argument("--size", type=int, help="side of the images (default: its own)")
+    layers.add_argument(
+        "overrides",
+        metavar="option=value",
+        nargs="*",
+        default=[],
+        help="its teacher.options, for instance heads=4",
+    )
     layers.set_defaults(verb="teacher_layers")
 
 

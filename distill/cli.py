@@ -237,7 +237,7 @@ def _teacher_extract(options: argparse.Namespace) -> int:
 def _teacher_layers(options: argparse.Namespace) -> int:
     from distill.dry_run import teacher_layers
 
-    print(teacher_layers(options.name, options.path, options.size))
+    print(teacher_layers(options.name, options.path, options.size, options.overrides))
     return 0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -13,9 +15,11 @@ from distill.build import (
     TrainingSet,
     build_accelerator,
     build_training_set,
+    check_options,
     embedded,
     has_members,
     in_order,
+    typed_options,
 )
 from distill.config import RunConfig
 from distill.data import Draw
@@ -23,7 +27,7 @@ from distill.errors import UserError, blame
 from distill.evaluation.scoring import held_out_examples
 from distill.pretraining.config import TeacherTrainConfig
 from distill.pretraining.teach import TeacherTraining
-from distill.recipe import to_yaml
+from distill.recipe import apply_override, to_yaml
 from distill.registry import resolve
 from distill.training.clock import wait
 from distill.training.fit import check_schedule, fit_batch
@@ -31,6 +35,7 @@ from distill.training.loop import batches
 from distill.training.trainer import Trainer
 from rl_policy.protocol import MixingPolicy
 from teachers import anatomy
+from teachers.diffusion import View
 
 
 def dry_run(config: RunConfig) -> str:
@@ -120,14 +125,25 @@ def teacher_dry_run(config: TeacherTrainConfig) -> str:
     )
 
 
-def teacher_layers(name: str, path: str, size: int | None) -> str:
-    """A table of a network's blocks: channels, reduction, share of a forward pass spent by then."""
+def teacher_layers(name: str, path: str, size: int | None, options: Sequence[str] = ()) -> str:
+    """A table of a network's blocks: channels, reduction, share of a forward pass spent by then.
+
+    Args:
+        name, path: As in a recipe's `teacher`.
+        size: Side of the images; None for the network's own.
+        options: `name=value` of its `teacher.options`.
+    """
     factory = resolve("teachers", name, "--name")
     if has_members(factory):
         raise UserError(f"--name: {name} has the layers of its members; list those, one by one")
+    given: dict[str, Any] = {}
+    for option in options:
+        apply_override(given, option)
+    check_options(given, factory, "teacher.options", get_type_hints(View))
+    given = typed_options(given, factory, "teacher.options")
     with blame("teacher"):
         sized = {} if size is None else {"image_size": size}
-        teacher = factory(embedded(path), layers=(), **sized)
+        teacher = factory(embedded(path), layers=(), **sized, **given)
         if not hasattr(teacher, "layer_table"):
             raise UserError(f"--name: {name} is a teacher that does not list its layers")
         side = teacher.family.image_size if size is None else size

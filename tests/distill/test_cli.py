@@ -218,3 +218,15 @@ def test_teacher_layers_are_a_table(
     assert main(["teacher", "layers", str(teacher_folder), "--size", "33"]) == 2
     assert main(["teacher", "layers", "x", "--name", f"{__name__}:own_teacher"]) == 2
     assert "own_teacher is a teacher that does not list its layers" in capsys.readouterr().err
+
+
+def test_teacher_layers_take_the_options_of_the_teacher(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["teacher", "layers", "test_vit", "--name", "timm", "--size", "64"]
+    assert main([*words, "kwargs={depth: 3}"]) == 0
+    assert "\nblocks.2 " in capsys.readouterr().out
+    assert main([*words, "kwargs={depth: 3}", "random_weights=0"]) == 2
+    assert "unknown key 'teacher.options.random_weights'" in capsys.readouterr().err
+    assert main([*words, "kwargs=3"]) == 2
+    assert "teacher.options.kwargs: input should be" in capsys.readouterr().err
