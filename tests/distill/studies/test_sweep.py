@@ -3,70 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from distill import checkpoint
 from distill.cli import main
 from distill.studies.results import markdown, read_scores, study_results, write_results
-from distill.studies.study import Cell, Study, load_study, run_folder
+from distill.studies.study import Cell, load_study, run_folder
 from distill.training.loop import checkpoint_path
+from tests.distill.studies.conftest import ARMS, Write, fake_runs
 
 Interrupter = Callable[[str, int], None]
 Refuse = Callable[..., str]
-Write = Callable[..., Path]
-
-ARMS = [
-    {"name": "scratch", "overrides": ["train.arms=[scratch]"]},
-    {"name": "a2c"},
-    {"name": "uniform", "overrides": ["policy.name=uniform"], "seeds": [0]},
-]
-
-
-@pytest.fixture
-def write(recipe: Path) -> Write:
-    """A study of the tiny recipe, with what a test changes in it."""
-
-    def written(**changes: Any) -> Path:
-        tree = {
-            "recipe": recipe.name,
-            "seeds": [0, 1],
-            "baselines": ["scratch", "uniform"],
-            "overrides": ["train.arms=[distilled]", "train.steps=2"],
-            "arms": ARMS,
-        }
-        path = recipe.parent / "small.yaml"
-        path.write_text(yaml.safe_dump(tree | changes))
-        return path
-
-    return written
-
-
-def fake_runs(study: Study, scores: dict[tuple[str, int], float]) -> None:
-    """Put finished runs with these scores in the study's folders."""
-    for (arm, seed), score in scores.items():
-        folder, take = run_folder(study.cells[Cell(arm, seed)]), study.takes[arm]
-        result = {
-            "scores": {"miou": score},
-            "seconds": 10.0 + seed,
-            "images_per_second": 50.0,
-            "commit": "c0ffee",
-            "hardware": "a machine",
-        }
-        summary = {"task": "segmentation", "benchmark": "shapes", "split": "test"}
-        path = checkpoint_path(folder, take).with_name("result.json")
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(result))
-        (folder / "summary.json").write_text(json.dumps(summary | {"wall_seconds": 20.0 + seed}))
-
-
-# What a study comes down to
 
 
 def test_every_arm_has_a_run_a_seed_with_its_overrides_last(write: Write, recipe: Path) -> None:
@@ -288,145 +239,3 @@ def test_dry_run_says_which_arms_are_done_and_which_are_in_the_runs_of_others(
     assert main(["sweep", study, "--dry-run", "--only", "scratch"]) == 0
     printed = capsys.readouterr().out
     assert "2 of 2 runs are done; nothing was trained" in printed
-
-
-# Mistakes
-
-
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"baselines": ["scrath"]}, "baselines: 'scrath' is no arm; did you mean 'scratch'?"),
-        ({"arms": [ARMS[0], ARMS[0]]}, "two arms have the name 'scratch'"),
-        ({"seeds": []}, "seeds: list should have at least 1 item"),
-        ({"seeds": [3, 3]}, "seeds: 3 stands twice among [3, 3]"),
-        ({"arms": []}, "arms: list should have at least 1 item"),
-        ({"arms": [{"name": "a/b"}]}, "arms.0.name: string should match pattern"),
-        ({"arms": [{"name": "a", "seed": 1}]}, "'arms.0.seed'; did you mean 'arms.0.seeds'?"),
-        (
-            {"arms": [{"name": "a", "overrides": ["policy.nam=ppo"]}], "baselines": []},
-            "arm a: {recipe}: unknown key 'policy.nam'; did you mean 'policy.name'?",
-        ),
-        (
-            {"arms": [{"name": "a", "overrides": ["seed=3"]}], "baselines": []},
-            "arm a: override 'seed=3': seed is set by the study itself",
-        ),
-        (
-            {"arms": [{"name": "a", "take": "scratch"}], "baselines": []},
-            "arm a: take: 'scratch' is not among its train.arms, distilled",
-        ),
-        (
-            {"arms": [*ARMS, {"name": "v", "overrides": ["evaluate.split=val"]}]},
-            "arm v: evaluate.split is 'val', in arm scratch 'test'",
-        ),
-        ({"recipe": "none.yaml"}, "arm scratch: recipe {folder}/none.yaml: No such file"),
-        ({"name": "../up"}, "name: string should match pattern"),
-    ],
-)  # fmt: skip
-def test_a_mistake_in_a_study_is_named(
-    changes: dict[str, Any], line: str, write: Write, refuse: Refuse, recipe: Path
-) -> None:
-    error = refuse("sweep", write(**changes))
-    assert error.startswith(f"study {recipe.parent / 'small.yaml'}")
-    assert line.format(recipe=recipe, folder=recipe.parent) in error
-    assert not (recipe.parent / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["--only", "unifrm"], "--only: 'unifrm' is no arm of study {}; did you mean 'uniform'?"),
-        (["--seeds", "4"], "--seeds: 4 is no seed of study {}; choose from 0, 1"),
-        (["--seeds", "one"], "--seeds: 'one' is no seed, which is a whole number"),
-        (["--seeds", "²"], "--seeds: '²' is no seed, which is a whole number"),
-        (["--only", "uniform", "--seeds", "1"], "none of these arms has one of these seeds"),
-        (["seed=3"], "study {}, arm scratch: override 'seed=3': seed is set by the study itself"),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_named(
-    words: list[str], line: str, write: Write, refuse: Refuse
-) -> None:
-    study = write()
-    assert line.format(study) in refuse("sweep", study, *words)
-
-
-def test_a_missing_study_is_named(refuse: Refuse) -> None:
-    assert refuse("sweep", "none.yaml") == "study none.yaml: No such file or directory"
-
-
-def test_all_recipes_are_tried_before_anything_is_trained(
-    write: Write, refuse: Refuse, recipe: Path
-) -> None:
-    arms = [*ARMS, {"name": "typo", "overrides": ["policy.name=uniforn"]}]
-    error = refuse("sweep", write(arms=arms))
-    assert (
-        f"study {recipe.parent / 'small.yaml'}, arm typo: policy.name: unknown name 'uniforn'"
-        in error
-    )
-    assert not (recipe.parent / "runs").exists()
-
-
-def test_a_run_of_an_earlier_version_of_the_study_is_named(
-    write: Write, refuse: Refuse, recipe: Path
-) -> None:
-    study = write(baselines=[], arms=ARMS[:1], seeds=[0])
-    assert main(["sweep", str(study)]) == 0
-    error = refuse("sweep", study, "train.lr=2e-3")
-    written = recipe.parent / "runs/small/scratch-0/config.yaml"
-    assert f"arm scratch: train.lr is 0.001 in {written} and 0.002 in the study" in error
-
-
-# Results from elsewhere
-
-
-def results_of(study: Study, scores: dict[tuple[str, int], float], folder: Path) -> Path:
-    """Results of runs that are gone."""
-    fake_runs(study, scores)
-    write_results(study, folder, read_scores(study, {}))
-    shutil.rmtree(study.folder)
-    return folder / f"{study.config.name}.json"
-
-
-def test_scores_from_elsewhere_are_taken_over_and_not_trained_again(
-    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write()
-    study = load_study(path)
-    file = results_of(study, {("scratch", 0): 0.2, ("a2c", 0): 0.3, ("a2c", 1): 0.9}, tmp_path)
-    fake_runs(study, {("a2c", 1): 0.4})  # a run counts for more than what was kept
-
-    assert main(["sweep", str(path), "--keep", str(file), "--dry-run"]) == 0
-    plan = capsys.readouterr().out
-    assert "3 of 5 runs are done; the other 2 would be trained" in plan
-
-    assert main(["sweep", str(path), "--keep", str(file), "--out", str(tmp_path)]) == 0
-    results = json.loads(file.read_text())
-    arms = results["arms"]
-    assert results["runs"] == {"finished": 5, "planned": 5}
-    assert arms["a2c"]["values"] == [0.3, 0.4]
-    assert arms["a2c"]["gain_over_scratch"]["seeds"] == [0, 1]
-    assert arms["scratch"]["values"][0] == 0.2
-    assert {"c0ffee"} < {*arms["scratch"]["commits"]}
-    assert not (study.folder / "scratch-0").exists()
-    assert (study.folder / "scratch-1" / "summary.json").exists()
-
-
-def test_scores_of_other_settings_or_of_no_study_are_refused(
-    write: Write, tmp_path: Path, refuse: Refuse
-) -> None:
-    path = write()
-    file = results_of(load_study(path), {("scratch", 0): 0.2}, tmp_path)
-    refused = ["sweep", str(path), "--keep", str(file), "--dry-run"]
-
-    write(overrides=["train.arms=[distilled]", "train.steps=3"])
-    assert "the study had ['train.arms=[distilled]', 'train.steps=2'], and has" in refuse(*refused)
-    write(
-        arms=[{"name": "scratch", "overrides": ["train.arms=[scratch]", "train.lr=1.0"]}],
-        baselines=[],
-    )
-    assert "arm scratch had ['scratch', 'train.arms=[scratch]'], and has" in refuse(*refused)
-    for content in ("[]", "{", '{"arms": 1}'):
-        file.write_text(content)
-        assert f"--keep: {file} is no JSON of a sweep" in refuse(*refused)
-    file.unlink()
-    assert "No such file" in refuse(*refused)

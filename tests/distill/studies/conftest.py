@@ -1,0 +1,59 @@
+"""A small study, and runs of it that were never trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distill.studies.study import Cell, Study, run_folder
+from distill.training.loop import checkpoint_path
+
+Write = Callable[..., Path]
+
+ARMS = [
+    {"name": "scratch", "overrides": ["train.arms=[scratch]"]},
+    {"name": "a2c"},
+    {"name": "uniform", "overrides": ["policy.name=uniform"], "seeds": [0]},
+]
+
+
+@pytest.fixture
+def write(recipe: Path) -> Write:
+    """A study of the tiny recipe, with what a test changes in it."""
+
+    def written(**changes: Any) -> Path:
+        tree = {
+            "recipe": recipe.name,
+            "seeds": [0, 1],
+            "baselines": ["scratch", "uniform"],
+            "overrides": ["train.arms=[distilled]", "train.steps=2"],
+            "arms": ARMS,
+        }
+        path = recipe.parent / "small.yaml"
+        path.write_text(yaml.safe_dump(tree | changes))
+        return path
+
+    return written
+
+
+def fake_runs(study: Study, scores: dict[tuple[str, int], float]) -> None:
+    """Put finished runs with these scores in the study's folders."""
+    for (arm, seed), score in scores.items():
+        folder, take = run_folder(study.cells[Cell(arm, seed)]), study.takes[arm]
+        result = {
+            "scores": {"miou": score},
+            "seconds": 10.0 + seed,
+            "images_per_second": 50.0,
+            "commit": "c0ffee",
+            "hardware": "a machine",
+        }
+        summary = {"task": "segmentation", "benchmark": "shapes", "split": "test"}
+        path = checkpoint_path(folder, take).with_name("result.json")
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(result))
+        (folder / "summary.json").write_text(json.dumps(summary | {"wall_seconds": 20.0 + seed}))

@@ -1,0 +1,97 @@
+"""Mistakes in a study, or beside it, are one line that names the place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.cli import main
+from tests.distill.studies.conftest import ARMS, Write
+
+Refuse = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"baselines": ["scrath"]}, "baselines: 'scrath' is no arm; did you mean 'scratch'?"),
+        ({"arms": [ARMS[0], ARMS[0]]}, "two arms have the name 'scratch'"),
+        ({"seeds": []}, "seeds: list should have at least 1 item"),
+        ({"seeds": [3, 3]}, "seeds: 3 stands twice among [3, 3]"),
+        ({"arms": []}, "arms: list should have at least 1 item"),
+        ({"arms": [{"name": "a/b"}]}, "arms.0.name: string should match pattern"),
+        ({"arms": [{"name": "a", "seed": 1}]}, "'arms.0.seed'; did you mean 'arms.0.seeds'?"),
+        (
+            {"arms": [{"name": "a", "overrides": ["policy.nam=ppo"]}], "baselines": []},
+            "arm a: {recipe}: unknown key 'policy.nam'; did you mean 'policy.name'?",
+        ),
+        (
+            {"arms": [{"name": "a", "overrides": ["seed=3"]}], "baselines": []},
+            "arm a: override 'seed=3': seed is set by the study itself",
+        ),
+        (
+            {"arms": [{"name": "a", "take": "scratch"}], "baselines": []},
+            "arm a: take: 'scratch' is not among its train.arms, distilled",
+        ),
+        (
+            {"arms": [*ARMS, {"name": "v", "overrides": ["evaluate.split=val"]}]},
+            "arm v: evaluate.split is 'val', in arm scratch 'test'",
+        ),
+        ({"recipe": "none.yaml"}, "arm scratch: recipe {folder}/none.yaml: No such file"),
+        ({"name": "../up"}, "name: string should match pattern"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_study_is_named(
+    changes: dict[str, Any], line: str, write: Write, refuse: Refuse, recipe: Path
+) -> None:
+    error = refuse("sweep", write(**changes))
+    assert error.startswith(f"study {recipe.parent / 'small.yaml'}")
+    assert line.format(recipe=recipe, folder=recipe.parent) in error
+    assert not (recipe.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--only", "unifrm"], "--only: 'unifrm' is no arm of study {}; did you mean 'uniform'?"),
+        (["--seeds", "4"], "--seeds: 4 is no seed of study {}; choose from 0, 1"),
+        (["--seeds", "one"], "--seeds: 'one' is no seed, which is a whole number"),
+        (["--seeds", "²"], "--seeds: '²' is no seed, which is a whole number"),
+        (["--only", "uniform", "--seeds", "1"], "none of these arms has one of these seeds"),
+        (["seed=3"], "study {}, arm scratch: override 'seed=3': seed is set by the study itself"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(
+    words: list[str], line: str, write: Write, refuse: Refuse
+) -> None:
+    study = write()
+    assert line.format(study) in refuse("sweep", study, *words)
+
+
+def test_a_missing_study_is_named(refuse: Refuse) -> None:
+    assert refuse("sweep", "none.yaml") == "study none.yaml: No such file or directory"
+
+
+def test_all_recipes_are_tried_before_anything_is_trained(
+    write: Write, refuse: Refuse, recipe: Path
+) -> None:
+    arms = [*ARMS, {"name": "typo", "overrides": ["policy.name=uniforn"]}]
+    error = refuse("sweep", write(arms=arms))
+    assert (
+        f"study {recipe.parent / 'small.yaml'}, arm typo: policy.name: unknown name 'uniforn'"
+        in error
+    )
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_a_run_of_an_earlier_version_of_the_study_is_named(
+    write: Write, refuse: Refuse, recipe: Path
+) -> None:
+    study = write(baselines=[], arms=ARMS[:1], seeds=[0])
+    assert main(["sweep", str(study)]) == 0
+    error = refuse("sweep", study, "train.lr=2e-3")
+    written = recipe.parent / "runs/small/scratch-0/config.yaml"
+    assert f"arm scratch: train.lr is 0.001 in {written} and 0.002 in the study" in error
