@@ -79,7 +79,7 @@ def load_pipeline(path: str, image_size: tuple[int, int]) -> tuple[UNet2DModel, 
             "(no learned variance)"
         )
     anatomy.check_image_size(image_size, family.multiple)
-    unet = family.load(None)["network"]
+    unet = family.load(None)["network"].float()
     assert isinstance(unet, UNet2DModel)
     height, width = image_size
     unet.register_to_config(sample_size=height if height == width else (height, width))

@@ -12,7 +12,7 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.utils import logging as chatter
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from teachers.noise import NoiseSchedule
@@ -185,7 +186,7 @@ def find_weights(folder: Path, safetensors: str, pickled: str) -> tuple[Path, st
 
 
 def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
-    """The trained model of that folder, in float32, every weight from the file and finite.
+    """The trained model of that folder, as precise as its file, every weight from it and finite.
 
     Raises:
         FileNotFoundError: no weights in the folder.
@@ -197,7 +198,7 @@ def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
             # low_cpu_mem_usage leaves missing weights on the meta device instead of reporting them
             model, report = architecture.from_pretrained(
                 folder,
-                torch_dtype=torch.float32,
+                torch_dtype=stored_dtype(weights),
                 use_safetensors=".safetensors" in weights.name,
                 variant=variant,
                 low_cpu_mem_usage=False,
@@ -219,6 +220,31 @@ def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
     return model
 
 
+def stored_dtype(weights: Path) -> torch.dtype:
+    """The 16-bit type that all numbers of safetensors have; float32 for others, and for `.bin`.
+
+    Large models are published in 16 bits, and as float32 would need twice the memory to load.
+
+    Args:
+        weights: the file, or the index of its shards.
+
+    Raises:
+        OSError, KeyError, ValueError: shards are missing, or the index is damaged.
+    """
+    if ".safetensors" not in weights.name:
+        return torch.float32
+    files = [weights]
+    if weights.suffix == ".json":
+        shards = {str(shard) for shard in read_json(weights)["weight_map"].values()}
+        files = [weights.with_name(shard) for shard in sorted(shards)]
+    kinds = set()
+    for file in files:
+        # a damaged one shows when it is read
+        with suppress(SafetensorError), safe_open(file, framework="pt") as tensors:
+            kinds |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get("/".join(kinds), torch.float32)
+
+
 def check_finite(model: nn.Module, source: Path) -> None:
     """Raises ValueError that names the file and the first weight that is not finite."""
     for name, weight in model.named_parameters():
@@ -234,9 +260,10 @@ def randomly(build: Callable[[], Built], seed: int) -> Built:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over all weights: names, shapes, dtypes and bytes; 64 hex digits."""
+    """SHA-256 over all weights, as float32: names, shapes, dtypes and bytes; 64 hex digits."""
     digest = hashlib.sha256()
     for name, weight in sorted(module.state_dict().items()):
+        weight = weight.float() if weight.is_floating_point() else weight
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

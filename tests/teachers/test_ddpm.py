@@ -153,6 +153,8 @@ def test_half_precision_file_is_half_the_size_and_leaves_the_model_alone(tmp_pat
     full, half = ((tmp_path / name / weights).stat().st_size for name in ("full", "half"))
     assert half < 0.7 * full
     assert unet.dtype == torch.float32
+    unet, _ = ddpm.load_pipeline(str(tmp_path / "half"), (16, 16))
+    assert unet.dtype == torch.float32  # to be trained further
 
 
 def test_saved_pipeline_replaces_an_older_one_and_leaves_nothing_beside_it(tmp_path):

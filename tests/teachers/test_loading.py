@@ -110,10 +110,20 @@ def test_attention_weights_under_their_old_names_load(pipeline):
     assert load(pipeline).fingerprint == expected
 
 
-def test_half_precision_weights_compute_in_float32(pipeline):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_take_no_more_memory_and_compute_as_asked(
+    pipeline: Path, dtype: torch.dtype
+) -> None:
     weights = pipeline / "unet" / WEIGHTS
-    save_file({name: weight.half() for name, weight in load_file(weights).items()}, weights)
-    assert load(pipeline).network.dtype == torch.float32
+    halves = {name: weight.to(dtype) for name, weight in load_file(weights).items()}
+    save_file(halves, weights)
+    assert loading.load_model(pipeline / "unet", UNet2DModel).dtype == dtype
+    teacher = load(pipeline)
+    assert teacher.network.dtype == torch.float32
+    save_file({name: weight.float() for name, weight in halves.items()}, weights)
+    assert load(pipeline).fingerprint == teacher.fingerprint
+    save_file(halves | {"conv_out.bias": halves["conv_out.bias"].float()}, weights)
+    assert loading.load_model(pipeline / "unet", UNet2DModel).dtype == torch.float32
 
 
 def test_random_weights_need_no_weights_file(pipeline):
