@@ -36,11 +36,12 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
         file.write(buffer.getbuffer())
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
     """What `save` was given, with every tensor on the CPU. Runs no code from the file.
 
     Raises:
-        UserError: the file is missing, truncated, or not a checkpoint of this program's version.
+        UserError: the file is missing, truncated, or not a checkpoint of this program's version, or
+            one that has not these keys.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,6 +60,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             "resume with the version of distill that wrote it, or start a new run"
         )
     state: dict[str, Any] = content["state"]
+    if lacking := [key for key in keys if key not in state]:
+        raise UserError(f"{path} is a checkpoint of something else: it has no {lacking[0]!r}")
     return state
 
 
@@ -68,13 +71,22 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         file.write(text.encode())
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file of a run holds. Raises UserError if it is missing or damaged."""
+def read_json(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
+    """The object in a JSON file of a run.
+
+    Raises:
+        UserError: the file is missing or damaged, or no object with these keys.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is missing or damaged: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    if lacking := [key for key in keys if key not in content]:
+        raise UserError(f"{path} is damaged: it has no {lacking[0]!r}")
+    return content
 
 
 def existing_parent(path: Path) -> Path:

@@ -145,7 +145,13 @@ def _seeds(words: Sequence[str], option: str) -> tuple[list[int], list[str]]:
     for seed in seeds:
         if not seed.isdecimal():
             raise UserError(f"{option}: {seed!r} is no seed, which is a whole number")
-    return [int(seed) for seed in seeds], overrides
+        if int(seed) >= 2**31:
+            raise UserError(f"{option}: {seed} is too large; seeds are below 2**31")
+    numbers = [int(seed) for seed in seeds]
+    for number in numbers:
+        if numbers.count(number) > 1:
+            raise UserError(f"{option}: {number} stands twice among {' '.join(seeds)}")
+    return numbers, overrides
 
 
 def _sweep(options: argparse.Namespace) -> int:

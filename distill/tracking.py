@@ -81,14 +81,24 @@ class RunLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that a crash cut off is left out."""
+    """The rows of metrics.jsonl; a last line that a crash cut off is left out.
+
+    Raises:
+        UserError: Another line is damaged.
+    """
     path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            rows.append({"arm": row["arm"], "step": row["step"], **row})
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):
+                raise UserError(
+                    f"{path}, line {number} is damaged; put a copy of the file there, or remove "
+                    "the line"
+                ) from error
     return rows
 
 
@@ -172,11 +182,14 @@ class Progress:
 class StopSignal:
     """True once the user asked to stop."""
 
-    def __init__(self) -> None:
-        self.set = False
+    def __init__(self, set: bool = False) -> None:
+        self.set = set
 
     def __bool__(self) -> bool:
         return self.set
+
+
+_STOPS: list[StopSignal] = []
 
 
 def stop_of_any(stop: StopSignal, accelerator: Accelerator) -> bool:
@@ -189,20 +202,26 @@ def stop_of_any(stop: StopSignal, accelerator: Accelerator) -> bool:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopSignal]:
-    """Turn the first Ctrl-C (or SIGTERM) into a flag to look at between steps; the second kills."""
-    stop = StopSignal()
+    """Turn the first Ctrl-C (or SIGTERM) into a flag to look at between steps; the second kills.
+
+    Of several around each other all are set, and those that begin later too.
+    """
+    stop = StopSignal(any(_STOPS))
+    _STOPS.append(stop)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        stop.set = True
+        for one in _STOPS:
+            one.set = True
         print("\nstopping after this step (again to stop at once)", file=sys.stderr, flush=True)
 
     previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
+        _STOPS.remove(stop)
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -28,11 +28,11 @@ class GaussianBandit:
 
     def __init__(self, bins: int, discount: float, prior: float) -> None:
         check_range("discount", discount, above=0, most=1)
-        check_range("prior", prior, above=0)
+        check_range("prior", prior, least=1e-3, most=1e3)
         self.bins, self.discount, self.prior = bins, discount, prior
         self.counts = torch.zeros(bins, dtype=torch.float64)
         self.sums = torch.zeros(bins, dtype=torch.float64)
-        self.reward_scale = RunningScale().double()
+        self.reward_scale = RunningScale(floor=0).double()
 
     def learn(
         self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float
@@ -47,10 +47,8 @@ class GaussianBandit:
     def posterior(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation (K,) float64 of each bin's mean reward, on the standardised scale."""
         precision = self.counts + 1 / self.prior**2
-        # On any scale: the floor is what float32 rewards of that mean lose to rounding.
-        mean, variance = self.reward_scale.mean, self.reward_scale.variance
-        scale = (variance + 1e-14 * mean.square() + 1e-30).rsqrt()
-        standardised = (self.sums - self.counts * self.reward_scale.mean) * scale
+        centred = self.sums - self.counts * self.reward_scale.mean
+        standardised = centred * self.reward_scale.inverse_deviation()
         return standardised / precision, precision.rsqrt()
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,7 +128,7 @@ class UCB(GaussianBandit):
         **unknown: Any,
     ) -> None:
         refuse_unknown(type(self), unknown)
-        check_range("exploration", exploration, above=0)
+        check_range("exploration", exploration, least=1e-3, most=1e3)
         super().__init__(bins, discount, prior)
         self.batch, self.exploration = batch, exploration
 

@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import Logger
 from torch import Generator, Tensor
 
 from rl_policy.drawing import draw
-from rl_policy.options import check_range, refuse_unknown
+from rl_policy.options import WIDEST, check_range, refuse_unknown
 from rl_policy.reward import ContextScale, RunningScale
 from rl_policy.sb3 import environments
 from rl_policy.seeding import seeded_numpy, seeded_torch
@@ -55,17 +55,17 @@ class DQNPolicy:
         check_range("learning_rate", learning_rate, above=0)
         check_range("exploration", exploration, least=0, most=1)
         check_range("exploration_until", exploration_until, above=0, most=1)
-        for name, value in (
-            ("hidden", hidden),
-            ("replay", replay),
-            ("minibatch", minibatch),
-            ("gradient_steps", gradient_steps),
+        for name, value, most in (
+            ("hidden", hidden, WIDEST),
+            ("replay", replay, 10**7),
+            ("minibatch", minibatch, 10**6),
+            ("gradient_steps", gradient_steps, 10**4),
         ):
-            check_range(name, value, least=1, whole=True)
+            check_range(name, value, least=1, most=most, whole=True)
         self.bins, self.batch, self.seed, self.updates = bins, batch, seed, 0
         self.minibatch, self.gradient_steps = minibatch, gradient_steps
         self.exploration, self.exploration_until, self.rate = exploration, exploration_until, 1.0
-        self.context_scale, self.reward_scale = ContextScale(context_size), RunningScale()
+        self.context_scale, self.reward_scale = ContextScale(context_size), RunningScale(floor=0)
         with seeded_torch(seed):
             self.model = DQN(
                 "MlpPolicy",

@@ -14,6 +14,10 @@ TOLD = ("timesteps", "image_size")
 """Keywords of policies that are no options: what they stand for follows from the run."""
 
 
+WIDEST = 2**16
+"""Largest width of a layer that a policy takes for meant."""
+
+
 class OptionError(ValueError):
     """An option that a policy does not take; the line begins with its name."""
 
@@ -34,9 +38,10 @@ def create(
 
     Raises:
         OptionError: the policy refuses an option.
-        ValueError: what it is told.
+        ValueError: what it is told, or it is called otherwise than policies are.
     """
-    parameters = inspect.signature(policy).parameters
+    signature = inspect.signature(policy)
+    parameters = signature.parameters
     told = {}
     for name, fact in zip(TOLD, (timesteps, image_size), strict=True):
         if name in parameters and parameters[name].kind is inspect.Parameter.KEYWORD_ONLY:
@@ -44,10 +49,20 @@ def create(
     for name in (*list(parameters)[:4], *told):
         if name in options:
             raise OptionError(f"{name} is no option: the policy is told it by the run")
-    return policy(context_size, len(timesteps), batch, seed, **told, **options)
+    facts = context_size, len(timesteps), batch, seed
+    try:
+        signature.bind(*facts, **told)
+    except TypeError as error:
+        raise ValueError(
+            f"{policy} cannot be called as policies are, with context_size, bins, batch and seed: "
+            f"{error}"
+        ) from error
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+        refuse_unknown(policy, options.keys() - parameters.keys())
+    return policy(*facts, **told, **options)
 
 
-def refuse_unknown(policy: type, unknown: Iterable[str]) -> None:
+def refuse_unknown(policy: Callable[..., Any], unknown: Iterable[str]) -> None:
     """Raise for option names that no keyword-only parameter of `policy` takes.
 
     Raises:
@@ -60,7 +75,8 @@ def refuse_unknown(policy: type, unknown: Iterable[str]) -> None:
         close = difflib.get_close_matches(name, choices, n=1)
         hint = f"did you mean {close[0]!r}?" if close else ""
         known = f"choose from {', '.join(choices)}" if choices else "it takes none"
-        raise OptionError(f"{name} is no option of {policy.__name__}; {hint or known}")
+        who = getattr(policy, "__name__", policy)
+        raise OptionError(f"{name} is no option of {who}; {hint or known}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rl_policy.drawing import draw
-from rl_policy.options import OptionError, check_choice, check_range, refuse_unknown
+from rl_policy.options import WIDEST, OptionError, check_choice, check_range, refuse_unknown
 from rl_policy.reward import ContextScale, RunningScale
 from rl_policy.seeding import seeded_torch
 
@@ -58,7 +58,7 @@ class Reinforce:
     ) -> None:
         refuse_unknown(type(self), unknown)
         check_choice("network", network, ("mlp", "conv"))
-        check_range("hidden", hidden, least=1, whole=True)
+        check_range("hidden", hidden, least=1, most=WIDEST, whole=True)
         check_choice("optimizer", optimizer, ("adam", "sgd"))
         check_range("learning_rate", learning_rate, above=0)
         _check_drops(rate_drops)
@@ -68,7 +68,7 @@ class Reinforce:
         self.learning_rate, self.rate_drops = learning_rate, tuple(rate_drops)
         self.entropy_weight, self.entropy_until = entropy_weight, entropy_until
         self.context_scale = ContextScale(context_size) if network == "mlp" else None
-        self.reward_scale = RunningScale() if baseline else None
+        self.reward_scale = RunningScale(floor=0) if baseline else None
         with seeded_torch(seed):
             last = nn.Linear(hidden, bins)
             if network == "mlp":

@@ -29,15 +29,19 @@ class RunningScale(nn.Module):
         momentum: weight of the past, once there is enough of it.
         shared: the figures are those of all processes, which are each shown some of the samples,
             as many each; otherwise this one's, which may have been shown all.
+        floor: added to the variance, for numbers that hardly vary. 0 is for numbers on any scale:
+            the floor is what float32 numbers of that mean lose to rounding.
     """
 
     mean: Tensor
     variance: Tensor
     updates: Tensor
 
-    def __init__(self, *shape: int, momentum: float = 0.99, shared: bool = False) -> None:
+    def __init__(
+        self, *shape: int, momentum: float = 0.99, shared: bool = False, floor: float = 1e-8
+    ) -> None:
         super().__init__()
-        self.momentum, self.shared = momentum, shared
+        self.momentum, self.shared, self.floor = momentum, shared, floor
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("variance", torch.ones(shape))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -57,7 +61,12 @@ class RunningScale(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         """Standardise samples (N, *shape) -> (N, *shape) float32 in [-10, 10]."""
-        return ((samples - self.mean) * (self.variance + 1e-8).rsqrt()).clamp(-10, 10)
+        return ((samples - self.mean) * self.inverse_deviation()).clamp(-10, 10)
+
+    def inverse_deviation(self) -> Tensor:
+        """What standardised samples are multiplied with, (*shape)."""
+        least = self.floor or 1e-14 * self.mean.square() + 1e-30
+        return (self.variance + least).rsqrt()
 
 
 class ContextScale(RunningScale):
@@ -219,7 +228,7 @@ class WeightedRewards(nn.Module):
         super().__init__()
         self.weights = dict(weights)
         several = len(self.weights) > 1
-        self.scales = nn.ModuleList(RunningScale() for _ in self.weights if several)
+        self.scales = nn.ModuleList(RunningScale(floor=0) for _ in self.weights if several)
 
     @torch.no_grad()
     def forward(self, rewards: Tensor, known: Tensor) -> Tensor:

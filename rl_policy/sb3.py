@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 from rl_policy.drawing import draw, of_finite_logits
 from rl_policy.environment import TimestepEnv
-from rl_policy.options import OptionError, check_range, refuse_unknown
+from rl_policy.options import WIDEST, OptionError, check_range, refuse_unknown
 from rl_policy.reward import ContextScale, RunningScale
 from rl_policy.seeding import seeded_numpy, seeded_torch
 from rl_policy.table import ReplayTable
@@ -44,7 +44,7 @@ class ActorCritic:
         self.entropy_weight, self.entropy_end, self.entropy_until = entropy
         self.updates = 0
         self.context_scale = ContextScale(context_size)
-        self.reward_scale = RunningScale()
+        self.reward_scale = RunningScale(floor=0)
         model.set_logger(Logger(folder=None, output_formats=[]))
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
@@ -214,9 +214,9 @@ class PPOPolicy(ActorCritic):
         refuse_unknown(type(self), unknown)
         entropy = entropy_weight, entropy_end, entropy_until
         _check_common(learning_rate, hidden, *entropy)
-        check_range("steps", steps, least=1, whole=True)
-        check_range("minibatch", minibatch, least=2, whole=True)
-        check_range("epochs", epochs, least=1, whole=True)
+        check_range("steps", steps, least=1, most=10**6, whole=True)
+        check_range("minibatch", minibatch, least=2, most=10**6, whole=True)
+        check_range("epochs", epochs, least=1, most=10**4, whole=True)
         check_range("clip_range", clip_range, above=0)
         if steps * batch < 2:
             raise OptionError("steps must be at least 2 where a step has a single rewarded image")
@@ -250,7 +250,7 @@ def _check_common(
     check_range("entropy_weight", entropy_weight, least=0)
     check_range("entropy_end", entropy_end, least=0)
     check_range("entropy_until", entropy_until, above=0, most=1)
-    check_range("hidden", hidden, least=1, whole=True)
+    check_range("hidden", hidden, least=1, most=WIDEST, whole=True)
 
 
 def environments(context_size: int, bins: int, batch: int) -> DummyVecEnv:

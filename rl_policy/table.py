@@ -18,8 +18,8 @@ class ReplayTable:
     """The reward of every bin for every image, and each image's context.
 
     Raises:
-        ValueError: the arrays do not fit each other, hold no image or no bin, or a number that is
-            not finite.
+        ValueError: the arrays do not fit each other, hold no image, bin or number of an image, a
+            number that is not finite, or timesteps that do not rise from 0 or more.
     """
 
     contexts: NDArray[np.float32]
@@ -31,7 +31,8 @@ class ReplayTable:
 
     def __post_init__(self) -> None:
         contexts, rewards = self.contexts.shape, self.rewards.shape
-        if len(contexts) != 2 or len(rewards) != 2 or contexts[0] != rewards[0] or 0 in rewards:
+        matrices = len(contexts) == len(rewards) == 2 and 0 not in contexts + rewards
+        if not matrices or contexts[0] != rewards[0]:
             raise ValueError(
                 f"a replay table needs contexts (N, D) and rewards (N, K) of the same N images, "
                 f"got {contexts} and {rewards}"
@@ -41,6 +42,8 @@ class ReplayTable:
                 f"a replay table needs a timestep for each of its {rewards[1]} bins, got an array "
                 f"of {self.timesteps.shape}"
             )
+        if self.timesteps is not None and not (np.diff(self.timesteps, prepend=-1) > 0).all():
+            raise ValueError("the timesteps of a replay table must rise, from 0 or more")
         for name in ("contexts", "rewards"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"the {name} of a replay table must be finite")
@@ -61,6 +64,10 @@ class ReplayTable:
             raise ValueError(
                 f"{path} has no {' and no '.join(missing)}; a replay table has {', '.join(COLUMNS)}"
             )
+        if wrong := [name for name in COLUMNS if arrays[name].dtype.kind not in "fiu"]:
+            raise ValueError(f"{path}: {wrong[0]} are {arrays[wrong[0]].dtype}, not real numbers")
+        if (arrays["timesteps"] != np.floor(arrays["timesteps"])).any():  # NaN too
+            raise ValueError(f"{path}: the timesteps of a replay table must be whole numbers")
         try:
             return cls(
                 rewards=arrays["rewards"].astype(np.float32),

@@ -46,7 +46,7 @@ class Columns:
         self.columns: dict[tuple[str, int, int], Column] = {}
         if not path.exists():
             return
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, "settings", "columns")
         written = state["settings"]
         for key, value in settings.items():
             if written.get(key) != value:
@@ -107,7 +107,12 @@ def best_recipe(config: RunConfig, found: LayerMap) -> RunConfig:
         reward_layer=None,
         options={},
     )
-    teacher = dataclasses.replace(config.teacher, cache=None)  # one of other layers and timesteps
+    options = dict(config.teacher.options)
+    if members := options.get("members"):  # those of an ensemble that the best layer is made of
+        named = {part.partition("/")[0] for part in found.best_layer.split("+")}
+        options["members"] = {name: members[name] for name in members if name in named}
+    # A cache is one of other layers and timesteps
+    teacher = dataclasses.replace(config.teacher, cache=None, options=options)
     return dataclasses.replace(
         config, name=f"{config.name}-best", pairs=pairs, policy=policy, teacher=teacher
     )

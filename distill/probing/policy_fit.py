@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -152,12 +153,13 @@ def compare(
         the entropy of the policies. `gap_closed` is None where there is no head-room.
     """
     rewards = held_out.rewards.astype(np.float64)
+    least = 1e-6 * float(rewards.std())  # distributions are float32: what is less is none
     best = int(training.rewards.mean(axis=0, dtype=np.float64).argmax())
     uniform, fixed, oracle = rewards.mean(axis=1), rewards[:, best], rewards.max(axis=1)  # (M,)
     earned = [(p.double().numpy() * rewards).sum(axis=1) for p in fitted]
     mine = np.mean(earned, axis=0)
     timesteps = np.arange(held_out.bins) if held_out.timesteps is None else held_out.timesteps
-    headroom = _paired(fixed, uniform)
+    headroom = _paired(fixed, uniform, least)
     gap = headroom["mean"] if headroom["low"] > 0 else None
     by_seed = []
     for reward, probabilities in zip(earned, fitted, strict=True):
@@ -188,20 +190,28 @@ def compare(
         "oracle": float(oracle.mean()),
         "head_room": headroom,
         "mean": {**means, "gap_closed": closed},
-        "policy_over_uniform": _paired(mine, uniform),
-        "policy_over_best_fixed": _paired(mine, fixed),
+        "policy_over_uniform": _paired(mine, uniform, least),
+        "policy_over_best_fixed": _paired(mine, fixed, least),
         "by_seed": by_seed,
     }
 
 
-def _paired(one: NDArray[np.float64], other: NDArray[np.float64]) -> dict[str, Any]:
-    """The mean difference of two (M,) or more, and how sure it is."""
-    differences = (one - other).round(6)  # distributions are float32: what is less is none
+def _paired(one: NDArray[np.float64], other: NDArray[np.float64], least: float) -> dict[str, Any]:
+    """The mean difference of two (M,) or more, and how sure it is; below `least` there is none."""
+    differences = one - other
+    differences[np.abs(differences) < least] = 0
     return interval(differences.tolist())._asdict()
+
+
+def decimals(figures: Mapping[str, Any]) -> int:
+    """Four, or more where the whole range of rewards would vanish in rounding."""
+    span = figures["oracle"] - figures["uniform"]
+    return max(4, 3 - math.floor(math.log10(span))) if span > 0 else 4
 
 
 def show(figures: dict[str, Any]) -> str:
     """The figures as a table for the terminal, and what they say in a sentence."""
+    digits = decimals(figures)
     mean, best, images = figures["mean"], figures["best_fixed"], figures["images"]
     bins, seeds = len(figures["timesteps"]), figures["seeds"]
     raw = "rewards as they come, " if figures["raw"] else ""
@@ -212,19 +222,23 @@ def show(figures: dict[str, Any]) -> str:
         (
             figures["policy"],
             mean["reward"],
-            f"regret {mean['regret_to_best_fixed']:.4f} to the best fixed, "
-            f"{mean['regret_to_oracle']:.4f} to the oracle{closed}",
+            f"regret {mean['regret_to_best_fixed']:.{digits}f} to the best fixed, "
+            f"{mean['regret_to_oracle']:.{digits}f} to the oracle{closed}",
         ),
         ("oracle", figures["oracle"], "the best of every image, chance included"),
     ]
     width = max(len(name) for name, *_ in rows)
+    lines = [
+        f"  {name:<{width}}  {reward:{digits + 5}.{digits}f}  {note}".rstrip()
+        for name, reward, note in rows
+    ]
     return "\n".join(
         [
             f"{figures['policy']} on {figures['table']}: {images['train']} images to train on, "
             f"{images['held_out']} to judge by, {figures['steps']} steps of {figures['batch']}, "
             f"{raw}seed {', '.join(map(str, seeds))}, "
             f"{1e3 * figures['seconds_a_step']:.1f} ms a step",
-            *(f"  {name:<{width}}  {reward:9.4f}  {note}".rstrip() for name, reward, note in rows),
+            *lines,
             f"  entropy {mean['entropy']:.2f} of {np.log(bins):.2f}, "
             f"{mean['effective_arms']:.1f} effective arms of {bins}",
             verdict(figures),
@@ -235,32 +249,34 @@ def show(figures: dict[str, Any]) -> str:
 def verdict(figures: dict[str, Any]) -> str:
     """One plain sentence: whether there is something to win, and whether the policy wins it."""
     room, gain = figures["head_room"], figures["policy_over_uniform"]
+    digits = decimals(figures)
+
+    def signed(of: Mapping[str, float]) -> str:
+        low, high = (f"{of[end]:.{digits}f}" for end in ("low", "high"))
+        return f"{of['mean']:+.{digits}f} ({low} to {high})"
+
     over_best = figures["policy_over_best_fixed"]
     t = figures["best_fixed"]["timestep"]
     if len(figures["timesteps"]) == 1:
         return f"with t={t} alone there was nothing to choose"
-    worse = f", and is worse than uniform: {_signed(gain)}" if gain["high"] < 0 else ""
+    worse = f", and is worse than uniform: {signed(gain)}" if gain["high"] < 0 else ""
     if over_best["low"] > 0 and gain["low"] > 0:
         return (
-            f"the policy earns {_signed(over_best)} more than the best fixed timestep, t={t}: "
+            f"the policy earns {signed(over_best)} more than the best fixed timestep, t={t}: "
             "which one is best depends on the image"
         )
     if room["low"] <= 0:
         by_image = figures["oracle"] - figures["best_fixed"]["reward"]
         return (
-            f"no head-room: the best fixed timestep, t={t}, earns {_signed(room)} more than "
+            f"no head-room: the best fixed timestep, t={t}, earns {signed(room)} more than "
             "uniform, which may be chance; the best for each image, chance included, earns "
-            f"{by_image:.4f} more; the policy has "
+            f"{by_image:.{digits}f} more; the policy has "
             f"{figures['mean']['effective_arms']:.1f} effective arms of {len(figures['timesteps'])}"
             f"{worse}"
         )
     if gain["low"] <= 0:
-        return f"t={t} earns {_signed(room)} more than uniform; the policy has not found it{worse}"
+        return f"t={t} earns {signed(room)} more than uniform; the policy has not found it{worse}"
     return (
-        f"t={t} earns {_signed(room)} more than uniform, and the policy closes "
+        f"t={t} earns {signed(room)} more than uniform, and the policy closes "
         f"{figures['mean']['gap_closed']:.0%} of that"
     )
-
-
-def _signed(of: dict[str, float]) -> str:
-    return f"{of['mean']:+.4f} ({of['low']:.4f} to {of['high']:.4f})"

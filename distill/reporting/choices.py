@@ -63,7 +63,8 @@ def load_state(run: FinishedRun, arm: str) -> dict[str, Any]:
         UserError: It is gone.
     """
     taught = taught_path(run.folder, arm)
-    return checkpoint.load(taught if taught.exists() else checkpoint_path(run.folder, arm))
+    path = taught if taught.exists() else checkpoint_path(run.folder, arm)
+    return checkpoint.load(path, "policy", "data", "distiller", "step")
 
 
 def load_policy(

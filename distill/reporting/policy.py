@@ -127,6 +127,8 @@ def _nothing_to_map(run: FinishedRun) -> str:
     """Why a run's policy needs no map over training; nothing where it does."""
     of, rows = run.summary["policy"], history(run)
     who = f"The policy ({of['name']}) of seed {run.seed}"
+    if not rows:
+        return f"{who} has no row in the log, so that there is nothing to show over training."
     if all(is_even(row["probabilities"]) for row in rows):
         return (
             f"{who} chose all {len(of['timesteps'])} timesteps alike, or nearly so, from the first "

@@ -209,11 +209,16 @@ def _earned(runs: Sequence[FinishedRun], probe: Probe) -> tuple[list[Block], str
     figures = policy_fit.compare(training, held_out, [_distribution(r, contexts) for r in runs])
     mean, best = figures["mean"], figures["best_fixed"]
     oracle = figures["oracle"]
+    ways = {
+        "uniform": figures["uniform"],
+        f"best fixed, t={best['timestep']}": best["reward"],
+        "the policy": mean["reward"],
+        "oracle: the best of each image": oracle,
+    }
+    digits = policy_fit.decimals(figures)
     rows = [
-        _row("uniform", figures["uniform"], best["reward"], oracle),
-        _row(f"best fixed, t={best['timestep']}", best["reward"], best["reward"], oracle),
-        _row("the policy", mean["reward"], best["reward"], oracle),
-        _row("oracle: the best of each image", oracle, best["reward"], oracle),
+        [way, *(f"{x:.{digits}f}" for x in (reward, best["reward"] - reward, oracle - reward))]
+        for way, reward in ways.items()
     ]
     caption = (
         f"Mean reward of {held_out.images} images of the probe; the other {training.images} chose "
@@ -223,10 +228,6 @@ def _earned(runs: Sequence[FinishedRun], probe: Probe) -> tuple[list[Block], str
     blocks: list[Block] = [*_cautions(runs[0], probe), Table(caption, head, rows)]
     blocks += _honest(probe)
     return blocks, policy_fit.verdict(figures)
-
-
-def _row(name: str, reward: float, fixed: float, oracle: float) -> list[str]:
-    return [name, f"{reward:.4f}", f"{fixed - reward:.4f}", f"{oracle - reward:.4f}"]
 
 
 def _at_bins(table: ReplayTable, run: FinishedRun) -> ReplayTable:

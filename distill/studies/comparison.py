@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from distill import checkpoint
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.evaluation.metrics import worth
@@ -20,6 +20,10 @@ from distill.training.loop import checkpoint_path
 Name = TypeVar("Name", bound=str)
 
 METRICS = {task: traits.metric for task, traits in TASKS.items()}
+SUMMARY = ("task", "benchmark", "split", "metrics", "policy", "wall_seconds")
+"""Keys that a run's summary.json is not without."""
+RESULT = ("scores", "seconds", "images_per_second", "commit", "hardware")
+"""Keys that an arm's result.json is not without."""
 
 # What two runs of one recipe may differ in: the seeds, names and places, and how fast it went.
 NOT_THE_RECIPE = frozenset(
@@ -125,14 +129,13 @@ class Group(NamedTuple):
 def read_run(folder: str | Path) -> FinishedRun:
     """Read a run folder. Raises UserError if it is none, or not finished."""
     run = Path(folder)
-    try:
-        summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
-        results = {
-            arm: json.loads(checkpoint_path(run, arm).with_name("result.json").read_text())
-            for arm in summary["metrics"]
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run} has no summary.json: name a run folder that is finished") from error
+    if not (run / "summary.json").is_file():
+        raise UserError(f"{run} has no summary.json: name a run folder that is finished")
+    summary = checkpoint.read_json(run / "summary.json", *SUMMARY)
+    results = {
+        arm: checkpoint.read_json(checkpoint_path(run, arm).with_name("result.json"), *RESULT)
+        for arm in summary["metrics"]
+    }
     return FinishedRun(
         folder=run,
         config=load_config(RunConfig, run / "config.yaml"),

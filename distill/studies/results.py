@@ -63,12 +63,18 @@ def kept_scores(study: Study, file: str) -> Scores:
     """The scores in NAME.json of an earlier sweep of the study, here or on another machine.
 
     Raises:
-        UserError: It is none, or its arms or the study had other settings.
+        UserError: It is none, or its arms, the study or the recipe had other settings.
     """
     try:
         results = json.loads(Path(file).read_text())
         about = results["benchmark"], results["split"], results["metric"]
         before = {"the study": results["overrides"]}
+        recipe = results.get("recipe") or study.recipe  # older files tell of the overrides alone
+        changed = {
+            key: recipe.get(key)
+            for key in recipe | study.recipe
+            if recipe.get(key) != study.recipe.get(key)
+        }
         scores = {}
         for arm, row in results["arms"].items():
             before[f"arm {arm}"] = [row["take"], *row["overrides"]]
@@ -91,13 +97,19 @@ def kept_scores(study: Study, file: str) -> Scores:
                 f"--keep: {file} is of other settings: {place} had {overrides}, and has "
                 f"{now[place]} in {study.path}"
             )
+    for key, value in changed.items():
+        raise UserError(
+            f"--keep: {file} is of another recipe: {key} was {value!r}, and is "
+            f"{study.recipe.get(key)!r} now"
+        )
     return scores
 
 
 def _read_score(folder: Path, arm: Arm) -> Score:
     try:
-        summary = json.loads((folder / "summary.json").read_text())
-        result = json.loads(checkpoint_path(folder, arm).with_name("result.json").read_text())
+        summary = checkpoint.read_json(folder / "summary.json")
+        path = checkpoint_path(folder, arm).with_name("result.json")
+        result = checkpoint.read_json(path)
         metric = METRICS[summary["task"]]
         return Score(
             summary["benchmark"],
@@ -110,7 +122,7 @@ def _read_score(folder: Path, arm: Arm) -> Score:
             (result["hardware"],),
             summary["wall_seconds"],
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (UserError, TypeError, KeyError) as error:
         raise UserError(
             f"{folder} is no whole run ({' '.join(str(error).split())}); remove that folder to "
             "train it again"
@@ -171,6 +183,7 @@ def study_results(study: Study, scores: Scores) -> dict[str, Any]:
         "split_seeds": sorted({study.cells[cell].data.split_seed for cell in scores}),
         "baselines": study.config.baselines,
         "overrides": study.config.overrides,
+        "recipe": study.recipe,
         "runs": {"finished": sum(runs.values()), "planned": len(runs)},
         "arms": rows,
         "commits": _distinct(score.commits for score in scores.values()),

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -15,8 +15,8 @@ from pydantic.dataclasses import dataclass
 from distill.config import STRICT, Arm, RunConfig
 from distill.errors import UserError, nearest
 from distill.pretraining.config import TeacherTrainConfig
-from distill.recipe import apply_override, build_config, load_config, read_tree, to_tree
-from distill.studies.comparison import main_arm, scored_on
+from distill.recipe import apply_override, build_config, flat, load_config, read_tree, to_tree
+from distill.studies.comparison import NOT_THE_RECIPE, main_arm, scored_on
 
 FileName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
@@ -74,6 +74,8 @@ class Study:
         cells: The run of every arm and seed, all of a seed together. Cells whose runs would be
             the same have one run.
         takes: Which of its run's arms each arm of the study is scored by.
+        recipe: What all arms start from, overrides of the study and of the command line included:
+            the value of every key that can change a score, but for seeds.
     """
 
     config: StudyConfig
@@ -81,6 +83,7 @@ class Study:
     overrides: Sequence[str]
     cells: Mapping[Cell, RunConfig]
     takes: Mapping[str, Arm]
+    recipe: dict[str, Any]
 
     @property
     def folder(self) -> Path:
@@ -153,7 +156,15 @@ def load_study(file: str | Path, overrides: Sequence[str] = ()) -> Study:
     takes = {
         arm.name: _taken(arm, runs[Cell(arm.name, seeds[arm.name][0])], path) for arm in study.arms
     }
-    return Study(config=study, path=path, overrides=overrides, cells=_shared(runs), takes=takes)
+    start = flat(to_tree(_run(study, ArmConfig(name="all"), 0, path, common)))
+    return Study(
+        config=study,
+        path=path,
+        overrides=overrides,
+        cells=_shared(runs),
+        takes=takes,
+        recipe={key: value for key, value in start.items() if key not in NOT_THE_RECIPE},
+    )
 
 
 def _check_names(study: StudyConfig, path: Path) -> None:

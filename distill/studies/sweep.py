@@ -14,10 +14,13 @@ from distill.config import RunConfig
 from distill.dry_run import training_seconds
 from distill.errors import Interrupted, UserError
 from distill.recipe import first_difference, load_config
-from distill.studies.results import Scores, kept_scores, read_scores, write_results
+from distill.studies.results import Scores, finished, kept_scores, read_scores, write_results
 from distill.studies.study import Cell, Study, load_study, run_folder
+from distill.tracking import stop_on_signals
 from distill.training.fit import with_batch
 from distill.training.run import run
+
+GOES_ON = "the same command goes on"
 
 
 def sweep(
@@ -71,19 +74,23 @@ def sweep(
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made: {error.strerror}") from error
     failed = []
-    for place, cell in enumerate(todo):
-        number = len(runs) - len(todo) + place + 1
-        left = _time_left(todo[place:], tried, scores)
-        line = f"{study.config.name}: run {number} of {len(runs)}, {study.cells[cell].name}"
-        print(f"{line}, ETA {left}", file=sys.stderr, flush=True)
-        try:
-            _train(study.cells[cell])
-        except UserError as error:
-            print(f"distill: {error}; going on with the other runs", file=sys.stderr, flush=True)
-            failed.append(str(error))
-        else:
-            scores = read_scores(study, kept)
-            write_results(study, folder, scores)
+    with stop_on_signals() as stop:
+        for place, cell in enumerate(todo):
+            if stop:
+                raise Interrupted(f"stopped before {study.cells[cell].name}; {GOES_ON}")
+            number = len(runs) - len(todo) + place + 1
+            left = _time_left(todo[place:], tried, scores)
+            line = f"{study.config.name}: run {number} of {len(runs)}, {study.cells[cell].name}"
+            print(f"{line}, ETA {left}", file=sys.stderr, flush=True)
+            try:
+                _train(study.cells[cell])
+            except UserError as error:
+                line = f"distill: {error}; going on with the other runs"
+                print(line, file=sys.stderr, flush=True)
+                failed.append(str(error))
+            else:
+                scores = read_scores(study, kept)
+                write_results(study, folder, scores)
     if failed:
         raise UserError(
             f"study {study.path}: {len(failed)} of {len(todo)} runs failed, the others are done: "
@@ -102,10 +109,16 @@ def _distinct(study: Study, cells: Iterable[Cell]) -> list[Cell]:
 
 
 def _check_folders(study: Study) -> None:
-    """Refuse a run that was begun with another recipe than the study gives it now."""
+    """Refuse a run that was begun with another recipe than the study gives it now, and a folder
+    that holds something else."""
     for cell, config in study.cells.items():
         path = run_folder(config) / "config.yaml"
         if not path.exists():
+            if path.parent.is_dir() and any(path.parent.iterdir()) and not finished(config):
+                raise UserError(
+                    f"study {study.path}, arm {cell.arm}: {path.parent} has no config.yaml, so "
+                    "that it is no run to go on with; remove that folder"
+                )
             continue
         saved = load_config(RunConfig, path)
         if not config.train.batch:  # the number that `auto` found
@@ -124,9 +137,7 @@ def _train(config: RunConfig) -> None:
     try:
         run(config, resume=(folder / "config.yaml").exists())
     except Interrupted:
-        raise Interrupted(
-            f"stopped in {folder}, which is saved; the same command goes on"
-        ) from None
+        raise Interrupted(f"stopped in {folder}, which is saved; {GOES_ON}") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
 

@@ -97,6 +97,16 @@ def test_a_last_row_that_a_crash_cut_off_is_left_out(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"arm": "a", "step": 1}\n'
 
 
+def test_stops_within_each_other_are_one() -> None:
+    with stop_on_signals() as outer:
+        with stop_on_signals() as first:
+            os.kill(os.getpid(), signal.SIGTERM)
+        with stop_on_signals() as second:
+            assert [bool(stop) for stop in (outer, first, second)] == [True] * 3
+    with stop_on_signals() as later:
+        assert not later
+
+
 def test_without_a_terminal_the_last_step_is_a_plain_line(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([0.0, 1.0, 2.0, 2.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(seconds))

@@ -53,8 +53,10 @@ TIMESTEPS = 100 * torch.arange(BINS)
 
 def write_table(path: Path, best: int) -> str:
     """A table of four timesteps, of which `best` earns most on average."""
-    rewards = np.array([[0, 1, 4, 0], [0, 2, 0, 0]], np.float32)
-    timesteps = np.array([0, 20, best, 499])
+    timesteps = np.unique([best, 1, 20, 499])
+    rewards = np.zeros((2, 4), np.float32)
+    rewards[:, (timesteps == 20).argmax()] = 1, 2
+    rewards[0, (timesteps == best).argmax()] = 4
     contexts = np.zeros((2, CONTEXT), np.float32)
     table = ReplayTable(contexts=contexts, rewards=rewards, timesteps=timesteps)
     path.write_bytes(table.to_bytes())
@@ -177,7 +179,7 @@ def test_misspelt_or_impossible_option_names_the_remedy(name: str) -> None:
         POLICIES[name](CONTEXT, BINS, BATCH, 0, learning_rat=1e-3)
     with pytest.raises(ValueError, match="learning_rate must be a number above 0, got 'fast'"):
         POLICIES[name](CONTEXT, BINS, BATCH, 0, learning_rate="fast")
-    with pytest.raises(ValueError, match="hidden must be a whole number at least 1, got 0"):
+    with pytest.raises(ValueError, match="hidden must be a whole number at least 1 and at most"):
         POLICIES[name](CONTEXT, BINS, BATCH, 0, hidden=0)
 
 

@@ -22,6 +22,16 @@ def test_running_scale_is_at_first_that_of_all_samples_so_far() -> None:
     assert scale(torch.tensor([4 + 14**0.5])).item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e7])
+def test_rewards_are_standardised_on_any_scale(scale: float) -> None:
+    running = RunningScale(floor=0)
+    running.update(scale * torch.tensor([0.0, 2.0]))
+    assert running(scale * torch.tensor([2.0])).item() == pytest.approx(1)
+    running = RunningScale(floor=0)  # of rewards that do not vary, rounding is no signal
+    running.update(torch.full((3,), scale))
+    assert abs(running(torch.tensor([scale * (1 + 2**-23)])).item()) < 1.5
+
+
 def test_running_scale_forgets_the_distant_past() -> None:
     scale = RunningScale(momentum=0.9)
     for level in (0.0, 100.0):

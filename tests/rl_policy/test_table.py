@@ -43,6 +43,11 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path) -> None:
         ({"timesteps": np.arange(4)}, "a timestep for each of its 3 bins"),
         ({"rewards": np.full((2, 3), np.nan, np.float32)}, "the rewards .* must be finite"),
         ({"rewards": np.zeros((3, 3), np.float32)}, "same N images"),
+        ({"rewards": np.zeros((2, 3), np.complex64)}, "rewards are complex64, not real numbers"),
+        ({"timesteps": np.array([2, 1, 0])}, "must rise, from 0 or more"),
+        ({"timesteps": np.array([-1, 1, 2])}, "must rise, from 0 or more"),
+        ({"timesteps": np.array([0, 0.5, 1])}, "must be whole numbers"),
+        ({"timesteps": np.array([0, 1, np.nan])}, "must be whole numbers"),
     ],
 )
 def test_a_file_that_is_no_table_is_named(
@@ -64,7 +69,7 @@ def test_a_damaged_or_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("contexts", "rewards"),
-    [((3, 2), (4, 5)), ((3, 2), (3,)), ((0, 2), (0, 5)), ((3, 2), (3, 0))],
+    [((3, 2), (4, 5)), ((3, 2), (3,)), ((0, 2), (0, 5)), ((3, 2), (3, 0)), ((3, 0), (3, 5))],
 )
 def test_tables_that_do_not_fit_are_refused(
     contexts: tuple[int, ...], rewards: tuple[int, ...]

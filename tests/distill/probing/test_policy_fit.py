@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,23 @@ def test_policy_puts_90_percent_on_the_planted_timestep_of_20_within_300_steps_o
     line = figures["printed"].splitlines()[-1]
     assert line.startswith("t=650 earns +0.9")
     assert line.endswith(f"and the policy closes {figures['mean']['gap_closed']:.0%} of that")
+
+
+@pytest.mark.parametrize("policy", ["reinforce", "dqn", "thompson"])
+def test_rewards_of_any_scale_give_the_same(
+    write: Callable[[NDArray[np.float32]], Path], fit: Fit, policy: str
+) -> None:
+    rewards = noise(IMAGES, BINS)
+    rewards[:, RIGHT] += 1
+    words = ("--policy", policy, "--steps", "100")
+    one, tiny = (fit(write(scale * rewards), *words) for scale in (1, 1e-7))
+    for figures in (one, tiny):
+        assert "no head-room" not in figures["printed"]
+        assert figures["best_fixed"]["bin"] == RIGHT
+    assert tiny["head_room"]["low"] > 0
+    assert tiny["mean"]["gap_closed"] == pytest.approx(one["mean"]["gap_closed"], abs=0.02)
+    # As many digits as there are to tell
+    assert re.search(r"best fixed, t=\d+ +0\.0000000[1-9]\d", tiny["printed"])
 
 
 @pytest.mark.parametrize("policy", ["a2c", "ppo", "reinforce", "thompson", "uniform"])
@@ -230,6 +248,10 @@ def test_what_is_wrong_is_one_line(refuse: Refuse, planted: Path, tmp_path: Path
         (["--table", planted, "--steps", "0"], "--steps and --batch: at least 1, not 0 and 64"),
         (["--table", planted, "--seed", "x"], "--seed: 'x' is no seed, which is a whole number"),
         (["--table", planted, "--seed", "-1"], "--seed: '-1' is no seed"),
+        (["--table", planted, "--seed", str(2**64)], "is too large; seeds are below 2**31"),
+        (["--table", planted, "--seed", "0", "00"], "--seed: 0 stands twice among 0 00"),
+        (["--table", planted, "--policy", "thompson", "prior=1e-200"], "prior must be a number at"),
+        (["--table", planted, "--policy", "json:loads"], "cannot be called as policies are"),
         (["--table", planted, "--seed", "0", "bins=3"], "--policy: bins is no option"),
         ([], "the following arguments are required: --table"),
     ):

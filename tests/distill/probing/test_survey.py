@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -17,13 +18,17 @@ import safetensors.torch
 import torch
 import yaml
 
+from distill import checkpoint
 from distill.cli import main
+from distill.config import RunConfig
 from distill.data import choose_labelled
 from distill.probing import survey
+from distill.probing.files import best_recipe
 from rl_policy import ENVIRONMENT_ID
 from teachers.noise import NoiseSchedule
 
 Refuse = Callable[..., str]
+Load = Callable[..., RunConfig]
 
 PLANTED = '''
 """A teacher that tells the class in one layer, at middle noise, and a benchmark of brightness."""
@@ -229,6 +234,18 @@ def test_other_settings_are_not_gone_on_with(planted: Path, refuse: Refuse) -> N
     line = refuse("probe", planted, "--timesteps", 2, "data.labelled=20", "--resume")
     assert "state.pt was made with other data.labelled: None, now 20; go on with" in line
     assert "planted-probe exists; go on with --resume" in refuse("probe", planted)
+    checkpoint.save(next(planted.parent.rglob("state.pt")), {"step": 3})
+    line = refuse("probe", planted, "--timesteps", 2, "--images", 20, "--resume")
+    assert line.endswith("state.pt is a checkpoint of something else: it has no 'settings'")
+
+
+def test_the_best_recipe_of_an_ensemble_has_the_members_of_its_layer(load: Load) -> None:
+    options = "teacher.options={members: {a: {name: x, path: x}, b: {name: x, path: x}}}"
+    config = load("teacher.name=ensemble", "teacher.path=''", options)
+    found = SimpleNamespace(best_layer="b/mid+b/up", best_timestep=5)
+    best = best_recipe(config, found)  # type: ignore[arg-type]
+    assert best.teacher.options == {"members": {"b": {"name": "x", "path": "x"}}}
+    assert config.teacher.options["members"].keys() == {"a", "b"}
 
 
 @pytest.mark.parametrize(

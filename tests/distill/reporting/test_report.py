@@ -255,6 +255,37 @@ def test_a_mistake_is_one_line_and_writes_nothing(refuse, finished_run, words, l
     assert sorted(finished_run.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "line"),
+    [
+        ("metrics.jsonl", b"", None),
+        (
+            "metrics.jsonl",
+            b'{"arm": "a", "st\n{"arm": "a", "step": 2}\n',
+            "jsonl, line 1 is damaged",
+        ),
+        ("metrics.jsonl", b"\xff\xfe\n[1]\n", "metrics.jsonl, line 1 is damaged; put a copy"),
+        ("summary.json", b'{"metrics": {}}', "summary.json is damaged: it has no 'task'"),
+        ("summary.json", b'{"metrics"', "summary.json is missing or damaged: "),
+        ("checkpoints/scratch/result.json", None, "scratch/result.json is missing or damaged: "),
+        ("checkpoints/scratch/result.json", b"[]", "result.json is damaged: it holds no JSON obj"),
+    ],
+)
+def test_a_damaged_run_names_the_file(
+    refuse: Any, finished_run: Path, tmp_path: Path, file: str, content: bytes | None, line: str
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    if content is None:
+        (run / file).unlink()
+    else:
+        (run / file).write_bytes(content)
+    if line:
+        assert line in refuse("report", run)
+    else:
+        assert main(["report", str(run)]) == 0
+        assert "has no row in the log" in (run / "report.html").read_text()
+
+
 def test_a_probe_without_a_page_is_refused(refuse, finished_run, tmp_path):
     other = copied(finished_run, tmp_path / "other", 3, 0.5)
     assert "say where it goes with --html" in refuse(

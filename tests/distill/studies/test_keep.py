@@ -63,6 +63,10 @@ def test_scores_of_other_settings_or_of_no_study_are_refused(
         baselines=[],
     )
     assert "arm scratch had ['scratch', 'train.arms=[scratch]'], and has" in refuse(*refused)
+    write()
+    line = refuse(*refused, "train.lr=0.5")
+    assert f"--keep: {file} is of another recipe: train.lr was 0.001, and is 0.5 now" in line
+    assert main([*refused, "train.log_every=3", "name=other"]) == 0  # changes no score
     for content in ("[]", "{", '{"arms": 1}'):
         file.write_text(content)
         assert f"--keep: {file} is no JSON of a sweep" in refuse(*refused)

@@ -71,6 +71,14 @@ def test_a_mistake_on_the_command_line_is_named(
     assert line.format(study) in refuse("sweep", study, *words)
 
 
+def test_a_folder_that_is_no_run_is_named(write: Write, refuse: Refuse, recipe: Path) -> None:
+    folder = recipe.parent / "runs/small/a2c-1"
+    folder.mkdir(parents=True)
+    (folder / ".config.yaml.tmp").touch()
+    error = refuse("sweep", write())
+    assert f"arm a2c: {folder} has no config.yaml, so that it is no run to go on with" in error
+
+
 def test_a_missing_study_is_named(refuse: Refuse) -> None:
     assert refuse("sweep", "none.yaml") == "study none.yaml: No such file or directory"
 

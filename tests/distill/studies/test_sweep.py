@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from distill import checkpoint
 from distill.cli import main
 from distill.studies.results import markdown, read_scores, study_results, write_results
 from distill.studies.study import Cell, load_study, run_folder
+from distill.training import run as run_module
 from distill.training.loop import checkpoint_path
 from tests.distill.studies.conftest import ARMS, Write, fake_runs
 
@@ -175,6 +179,23 @@ def test_an_interrupted_study_has_results_and_goes_on_where_it_stopped(
     resumed = [json.loads(x)["step"] for x in (runs / "a2c-0/metrics.jsonl").open()]
     assert (steps, resumed) == ([1, 2, 3], [1, 2, 3, 4, 5])
     assert list(json.loads((runs / "small.json").read_text())["arms"]) == ["scratch", "a2c"]
+
+
+def test_a_study_stops_after_the_run_that_was_being_scored(
+    write: Write, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, score = write(seeds=[0], arms=ARMS[:2], baselines=[]), run_module.score
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return score(*arguments)
+
+    monkeypatch.setattr(run_module, "score", interrupted)
+    assert main(["sweep", str(study)]) == 130
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "distill: stopped before a2c-0; the same command goes on"
+    runs = recipe.parent / "runs" / "small"
+    assert list(json.loads((runs / "small.json").read_text())["arms"]) == ["scratch"]
 
 
 WILD = """
