@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -25,12 +26,20 @@ def _once(names: list[str]) -> list[str]:
     return names
 
 
+def _below(name: str) -> str:
+    parts = Path(name).parts
+    if not parts or ".." in parts or Path(name).is_absolute():
+        raise ValueError("a folder below output")
+    return name
+
+
 def _rising(scales: tuple[float, float]) -> tuple[float, float]:
     if scales[0] > scales[1]:
         raise ValueError("the smallest and then the largest")
     return scales
 
 
+RunName = Annotated[str, AfterValidator(_below)]
 Names = Annotated[
     list[str],
     BeforeValidator(lambda names: [names] if isinstance(names, str) else names),
@@ -332,7 +341,7 @@ class EvaluateConfig:
 class RunConfig:
     """One distillation run: `distill train`."""
 
-    name: str = "run"
+    name: RunName = "run"
     """Name of the run, its folder below `output`."""
     output: str = "runs"
     """Folder that holds the runs."""

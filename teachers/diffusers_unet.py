@@ -61,6 +61,12 @@ class PixelUNet:
             )
         scheduler = _scheduler_folder(self.folder)
         self.noise_schedule = loading.load_schedule(scheduler)
+        known = config["num_train_timesteps"] or 0
+        if config["time_embedding_type"] == "learned" and known < len(self.noise_schedule):
+            raise ValueError(
+                f"{where}: the UNet has learnt embeddings of {known} timesteps, and the scheduler "
+                f"has {len(self.noise_schedule)}"
+            )
         self.config = config
         self.configs: Mapping[str, Any] = {
             "unet": config,

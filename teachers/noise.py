@@ -95,7 +95,8 @@ class NoiseSchedule:
 
         Raises:
             ValueError: it has neither `alphas_cumprod` nor flow matching's sigmas (EDM), flow
-                matching's as an option of another kind, or a prediction type that is not known.
+                matching's as an option of another kind, continuous timesteps, or a prediction type
+                that is not known.
         """
         name = type(scheduler).__name__
         if name.startswith("FlowMatch"):
@@ -110,6 +111,11 @@ class NoiseSchedule:
             raise ValueError(
                 f"scheduler {name} samples flow matching (use_flow_sigmas); give the one that the "
                 "model was trained with, such as FlowMatchEulerDiscreteScheduler"
+            )
+        if scheduler.config.get("timestep_type") == "continuous":
+            raise ValueError(
+                f"scheduler {name} tells the network the logarithm of the noise (timestep_type "
+                "continuous); a teacher's tells it the timestep"
             )
         prediction_type = scheduler.config.get("prediction_type")
         if prediction_type not in DENOISING:

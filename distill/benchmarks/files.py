@@ -249,10 +249,11 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
     Args:
         pairs: The files.
         read: Reads a mask, such as `read_mask` with its classes.
+        upright: Turn images as their cameras noted: the masks lie over what viewers show.
     """
 
-    def __init__(self, pairs: Sequence[Pair], read: MaskReader) -> None:
-        self.pairs, self.read = pairs, read
+    def __init__(self, pairs: Sequence[Pair], read: MaskReader, upright: bool = False) -> None:
+        self.pairs, self.read, self.upright = pairs, read, upright
         self.names = [pair.image.stem for pair in pairs]
 
     def __len__(self) -> int:
@@ -260,13 +261,20 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]
-        image = read_image(pair.image)
+        image = read_image(pair.image, self.upright)
         height, width = image.shape[1:]
-        return image, self.read(pair.mask, (height, width))
+        try:
+            return image, self.read(pair.mask, (height, width))
+        except UserError as error:
+            with Image.open(pair.image) as stored:
+                turned = self.upright and stored.size != (width, height)
+            hint = f"; {pair.image.name} is turned by its EXIF orientation: save both upright"
+            raise UserError(f"{error}{hint if turned else ''}") from error
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """Image files of known classes, decoded when asked for. Items: image (3, H, W) uint8, class.
+    """Image files of known classes, decoded when asked for, upright. Items: image (3, H, W) uint8,
+    class.
 
     Args:
         root: The folder that `names` are relative to.
@@ -282,4 +290,4 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return read_image(Path(self.paths[index])), self.targets[index]
+        return read_image(Path(self.paths[index]), upright=True), self.targets[index]

@@ -139,7 +139,7 @@ class Folder:
             raise UserError(f"folder has no split {split!r}; {nearest(split, LISTS)}")
         if split not in self._pairs:
             raise UserError(f"{self.root} has no test list; write test.txt, or evaluate on val")
-        return MaskedImages(self._pairs[split], self._read)
+        return MaskedImages(self._pairs[split], self._read, upright=True)
 
     def unlabelled(self) -> UnlabelledImages | None:
         """The images that are in no split."""
@@ -172,16 +172,17 @@ def _tell_of_shared(splits: Mapping[str, Sequence[Pair]]) -> None:
 
 
 def _tell_of_255(train: MaskedImages) -> None:
-    """A line on stderr where the first masks hold 0 and 255 alone: 255 may be meant as a class."""
+    """A line on stderr where the first masks hold 255 alone, or with 0: it may be a class."""
     seen: set[int] = set()
     for index in range(min(LOOKED_AT, len(train))):
         with suppress(UserError):  # a file that is wrong is named when it is used
             seen |= set(np.unique(train[index][1].numpy()).tolist())
         if not seen <= {0, IGNORE_INDEX}:
             return
-    if seen == {0, IGNORE_INDEX}:
+    if IGNORE_INDEX in seen:
+        held = f"0 and {IGNORE_INDEX}" if 0 in seen else str(IGNORE_INDEX)
         notice(
-            f"folder: the first masks hold 0 and {IGNORE_INDEX} alone, and {IGNORE_INDEX} has no "
+            f"folder: the first masks hold {held} alone, and {IGNORE_INDEX} has no "
             f"label; if it is class 1, say data.options.value_map={{0: 0, {IGNORE_INDEX}: 1}}"
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import make_dataset
 
+from distill.benchmarks import notice
 from distill.benchmarks.files import IMAGE_SUFFIXES, LabelledImages
 from distill.benchmarks.published import Layout, Published
 from distill.errors import UserError
@@ -47,6 +48,10 @@ def sorted_images(base: Path, split: str, numbers: Mapping[str, int]) -> Labelle
     )
     if not samples:
         raise UserError(f"there is no image in a class folder of {base / split}")
+    full = {target for _, target in samples}
+    bare = [name for name in class_folders(base / split) if numbers[name] not in full]
+    if bare:
+        notice(f"{base / split / bare[0]} holds no image ({len(bare)} class folders hold none)")
     return LabelledImages(base, samples)
 
 

@@ -170,20 +170,23 @@ def write(
     """
     text = json.dumps(metadata)
     example = torch.rand(2, 3, *model.image_size, generator=torch.Generator().manual_seed(0))
+    through_memory = io.BytesIO()  # on a full disk torch's own zip writer aborts the process
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # traced shapes and deprecations; parity is checked
             if path.suffix == ".ts":
                 traced = torch.jit.trace(model, (example,), check_trace=False)  # type: ignore[no-untyped-call]
-                torch.jit.save(traced, str(path), _extra_files={METADATA: text})
+                torch.jit.save(traced, through_memory, _extra_files={METADATA: text})
+                path.write_bytes(through_memory.getbuffer())
                 return
             program = _captured(model, example)
             if path.suffix == ".pt2":
                 program.example_inputs = None  # they would be the only pickle in the file
-                torch.export.save(program, str(path), extra_files={METADATA: text})
+                torch.export.save(program, through_memory, extra_files={METADATA: text})
+                path.write_bytes(through_memory.getbuffer())
                 return
             _write_onnx(program, example, model, path, text)
-    except UserError:
+    except (UserError, OSError):
         raise
     except Exception as error:  # architectures fail under tracing in any way at all
         raise UserError(

@@ -120,6 +120,13 @@ def _check(results: Sequence[Mapping[str, Any]], words: Sequence[str]) -> None:
     """The same images are scored, or a line that says what differs."""
     for word, result in zip(words, results, strict=True):
         mine, first = _scored_on(result), _scored_on(results[0])
+        images = [one.get("images") for one in (result, results[0])]
+        if None not in images and images[0] != images[1]:
+            roots = [one["recipe"]["data"].get("root") for one in (result, results[0])]
+            raise UserError(
+                f"compare: {word} was scored on other images (data.root={roots[0]}) than "
+                f"{words[0]} (data.root={roots[1]})"
+            )
         for key in mine:
             if key in first and mine[key] != first[key]:
                 raise UserError(

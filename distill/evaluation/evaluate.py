@@ -19,7 +19,7 @@ from distill import checkpoint
 from distill.benchmarks import Benchmark
 from distill.build import TrainingSet, build_accelerator, build_benchmark, build_training_set
 from distill.config import RunConfig
-from distill.data import as_float
+from distill.data import as_float, fingerprint
 from distill.errors import UserError
 from distill.evaluation import pictures
 from distill.evaluation.backbones import Subject, parse_subject
@@ -102,6 +102,7 @@ def evaluate_subject(
         result |= {
             **setting(config, metric, fitted.size, labelled, fitted.layers),
             "details": fitted.details,
+            "images": fingerprint(scored.benchmark.dataset(config.evaluate.split)),
             "figures": {metric: scored.scores[metric]},
             "scores": scored.scores,
             "scoring_seconds": dict(scored.seconds),
@@ -176,6 +177,7 @@ def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -
     for choice in label_efficient(subject, config, data, accelerator):
         scored = _score(choice.fitted, config, benchmark, accelerator)
         told = setting(config, metric, choice.fitted.size, None, choice.fitted.layers)
+        told["images"] = fingerprint(benchmark.dataset(config.evaluate.split))
         rows.setdefault(choice.labels, []).append(
             {
                 "seed": choice.seed,

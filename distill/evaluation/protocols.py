@@ -102,7 +102,8 @@ def _exported(subject: Subject, config: RunConfig, benchmark: Benchmark) -> Fitt
     """A file of `distill export`, run by its own runtime on the CPU."""
     file = load_predictor(Path(subject.path), torch.get_num_threads())
     told = file.metadata
-    _check_classes(benchmark, told["class_names"], dense=told["what"] == "segmenter")
+    dense, other = told["what"] == "segmenter", "say with --benchmark what it is of"
+    _check_classes(benchmark, told["class_names"], dense=dense, remedy=other)
     size = (told["image_size"][0], told["image_size"][1])
     _check_size(config, size)
     if config.evaluate.scales != [1.0] and not told["any_size"]:
@@ -118,24 +119,28 @@ def _exported(subject: Subject, config: RunConfig, benchmark: Benchmark) -> Fitt
     return Fitted(predict, size, [], {})
 
 
-def _check_classes(benchmark: Benchmark, names: Sequence[str], *, dense: bool) -> None:
+def _check_classes(
+    benchmark: Benchmark,
+    names: Sequence[str],
+    *,
+    dense: bool,
+    remedy: str = "fit a new head with --protocol linear",
+) -> None:
     """Refuse a head that predicts something else than the benchmark's classes."""
     if benchmark.num_classes != len(names):
         raise UserError(
             f"the student predicts {len(names)} classes, {benchmark.name} has "
-            f"{benchmark.num_classes}; fit a new head with --protocol linear"
+            f"{benchmark.num_classes}; {remedy}"
         )
     if dense != traits(benchmark).dense:
         raise UserError(
             f"the student predicts {'every position' if dense else 'whole images'}, and "
-            f"{benchmark.name} has {traits(benchmark).labels}; fit a new head with --protocol "
-            "linear"
+            f"{benchmark.name} has {traits(benchmark).labels}; {remedy}"
         )
     pairs = zip(names, benchmark.class_names, strict=True)
     if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
         raise UserError(
-            f"the student predicts {other[0]!r} where {benchmark.name} has {other[1]!r}; fit a new "
-            "head with --protocol linear"
+            f"the student predicts {other[0]!r} where {benchmark.name} has {other[1]!r}; {remedy}"
         )
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from distill.config import STRICT, Count, DataConfig, Options, Positive
+from distill.config import STRICT, Count, DataConfig, Options, Positive, RunName
 
 UNET_SIZES: dict[str, Options] = {
     "tiny": {
@@ -68,7 +68,7 @@ class DiffusionConfig:
 class TeacherTrainConfig:
     """Training a diffusion teacher on unlabelled images: `distill teacher train`."""
 
-    name: str = "teacher"
+    name: RunName = "teacher"
     """Name of the run, its folder below `output`."""
     output: str = "runs"
     """Folder that holds the runs."""

@@ -156,6 +156,12 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
         _check_equal(run, runs[0], scored_on)
         twin = next(other for other in runs if other.seed == run.seed)
         _check_equal(run, twin, lambda config: {"data.split_seed": config.data.split_seed})
+        if _images(run) != _images(runs[0]):
+            roots = run.config.data.root, runs[0].config.data.root
+            raise UserError(
+                f"report: {run.folder} is of other images (data.root={roots[0]}) than "
+                f"{runs[0].folder} (data.root={roots[1]}): they do not compare"
+            )
     members: list[list[FinishedRun]] = []
     for run in runs:
         for group in members:
@@ -173,6 +179,11 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
     return [
         Group(label, tuple(group)) for label, group in zip(_labels(members), members, strict=True)
     ]
+
+
+def _images(run: FinishedRun) -> Any:
+    """Which images a run was trained and scored on, by their names."""
+    return run.results[run.arm].get("data")
 
 
 def _check_equal(

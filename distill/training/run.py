@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from distill.benchmarks import Benchmark, Examples
 from distill.build import TrainingSet, build_accelerator, build_training_set
 from distill.config import Arm, RunConfig
 from distill.costs.flops import flops
-from distill.data import as_float
+from distill.data import as_float, fingerprint
 from distill.deployment.folder import StudentCard, export_student
 from distill.errors import Interrupted, UserError
 from distill.evaluation import pictures, scoring
@@ -37,6 +38,7 @@ from distill.tracking import (
     commit,
     hardware,
     open_run_folder,
+    read_metrics,
     stop_on_signals,
 )
 from distill.training.fit import check_schedule, fit_batch, with_batch
@@ -77,6 +79,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             _trainer(config, arm, data, accelerator)
             accelerator.free_memory()
     trainers = {arm: _trainer(config, arm, data, accelerator) for arm in left[:1]}
+    begun = written.exists()
     if accelerator.is_main_process:
         open_run_folder(folder, resume)
         checkpoint.write_text(written, to_yaml(config))
@@ -98,6 +101,10 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
                 parts = train_arm(trainer, folder, stop, observe)
             except Interrupted as error:
                 raise Interrupted(f"{error}; go on with --resume") from None
+            except UserError:
+                if accelerator.is_main_process and not begun:
+                    _remove_if_bare(folder)
+                raise
             finally:
                 if trainer.cache is not None:
                     trainer.cache.flush()
@@ -108,6 +115,13 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             accelerator.free_memory()  # for the next arm
     accelerator.wait_for_everyone()
     return summarise(config, folder, data.benchmark) if accelerator.is_main_process else {}
+
+
+def _remove_if_bare(folder: Path) -> None:
+    """Remove a run that failed before its first row of figures: mended, it keeps its name."""
+    checkpoints = any(path.is_file() for path in (folder / "checkpoints").rglob("*"))
+    if not checkpoints and not read_metrics(folder):
+        shutil.rmtree(folder)
 
 
 def _trainer(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accelerator) -> Trainer:
@@ -187,6 +201,10 @@ def _finish_arm(
         _draw(folder / "predictions.png", predict(student, examples), benchmark)
     result = {
         "scores": scores,
+        "data": {
+            "train": trainer.data.fingerprint,
+            "scored": fingerprint(benchmark.dataset(config.evaluate.split)),
+        },
         "images_per_second": trainer.images / max(trainer.seconds, 1e-9),
         "looked": trainer.looked,
         "seconds": trainer.seconds,

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from distill import checkpoint
 from distill.cli import main
+from distill.errors import UserError
 from distill.training.loop import checkpoint_path
 
 Refuse = Callable[..., str]
@@ -225,6 +227,23 @@ def test_a_loss_that_is_not_finite_is_one_line_and_the_run_can_go_on(
     run = recipe.parent / "runs" / "tiny"
     assert checkpoint.load(checkpoint_path(run, "distilled"))["step"] == 2
     assert main([*arguments, "--resume"]) == 0
+
+
+def test_a_run_that_fails_at_its_first_image_keeps_its_name(
+    recipe: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torn(shapes: Any, index: int) -> Any:
+        raise UserError(f"{index}.png: does not decode")
+
+    run = recipe.parent / "runs" / "tiny"
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.data.Augmented.__getitem__", torn)
+        assert "does not decode" in refuse("train", recipe)
+        assert not run.exists()
+    run.mkdir(parents=True)
+    (run / "mine.txt").touch()
+    refuse("train", recipe)
+    assert (run / "mine.txt").exists()
 
 
 def test_a_missing_gpu_is_named(

@@ -99,6 +99,9 @@ def test_a_value_of_the_wrong_type_names_key_and_value(kind: Any, key: str, hint
     [
         ("pairs.0.student=[layer2, layer3, layer2]", "layer2 once, not 2 times"),
         ("data.patch_scale=[2, 1]", "the smallest and then the largest"),
+        ("name=../up", "a folder below output"),
+        ("name=/up", "a folder below output"),
+        ("name=''", "a folder below output"),
         ("evaluate.labels=[1/0]", "a number of images, a share such as 1/16, or all"),
     ],
 )

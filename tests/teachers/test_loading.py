@@ -13,6 +13,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
@@ -253,6 +254,8 @@ def test_unfit_schedulers_are_refused(pipeline):
     fails(pipeline, ValueError, r"scheduler_config\.json: number of steps must be non-negative")
     UniPCMultistepScheduler(use_flow_sigmas=True).save_pretrained(pipeline / "scheduler")
     fails(pipeline, ValueError, r"scheduler_config\.json: .* samples flow matching")
+    EulerDiscreteScheduler(timestep_type="continuous").save_pretrained(pipeline / "scheduler")
+    fails(pipeline, ValueError, r"scheduler_config\.json: .*timestep_type continuous")
     DDPMScheduler(prediction_type="score").save_pretrained(pipeline / "scheduler")
     fails(pipeline, ValueError, "prediction_type 'score'; a teacher's is one of epsilon, ")
 
@@ -263,6 +266,10 @@ def test_unfit_schedulers_are_refused(pipeline):
         ({"_class_name": "UNet2DConditionModel"}, "describes a UNet2DConditionModel"),
         ({"in_channels": 1}, r"takes 1 channels; a teacher must take 3 \(RGB\)"),
         ({"num_class_embeds": 10}, "conditioned on classes"),
+        (
+            {"time_embedding_type": "learned", "num_train_timesteps": 100},
+            "learnt embeddings of 100 timesteps, and the scheduler has 1000",
+        ),
         ({"time_embedding_type": "fourier"}, "logarithm of the timestep, which 0 has not"),
         ({"down_block_types": ["DownBlock2D"]}, "does not describe a UNet2DModel: "),
         ({"block_out_channels": [7, 16]}, "does not describe a UNet2DModel: "),

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from distill.benchmarks.folder import Folder
@@ -124,6 +125,29 @@ def test_masks_that_hold_0_and_255_alone_are_told(
     for meant in ({"value_map": {0: 0, 255: 1}}, {"ignore_values": [255]}):
         Folder(str(root), num_classes=2, **meant)  # type: ignore[arg-type]
         assert capsys.readouterr().err == ""
+
+
+def test_masks_that_hold_255_alone_are_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in NAMES:
+        Image.new("L", (4, 4), 255).save(root / "masks" / f"{name}.png")
+    Folder(str(root), num_classes=2)
+    assert "the first masks hold 255 alone, and 255 has no label" in capsys.readouterr().err
+
+
+def test_photographs_are_upright_below_their_masks(root: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    image = np.zeros((4, 8, 3), dtype=np.uint8)
+    image[:, :4] = 255  # upright: white above black
+    name = NAMES[8]
+    Image.fromarray(image).save(root / "images" / f"{name}.png", exif=exif)
+    mask = np.repeat([0, 1], 4).astype(np.uint8)[:, None].repeat(4, axis=1)
+    Image.fromarray(mask).save(root / "masks" / f"{name}.png")
+    shown, labels = Folder(str(root), num_classes=3).dataset("test")[0]
+    assert torch.equal(shown[0] == 0, labels == 1)
+    Image.fromarray(mask.T.copy()).save(root / "masks" / f"{name}.png")
+    with pytest.raises(UserError, match=r"turned by its EXIF orientation: save both upright"):
+        Folder(str(root), num_classes=3).dataset("test")[0]
 
 
 def test_missing_test_list_is_named_when_test_is_asked_for(root: Path) -> None:

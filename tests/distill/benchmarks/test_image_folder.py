@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from distill.benchmarks.image_folder import image_folder
 
@@ -39,6 +40,23 @@ def test_a_class_that_train_lacks_is_named(
     build("image_folder")
     (tmp_path / "val" / "bird").mkdir()
     assert "val/bird is none of the 2 classes" in refusal("image_folder")
+
+
+def test_photographs_are_upright(build: Callable[..., Any], tmp_path: Path) -> None:
+    build("image_folder")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (8, 4)).save(tmp_path / "val" / "dog" / "deeper" / "1.png", exif=exif)
+    assert build("image_folder").dataset("val")[0][0].shape == (3, 8, 4)
+
+
+def test_class_folders_without_images_are_told(
+    build: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build("image_folder")
+    (tmp_path / "train" / "empty").mkdir()
+    assert build("image_folder").num_classes == 3
+    assert "train/empty holds no image (1 class folders hold none)" in capsys.readouterr().err
 
 
 def test_hidden_files_and_folders_are_left_out(build: Callable[..., Any], tmp_path: Path) -> None:

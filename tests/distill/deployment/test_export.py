@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from distill.benchmarks.shapes import Shapes
 from distill.cli import main
 from distill.deployment import export, folder, parity
 from distill.deployment.folder import export_student, load_student, read_card
-from distill.deployment.formats import Deployed, write
+from distill.deployment.formats import SUFFIXES, Deployed, write
 from distill.errors import UserError
 from distill.training.loop import checkpoint_path
 from students.student import Student
@@ -72,6 +73,23 @@ def test_whatever_the_exporter_fails_with_is_its_first_cause_in_one_line(
         "torch cannot export this student as .pt2: only 4D queries are supported; another "
         "--format may do"
     )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["torchscript", "torchexport", "onnx"])
+def test_a_full_disk_is_one_line_that_blames_no_exporter(
+    exported: Path, refuse: Refuse, tmp_path: Path, format: str
+) -> None:
+    """As for a full disk, writing fails where files may not grow."""
+    words = ("export", exported, "--format", format, "--out", tmp_path / f"a{SUFFIXES[format]}")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        line = refuse(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert line.startswith(f"the export cannot be written to {words[-1]}: ")
+    assert "File too large" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -171,6 +171,9 @@ def test_mistakes_are_one_line(
     )
     assert "two results or subjects" in refuse("compare", good)
     assert "b.json has split 'val'" in refuse("compare", good, tmp_path / "b.json")
+    (tmp_path / "e.json").write_text(json.dumps(result | {"images": "x"}))
+    line = refuse("compare", good, tmp_path / "e.json")
+    assert "e.json was scored on other images (data.root=None) than" in line
     assert "c.json is no result" in refuse("compare", good, tmp_path / "c.json")
     assert "d.json cannot be read" in refuse("compare", good, tmp_path / "d.json")
     assert "is no folder to write to" in refuse("compare", good, good, "--out", good)

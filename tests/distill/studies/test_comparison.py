@@ -128,6 +128,16 @@ def test_table_of_several_recipes(runs: list[FinishedRun], tmp_path: Path) -> No
     assert [group["label"] for group in groups] == ["policy.name=a2c", "policy.name=uniform"]
 
 
+def test_runs_on_other_images_are_refused(runs: list[FinishedRun]) -> None:
+    folder = runs[1].folder
+    path = folder / "checkpoints" / "distilled" / "result.json"
+    result = json.loads(path.read_text())
+    assert len(result["data"]["train"]) == len(result["data"]["scored"]) == 64
+    path.write_text(json.dumps(result | {"data": {"train": "x", "scored": "y"}}))
+    with pytest.raises(UserError, match=r"a1 is of other images \(data.root=None\) than .*a0 \("):
+        group_runs([runs[0], read_run(folder)])
+
+
 def test_a_seed_given_twice_is_refused(finished_run: Path) -> None:
     with pytest.raises(UserError, match="two runs have the same seed"):
         group_runs([read_run(finished_run), read_run(finished_run)])
