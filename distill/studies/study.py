@@ -235,7 +235,7 @@ def _shared(runs: Mapping[Cell, RunConfig]) -> dict[Cell, RunConfig]:
     same: dict[str, list[RunConfig]] = {}  # by what they train, under whatever name
     groups = {}
     for cell, run in runs.items():
-        content = json.dumps(to_tree(dataclasses.replace(run, name="")))
+        content = json.dumps(to_tree(dataclasses.replace(run, name="any")))
         groups[cell] = same.setdefault(content, [])
         same[content].append(run)
     # One that was begun keeps its folder, whatever arms the study has come to name before it.
