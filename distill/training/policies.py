@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from distill.benchmarks import Benchmark
+from distill import checkpoint
+from distill.benchmarks import Benchmark, notice
 from distill.config import RunConfig
 from distill.errors import UserError, blame, nearest
 from distill.registry import TABLES, resolve
@@ -104,7 +107,23 @@ def build_policy(
             lowest=policy.lowest,
             highest=policy.highest,
         )
-    return policy_over(config, timesteps, context_size, unlabelled=unlabelled), timesteps
+    built = policy_over(config, timesteps, context_size, unlabelled=unlabelled)
+    if policy.name == "grid":
+        _tell_of_another_teacher(str(policy.options["table"]), teacher)
+    return built, timesteps
+
+
+def _tell_of_another_teacher(table: str, teacher: Teacher) -> None:
+    """A line on stderr where the probe that a table lies beside is of another teacher."""
+    probe = Path(table).with_name("probe.json")
+    if not probe.is_file():
+        return
+    probed = checkpoint.read_json(probe).get("settings", {}).get("teacher (fingerprint)")
+    if probed not in (None, teacher.fingerprint):
+        notice(
+            f"policy.options.table: {table} is of another teacher than {teacher.name}, to which "
+            "its timesteps may be other levels of noise, and others the best"
+        )
 
 
 def policy_over(

@@ -209,7 +209,9 @@ def test_rewards_without_meaning_are_refused(load: Load, changes: list[str], wor
     assert "\n" not in str(raised.value)
 
 
-def test_grid_takes_the_bin_nearest_to_the_best_timestep(load: Load, tmp_path: Path) -> None:
+def test_grid_takes_the_bin_nearest_to_the_best_timestep(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rewards = np.array([[0.0, 1.0, 0.5]], np.float32)
     table = ReplayTable(
         contexts=np.zeros((1, 2), np.float32), rewards=rewards, timesteps=np.array([0, 700, 999])
@@ -220,6 +222,12 @@ def test_grid_takes_the_bin_nearest_to_the_best_timestep(load: Load, tmp_path: P
     assert trainer.timesteps.tolist() == [0, 333, 666, 999]
     losses = trainer.train_step(*next(batches(trainer)))
     assert losses.bins.tolist() == [2] * 8
+    assert trainer.teacher is not None
+    for probed, told in ((trainer.teacher.fingerprint, False), ("another", True)):
+        figures = {"settings": {"teacher (fingerprint)": probed}}
+        (tmp_path / "probe.json").write_text(json.dumps(figures))
+        build(load("policy.name=grid", options))
+        assert ("is of another teacher than tiny" in capsys.readouterr().err) is told
 
 
 # The mixture of all timesteps
