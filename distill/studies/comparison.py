@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from distill import checkpoint
 from distill.config import RunConfig
@@ -22,7 +22,7 @@ Name = TypeVar("Name", bound=str)
 METRICS = {task: traits.metric for task, traits in TASKS.items()}
 SUMMARY = ("task", "benchmark", "split", "metrics", "policy", "wall_seconds")
 """Keys that a run's summary.json is not without."""
-RESULT = ("scores", "seconds", "images_per_second", "commit", "hardware")
+RESULT = ("scores", "data", "seconds", "images_per_second", "commit", "hardware")
 """Keys that an arm's result.json is not without."""
 
 # What two runs of one recipe may differ in: the seeds, names and places, and how fast it went.
@@ -156,16 +156,17 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
         _check_equal(run, runs[0], scored_on)
         twin = next(other for other in runs if other.seed == run.seed)
         _check_equal(run, twin, lambda config: {"data.split_seed": config.data.split_seed})
-        if _images(run) != _images(runs[0]):
+        if _images(run, "scored") != _images(runs[0], "scored"):
             roots = run.config.data.root, runs[0].config.data.root
             raise UserError(
-                f"report: {run.folder} is of other images (data.root={roots[0]}) than "
+                f"report: {run.folder} was scored on other images (data.root={roots[0]}) than "
                 f"{runs[0].folder} (data.root={roots[1]}): they do not compare"
             )
     members: list[list[FinishedRun]] = []
     for run in runs:
         for group in members:
-            if not differences(group[0].config, run.config):
+            same_images = _images(group[0], "train") == _images(run, "train")
+            if same_images and not differences(group[0].config, run.config):
                 group.append(run)
                 break
         else:
@@ -181,9 +182,10 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
     ]
 
 
-def _images(run: FinishedRun) -> Any:
-    """Which images a run was trained and scored on, by their names."""
-    return run.results[run.arm].get("data")
+def _images(run: FinishedRun, what: Literal["train", "scored"]) -> str:
+    """A fingerprint of the names of the images that a run was trained or scored on."""
+    fingerprint: str = run.results[run.arm]["data"][what]
+    return fingerprint
 
 
 def _check_equal(

@@ -133,8 +133,13 @@ def test_runs_on_other_images_are_refused(runs: list[FinishedRun]) -> None:
     path = folder / "checkpoints" / "distilled" / "result.json"
     result = json.loads(path.read_text())
     assert len(result["data"]["train"]) == len(result["data"]["scored"]) == 64
-    path.write_text(json.dumps(result | {"data": {"train": "x", "scored": "y"}}))
-    with pytest.raises(UserError, match=r"a1 is of other images \(data.root=None\) than .*a0 \("):
+    other = result["data"] | {"train": "x"}  # another training set is another recipe
+    path.write_text(json.dumps(result | {"data": other}))
+    assert [len(group.runs) for group in group_runs([runs[0], read_run(folder)])] == [1, 1]
+    path.write_text(json.dumps(result | {"data": other | {"scored": "y"}}))
+    with pytest.raises(
+        UserError, match=r"a1 was scored on other images \(data.root=None\) than .*a0 \("
+    ):
         group_runs([runs[0], read_run(folder)])
 
 
