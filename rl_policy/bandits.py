@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from rl_policy.options import check_range, refuse_unknown
+from rl_policy.options import check_range
 from rl_policy.reward import RunningScale
 
 
@@ -78,9 +78,7 @@ class Thompson(GaussianBandit):
         *,
         discount: float = 0.99,
         prior: float = 1.0,
-        **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
         super().__init__(bins, discount, prior)
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
@@ -125,9 +123,7 @@ class UCB(GaussianBandit):
         exploration: float = 2.0,
         discount: float = 0.99,
         prior: float = 1.0,
-        **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
         check_range("exploration", exploration, least=1e-3, most=1e3)
         super().__init__(bins, discount, prior)
         self.batch, self.exploration = batch, exploration

@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import Logger
 from torch import Generator, Tensor
 
 from rl_policy.drawing import draw
-from rl_policy.options import WIDEST, check_range, refuse_unknown
+from rl_policy.options import WIDEST, check_range
 from rl_policy.reward import ContextScale, RunningScale
 from rl_policy.sb3 import environments
 from rl_policy.seeding import seeded_numpy, seeded_torch
@@ -49,9 +49,7 @@ class DQNPolicy:
         replay: int = 64,
         minibatch: int = 256,
         gradient_steps: int = 1,
-        **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
         check_range("learning_rate", learning_rate, above=0)
         check_range("exploration", exploration, least=0, most=1)
         check_range("exploration_until", exploration_until, above=0, most=1)

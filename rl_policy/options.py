@@ -37,7 +37,7 @@ def create(
     its contexts are, (3, S, S) flattened, or None if they are something else.
 
     Raises:
-        OptionError: the policy refuses an option.
+        OptionError: the policy has no such option, or refuses its value.
         ValueError: what it is told, or it is called otherwise than policies are.
     """
     signature = inspect.signature(policy)
@@ -58,20 +58,17 @@ def create(
             f"{error}"
         ) from error
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
-        refuse_unknown(policy, options.keys() - parameters.keys())
+        _refuse_unknown(policy, options)
     return policy(*facts, **told, **options)
 
 
-def refuse_unknown(policy: Callable[..., Any], unknown: Iterable[str]) -> None:
-    """Raise for option names that no keyword-only parameter of `policy` takes.
-
-    Raises:
-        OptionError: `unknown` is not empty.
-    """
-    for name in unknown:
-        parameters = inspect.signature(policy).parameters.values()
-        keywords = [option.name for option in parameters if option.kind is option.KEYWORD_ONLY]
-        choices = [name for name in keywords if name not in TOLD]
+def _refuse_unknown(policy: Callable[..., Any], options: Iterable[str]) -> None:
+    parameters = inspect.signature(policy).parameters.values()
+    keywords = [option.name for option in parameters if option.kind is option.KEYWORD_ONLY]
+    choices = [name for name in keywords if name not in TOLD]
+    for name in options:
+        if name in keywords:
+            continue
         close = difflib.get_close_matches(name, choices, n=1)
         hint = f"did you mean {close[0]!r}?" if close else ""
         known = f"choose from {', '.join(choices)}" if choices else "it takes none"

@@ -14,8 +14,8 @@ class TimestepPolicy(Protocol):
 
     A policy is built as `Policy(context_size, bins, batch, seed, **options)`: contexts have
     `context_size` = D numbers, there are `bins` = K choices, `learn` receives `batch` rewards a
-    step (all processes together), and `options` are the recipe's own for this policy. An unknown
-    option, or one out of range, raises ValueError. One that has a keyword `timesteps` is also told
+    step (all processes together), and `options` are the recipe's own for this policy, its keywords;
+    one out of range raises ValueError. One that has a keyword `timesteps` is also told
     what its bins stand for, (K,) int64; one that has a keyword `image_size` the side S in px of the
     images that contexts are, (3, S, S) in [0, 1] flattened, or None if they are something else.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rl_policy.drawing import draw
-from rl_policy.options import WIDEST, OptionError, check_choice, check_range, refuse_unknown
+from rl_policy.options import WIDEST, OptionError, check_choice, check_range
 from rl_policy.reward import ContextScale, RunningScale
 from rl_policy.seeding import seeded_torch
 
@@ -54,9 +54,7 @@ class Reinforce:
         entropy_until: float = 0.5,
         baseline: bool = True,
         image_size: int | None = None,
-        **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
         check_choice("network", network, ("mlp", "conv"))
         check_range("hidden", hidden, least=1, most=WIDEST, whole=True)
         check_choice("optimizer", optimizer, ("adam", "sgd"))

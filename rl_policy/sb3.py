@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 from rl_policy.drawing import draw, of_finite_logits
 from rl_policy.environment import TimestepEnv
-from rl_policy.options import WIDEST, OptionError, check_range, refuse_unknown
+from rl_policy.options import WIDEST, OptionError, check_range
 from rl_policy.reward import ContextScale, RunningScale
 from rl_policy.seeding import seeded_numpy, seeded_torch
 from rl_policy.table import ReplayTable
@@ -154,9 +154,7 @@ class A2CPolicy(ActorCritic):
         entropy_end: float = 0.01,
         entropy_until: float = 0.7,
         hidden: int = 64,
-        **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
         entropy = entropy_weight, entropy_end, entropy_until
         _check_common(learning_rate, hidden, *entropy)
         if batch < 2:  # advantages are normalised
@@ -209,9 +207,7 @@ class PPOPolicy(ActorCritic):
         minibatch: int = 256,
         epochs: int = 4,
         clip_range: float = 0.2,
-        **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
         entropy = entropy_weight, entropy_end, entropy_until
         _check_common(learning_rate, hidden, *entropy)
         check_range("steps", steps, least=1, most=10**6, whole=True)

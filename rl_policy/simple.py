@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
-from rl_policy.options import OptionError, check_range, refuse_unknown
+from rl_policy.options import OptionError, check_range
 from rl_policy.table import ReplayTable
 
 
@@ -20,9 +20,8 @@ class Fixed:
     """
 
     def __init__(
-        self, context_size: int, bins: int, batch: int, seed: int, *, bin: int = 0, **unknown: Any
+        self, context_size: int, bins: int, batch: int, seed: int, *, bin: int = 0
     ) -> None:
-        refuse_unknown(type(self), unknown)
         check_range("bin", bin, least=0, most=bins - 1, whole=True)
         self.bins, self.bin = bins, bin
 
@@ -62,9 +61,7 @@ class Grid(Fixed):
         *,
         timesteps: Tensor,
         table: str | None = None,
-        **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
         if not isinstance(table, str):
             raise OptionError(
                 "table must name the recorded rewards of a probe: FOLDER/table.safetensors, as "
@@ -89,8 +86,7 @@ class Grid(Fixed):
 class Uniform:
     """Every bin alike, whatever the image."""
 
-    def __init__(self, context_size: int, bins: int, batch: int, seed: int, **unknown: Any) -> None:
-        refuse_unknown(type(self), unknown)
+    def __init__(self, context_size: int, bins: int, batch: int, seed: int) -> None:
         self.bins = bins
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
@@ -118,8 +114,7 @@ class LinearDecay:
     max(1, K - floor(progress x K)).
     """
 
-    def __init__(self, context_size: int, bins: int, batch: int, seed: int, **unknown: Any) -> None:
-        refuse_unknown(type(self), unknown)
+    def __init__(self, context_size: int, bins: int, batch: int, seed: int) -> None:
         self.bins = bins
         self.allowed = bins
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_policy.options import check_range, refuse_unknown
+from rl_policy.options import check_range
 
 
 class SoftMix:
@@ -32,9 +32,7 @@ class SoftMix:
         seed: int,
         *,
         learning_rate: float = 0.02,
-        **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
         check_range("learning_rate", learning_rate, above=0)
         self.logits = torch.zeros(bins, requires_grad=True)  # every bin alike at first
         self.optimizer = torch.optim.Adam([self.logits], lr=learning_rate)
