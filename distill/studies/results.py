@@ -70,11 +70,7 @@ def kept_scores(study: Study, file: str) -> Scores:
         about = results["benchmark"], results["split"], results["metric"]
         before = {"the study": results["overrides"]}
         recipe = results.get("recipe") or study.recipe  # older files tell of the overrides alone
-        changed = {
-            key: recipe.get(key)
-            for key in recipe | study.recipe
-            if recipe.get(key) != study.recipe.get(key)
-        }
+        changed = [key for key in recipe | study.recipe if recipe.get(key) != study.recipe.get(key)]
         scores = {}
         for arm, row in results["arms"].items():
             before[f"arm {arm}"] = [row["take"], *row["overrides"]]
@@ -97,9 +93,10 @@ def kept_scores(study: Study, file: str) -> Scores:
                 f"--keep: {file} is of other settings: {place} had {overrides}, and has "
                 f"{now[place]} in {study.path}"
             )
-    for key, value in changed.items():
+    if changed:
+        key = changed[0]
         raise UserError(
-            f"--keep: {file} is of another recipe: {key} was {value!r}, and is "
+            f"--keep: {file} is of another recipe: {key} was {recipe.get(key)!r}, and is "
             f"{study.recipe.get(key)!r} now"
         )
     return scores
