@@ -29,6 +29,10 @@ MaskReader = Callable[[Path, tuple[int, int]], Tensor]
 """Reads the mask of an image of size (H, W) from a file: (H, W) uint8."""
 
 
+class _OtherSizeError(UserError):
+    """A mask that is not of the size of its image."""
+
+
 def _decode(path: Path, upright: bool = False) -> Image.Image:
     try:
         with Image.open(path) as image:
@@ -57,7 +61,7 @@ def read_image(path: Path, upright: bool = False) -> Tensor:
 def _decode_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     picture = _decode(path)
     if picture.size != size[::-1]:
-        raise UserError(
+        raise _OtherSizeError(
             f"{path}: mask of {picture.width}x{picture.height} px, its image has "
             f"{size[1]}x{size[0]}"
         )
@@ -265,7 +269,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         height, width = image.shape[1:]
         try:
             return image, self.read(pair.mask, (height, width))
-        except UserError as error:
+        except _OtherSizeError as error:
             with Image.open(pair.image) as stored:
                 turned = self.upright and stored.size != (width, height)
             hint = f"; {pair.image.name} is turned by its EXIF orientation: save both upright"
