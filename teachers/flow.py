@@ -108,7 +108,18 @@ class FlowTransformer:
         return latents.encode(parts["vae"], images)
 
     def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
-        """Run the transformer."""
+        """Run the transformer.
+
+        Raises:
+            ValueError: SD3, for images with more positions than it knows.
+        """
+        grid, most = self._grid(x), self.config.get("pos_embed_max_size")
+        if most and max(grid) > most:
+            height, width, side = (self.multiple * count for count in (*grid, most))
+            raise ValueError(
+                f"an image of {height}x{width} is larger than the {side}x{side} that this teacher "
+                "has positions for"
+            )
         text = {
             "encoder_hidden_states": x.new_zeros(
                 len(x), self.text_length, self.config["joint_attention_dim"]
@@ -117,8 +128,7 @@ class FlowTransformer:
         }
         if not self.is_flux:
             return parts["network"](x, timestep=times, **text)
-        height, width = self._grid(x)
-        rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
+        rows, columns = (torch.arange(side, device=x.device) for side in grid)
         places = torch.cartesian_prod(rows[:1], rows, columns)  # (h w, 3): 0, row, column
         return parts["network"](
             F.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2),  # (B, h w, 4 c)

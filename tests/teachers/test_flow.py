@@ -204,4 +204,4 @@ def test_unknown_layer_and_image_that_does_not_fit_are_refused(paths: dict[str, 
     path = paths["sd3"]
     fails(path, ValueError, r"mean 'transformer_blocks\.1'\?", layers=("transformer_block.1",))
     fails(path, ValueError, r"18x16 does not fit .* reduces by 4; 16x16", image_size=(18, 16))
-    fails(path, ValueError, r"cannot be greater than `pos_embed_max_size`: 16", image_size=68)
+    fails(path, ValueError, r"68x68 is larger than the 64x64 that this teacher", image_size=68)
