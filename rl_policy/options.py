@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 TOLD = ("timesteps", "image_size")
 """Keywords of policies that are no options: what they stand for follows from the run."""
-
-
 WIDEST = 2**16
 """Largest width of a layer that a policy takes for meant."""
 

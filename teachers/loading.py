@@ -204,7 +204,7 @@ def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{weights} is truncated, or does not fit config.json beside it; copy both again "
             f"({textwrap.shorten(str(error), 200)})"
@@ -229,7 +229,7 @@ def stored_dtype(weights: Path) -> torch.dtype:
         weights: the file, or the index of its shards.
 
     Raises:
-        OSError, KeyError, ValueError: shards are missing, or the index is damaged.
+        OSError, KeyError, ValueError, AttributeError: shards are missing, or the index is damaged.
     """
     if ".safetensors" not in weights.name:
         return torch.float32
@@ -242,7 +242,10 @@ def stored_dtype(weights: Path) -> torch.dtype:
         # a damaged one shows when it is read
         with suppress(SafetensorError), safe_open(file, framework="pt") as tensors:
             kinds |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-    return {"F16": torch.float16, "BF16": torch.bfloat16}.get("/".join(kinds), torch.float32)
+    for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+        if kinds == {name}:
+            return dtype
+    return torch.float32
 
 
 def check_finite(model: nn.Module, source: Path) -> None:

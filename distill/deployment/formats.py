@@ -196,7 +196,7 @@ def write(
     if calibration is not None:
         try:
             _quantise(path, text, calibration)
-        except UserError:
+        except (UserError, OSError):
             raise
         except Exception as error:  # onnxruntime has its own, some of them bare Exceptions
             reason = " ".join(str(error).split())[:200]

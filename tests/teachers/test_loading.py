@@ -228,6 +228,8 @@ def test_weights_in_shards_load(
     assert capfd.readouterr() == ("", "")
     next((pipeline / "unet").glob("*-00002-*")).unlink()
     fails(pipeline, ValueError, r"\.index\.(fp16\.)?json is truncated")
+    next((pipeline / "unet").glob("*.index.*")).write_text('{"weight_map": []}')
+    fails(pipeline, ValueError, r"\.index\.(fp16\.)?json is truncated")
 
 
 def test_missing_scheduler_is_not_guessed(pipeline):
