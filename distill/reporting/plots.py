@@ -1,4 +1,4 @@
-"""The pictures of a run: predictions, training curves, the timesteps that the policy preferred."""
+"""The pictures of a run: training curves, the timesteps that the policy preferred."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from distill.checkpoint import replacing
 from distill.evaluation.metrics import TITLES
@@ -40,7 +37,6 @@ STYLE: Any = {  # matplotlib types its keys as a literal of all of them
     "text.parse_math": False,  # names are data: a dollar sign in one is no formula
 }
 ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#7f7f7f")
-VOID_COLOUR = (232, 232, 232)
 RIGHT, WRONG = "#1a7f4b", "#c0392b"
 PANELS = {
     "loss/task": "task loss",
@@ -49,101 +45,6 @@ PANELS = {
     "reward": "reward",
     "lr": "learning rate",
 }
-
-
-def predictions(
-    path: str | Path,
-    images: Sequence[Tensor] | Tensor,
-    truths: Sequence[Tensor] | Tensor,
-    predicted: Sequence[Tensor] | Tensor,
-    class_names: Sequence[str],
-    palette: ArrayLike,
-) -> None:
-    """Write a picture of images with truth and prediction.
-
-    Args:
-        path: A PNG.
-        images: (3, H, W) float in [0, 1] each.
-        truths: For segmentation (h, w) each, integers; for classification a class each, ().
-        predicted: Of the truths' shapes.
-        class_names: Name of each class.
-        palette: (C, 3), RGB in 0..255.
-    """
-    pictures = [
-        image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy() for image in images
-    ]
-    true_arrays = [np.asarray(truth.cpu()) for truth in truths]
-    guesses = [np.asarray(guess.cpu()) for guess in predicted]
-    with rc_context(STYLE):
-        if true_arrays[0].ndim == 0:
-            figure = _labelled_images(pictures, true_arrays, guesses, class_names)
-        else:
-            colours = np.asarray(palette, dtype=np.uint8)
-            figure = _masked_images(pictures, true_arrays, guesses, class_names, colours)
-        write_figure(figure, path)
-
-
-def _masked_images(
-    pictures: Sequence[NDArray[Any]],
-    truths: Sequence[NDArray[Any]],
-    guesses: Sequence[NDArray[Any]],
-    class_names: Sequence[str],
-    colours: NDArray[np.uint8],
-) -> Figure:
-    """One column an image: the image, the truth, the prediction; the classes that occur below."""
-    height, width = pictures[0].shape[:2]
-    columns = len(pictures)
-    column_width = min(2.4, 13.0 / columns) if columns > 1 else 3.2
-    row_height = column_width * height / width
-    size = (column_width * columns + 0.3, 3 * row_height + 0.75)
-    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
-    figure = Figure(figsize=size, dpi=150, layout=layout)
-    grid = figure.subplots(3, columns, squeeze=False)
-    for column, (picture, truth, guess) in enumerate(zip(pictures, truths, guesses, strict=True)):
-        shown = (picture, _coloured(truth, colours), _coloured(guess, colours))
-        for row, (title, array) in enumerate(
-            zip(("image", "truth", "prediction"), shown, strict=True)
-        ):
-            axes = grid[row, column]
-            axes.imshow(array, interpolation="nearest", aspect="auto")
-            _bare(axes)
-            if column == 0:
-                axes.set_ylabel(title)
-    present = np.unique(np.concatenate([array.ravel() for array in (*truths, *guesses)]))
-    entries = [
-        Patch(facecolor=_rgb(colours[index]), label=class_names[index])
-        for index in range(len(class_names))
-        if index in present
-    ]
-    if (present >= len(class_names)).any():
-        entries.append(Patch(facecolor=_rgb(VOID_COLOUR), edgecolor="0.7", label="not labelled"))
-    fitting = max(2, int(size[0] / 1.05))
-    figure.legend(handles=entries, loc="outside lower center", ncols=min(len(entries), fitting))
-    return figure
-
-
-def _labelled_images(
-    pictures: Sequence[NDArray[Any]],
-    truths: Sequence[NDArray[Any]],
-    guesses: Sequence[NDArray[Any]],
-    class_names: Sequence[str],
-) -> Figure:
-    """A grid of images, each under its predicted class and, where that is wrong, the true one."""
-    columns = min(8, len(pictures))
-    rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(1.45 * columns, 1.85 * rows + 0.1), dpi=150, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(pictures) :]:
-        axes.set_axis_off()
-    for axes, picture, truth, guess in zip(grid.flat, pictures, truths, guesses, strict=False):
-        axes.imshow(picture, interpolation="nearest")
-        _bare(axes)
-        right = int(truth) == int(guess)
-        # Two lines always, so that the images of a row stand at one height.
-        below = " " if right else f"is {class_names[int(truth)]}"
-        text = f"{class_names[int(guess)]}\n{below}"
-        axes.set_title(text, color=RIGHT if right else WRONG, fontsize=8, fontweight="normal")
-    return figure
 
 
 def curves(
@@ -321,26 +222,6 @@ def _noise_axis(axes: Axes, rows: ArrayLike, noise_fraction: ArrayLike) -> None:
     right.set_yticks(ticks, [f"{noise[tick]:.2f}" for tick in ticks])
     right.set_ylabel("noise fraction")
     right.spines[:].set_visible(False)
-
-
-def _coloured(mask: NDArray[Any], colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Class numbers (h, w) -> RGB (h, w, 3); what is no class gets the colour of void."""
-    table = np.tile(np.array(VOID_COLOUR, dtype=np.uint8), (256, 1))
-    table[: len(colours)] = colours
-    coloured: NDArray[np.uint8] = table[mask.astype(np.uint8)]
-    return coloured
-
-
-def _rgb(colour: ArrayLike) -> tuple[float, float, float]:
-    """A colour in 0..255 as matplotlib takes it."""
-    red, green, blue = np.asarray(colour) / 255.0
-    return float(red), float(green), float(blue)
-
-
-def _bare(axes: Axes) -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    axes.grid(visible=False)
 
 
 def write_figure(figure: Figure, path: str | Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import Tensor
 
 from distill import checkpoint
 from distill.benchmarks import Benchmark, Examples
@@ -29,7 +28,6 @@ from distill.evaluation.counting import predicted
 from distill.evaluation.pictures import Shown
 from distill.evaluation.scoring import held_out_examples
 from distill.recipe import first_difference, load_config, to_tree, to_yaml
-from distill.reporting import plots
 from distill.reporting.summary import summarise
 from distill.studies.comparison import main_arm
 from distill.tasks import traits
@@ -46,7 +44,7 @@ from distill.training.loop import checkpoint_path, train_arm
 from distill.training.trainer import Trainer
 from students.student import Student
 
-SHOWN = 6  # images in predictions.png
+SHOWN = 8  # images in predictions.png
 
 
 def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -157,9 +155,8 @@ def _observe(trainer: Trainer, log: RunLog | None, examples: Examples) -> None:
             numbers = {f"val/{k}": v for k, v in scores.items() if isinstance(v, float)}
             log.scalars(trainer.step, numbers)
     if log and benchmark.task == "segmentation":
-        images, _, guesses = predict(student, examples)
         colours = torch.as_tensor(benchmark.palette)
-        for index, (image, guess) in enumerate(zip(images, guesses, strict=True)):
+        for index, (_, image, _, guess) in enumerate(predict(student, examples)):
             mask = as_float(colours[guess].permute(2, 0, 1))
             shown = torch.stack(
                 [image, torch.nn.functional.interpolate(mask[None], image.shape[-2:])[0]]
@@ -198,7 +195,12 @@ def _finish_arm(
         }
         card = make_card(config, benchmark, student, provenance)
         export_student(student, card, folder / "student")
-        _draw(folder / "predictions.png", predict(student, examples), benchmark)
+        pictures.overlays(
+            folder / "predictions.png",
+            predict(student, examples),
+            benchmark.class_names,
+            benchmark.palette,
+        )
     result = {
         "scores": scores,
         "data": {
@@ -227,9 +229,7 @@ def _finish_arm(
     )
 
 
-def predict(
-    student: Student, examples: Examples
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def predict(student: Student, examples: Examples) -> list[Shown]:
     """Some examples with truth and prediction; evenly spread, as neighbours are alike in videos."""
     count = min(SHOWN, len(examples))
     items = [examples[index * len(examples) // count] for index in range(count)]
@@ -238,20 +238,10 @@ def predict(
     with torch.no_grad():
         logits = student(torch.stack(images).to(device))[0].cpu()
     truths = [torch.as_tensor(target) for _, target in items]
-    guesses = [predicted(one, truth) for one, truth in zip(logits, truths, strict=True)]
-    return images, truths, guesses
-
-
-def _draw(
-    path: Path, predictions: tuple[list[Tensor], list[Tensor], list[Tensor]], benchmark: Benchmark
-) -> None:
-    """What `predict` gives, as a picture."""
-    names, palette = benchmark.class_names, benchmark.palette
-    if traits(benchmark).classes:
-        plots.predictions(path, *predictions, names, palette)
-    else:
-        shown = [Shown("", *item) for item in zip(*predictions, strict=True)]
-        pictures.overlays(path, shown, names, palette)
+    return [
+        Shown("", image, truth, predicted(one, truth))
+        for image, truth, one in zip(images, truths, logits, strict=True)
+    ]
 
 
 def make_card(

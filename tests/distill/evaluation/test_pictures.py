@@ -46,6 +46,36 @@ def test_the_legend_names_the_classes_that_occur(tmp_path: Path) -> None:
     assert (200, 10, 10) not in found
 
 
+def test_masks_of_any_sizes_are_drawn_in_the_palettes_colours(tmp_path: Path) -> None:
+    grey, large, small = (
+        torch.full((3, 12, 16), 0.5),
+        torch.zeros(24, 32).long(),
+        torch.ones(12, 16),
+    )
+    void = torch.full((12, 16), 255)
+    shown = [Shown("", grey, large, large + 1), Shown("", grey, void, small.long())]
+    pictures.overlays(tmp_path / "a.png", shown, ("left", "right"), [(255, 0, 0), (0, 0, 255)])
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"), dtype=int)
+    reddish, bluish = (pixels[..., a] - pixels[..., b] > 60 for a, b in ((0, 2), (2, 0)))
+    assert bluish.sum() == pytest.approx(2 * reddish.sum(), rel=0.2)
+    assert reddish.mean() > 0.05
+
+
+def test_classes_are_written_below_in_the_colours_of_right_and_wrong(tmp_path: Path) -> None:
+    images, truths = torch.rand(9, 3, 8, 8), torch.zeros(9).long()
+
+    def red_text(name: str, guesses: torch.Tensor) -> bool:
+        shown = [Shown("", *item) for item in zip(images, truths, guesses, strict=True)]
+        pictures.overlays(tmp_path / name, shown, ("left", "right"), [])
+        with Image.open(tmp_path / name) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        return bool((pixels == (0xC0, 0x39, 0x2B)).all(-1).any())
+
+    assert red_text("wrong.png", truths + 1)
+    assert not red_text("right.png", truths)
+
+
 def test_few_images_are_halved_into_best_and_worst() -> None:
     assert best_and_worst([7]) == [("best", 7)]
     assert best_and_worst([3, 1, 2]) == [("best", 3), ("best", 1), ("worst", 2)]

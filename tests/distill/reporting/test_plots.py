@@ -4,13 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from distill.errors import UserError
 from distill.reporting import plots
-
-PALETTE = np.array([[200, 10, 10], [10, 10, 200]], dtype=np.uint8)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -20,32 +17,6 @@ def pixels(path: Path) -> np.ndarray:
 
 def share(picture: np.ndarray, colour: tuple[int, int, int]) -> float:
     return float((picture == np.array(colour)).all(-1).mean())
-
-
-def test_masks_of_any_sizes_are_drawn_in_the_palettes_colours(tmp_path: Path) -> None:
-    path = tmp_path / "predictions.png"
-    images = [torch.rand(3, 12, 16), torch.rand(3, 12, 16)]
-    truths = [torch.zeros(24, 32).long(), torch.full((12, 16), 255)]
-    guesses = [torch.ones(24, 32).long(), torch.ones(12, 16).long()]
-    plots.predictions(path, images, truths, guesses, ["left", "right"], PALETTE)
-    picture = pixels(path)
-    assert share(picture, (200, 10, 10)) == pytest.approx(0.12, abs=0.05)
-    assert share(picture, (10, 10, 200)) == pytest.approx(0.24, abs=0.08)
-    assert share(picture, plots.VOID_COLOUR) == pytest.approx(0.12, abs=0.05)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_labelled_images_are_drawn_with_right_and_wrong_classes(tmp_path: Path) -> None:
-    images, truths = torch.rand(9, 3, 8, 8), torch.zeros(9).long()
-    right, wrong = tmp_path / "right.png", tmp_path / "wrong.png"
-    plots.predictions(right, images, truths, truths, ["left", "right"], PALETTE)
-    plots.predictions(wrong, images, truths, truths + 1, ["left", "right"], PALETTE)
-
-    def red_text(path: Path) -> bool:
-        return share(pixels(path), (0xC0, 0x39, 0x2B)) > 0
-
-    assert red_text(wrong)
-    assert not red_text(right)
 
 
 def test_curves_take_every_row_a_run_may_have_written(tmp_path: Path) -> None:
