@@ -27,10 +27,7 @@ DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
     "experiments/README.md",
-    "docs/train-a-teacher.md",
-    "docs/export.md",
-    "docs/evaluate.md",
-    "docs/benchmarks.md",
+    *sorted(f"docs/{path.name}" for path in (CHECKOUT / "docs").glob("*.md")),
 )
 STUDIES = sorted((CHECKOUT / "experiments" / "studies").glob("*.yaml"))
 TEACHERS = sorted(
@@ -118,9 +115,9 @@ def test_changelog_names_the_version():
     assert setup["metadata"]["version"] in first.group()
 
 
-def test_parts_of_ones_own_work_as_the_readme_shows(tmp_path, monkeypatch, capsys):
-    source = next(block for block in blocks("README.md", "python") if "def averaged" in block)
-    (tmp_path / "readme_parts.py").write_text(source)
+def test_parts_of_ones_own_work_as_the_document_shows(tmp_path, monkeypatch, capsys):
+    source = next(block for block in blocks("docs/extending.md", "python") if "def averaged" in block)
+    (tmp_path / "document_parts.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     unet = build_unet(image_size=16, block_out_channels=[8, 8])
     save_pipeline(unet, DDPMScheduler(), tmp_path / "teacher")
@@ -129,10 +126,10 @@ def test_parts_of_ones_own_work_as_the_readme_shows(tmp_path, monkeypatch, capsy
         image = torch.full((3, 40, 48), 0.2 if name == "a" else 0.8)
         save_image(image, tmp_path / "classes" / split / name / "0.png")
     (tmp_path / "own.yaml").write_text(
-        "pairs: [{student: layer2, teacher: mid_block, loss: 'readme_parts:power'}]\n"
-        f"teacher: {{name: 'readme_parts:averaged', path: {tmp_path / 'teacher'}}}\n"
-        "policy: {name: 'readme_parts:LowNoise', bins: 5}\n"
-        f"data: {{benchmark: 'readme_parts:Classes', root: {tmp_path / 'classes'}, size: 32}}\n"
+        "pairs: [{student: layer2, teacher: mid_block, loss: 'document_parts:power'}]\n"
+        f"teacher: {{name: 'document_parts:averaged', path: {tmp_path / 'teacher'}}}\n"
+        "policy: {name: 'document_parts:LowNoise', bins: 5}\n"
+        f"data: {{benchmark: 'document_parts:Classes', root: {tmp_path / 'classes'}, size: 32}}\n"
         "train: {steps: 2, batch: 2, unlabelled_batch: 2, arms: [distilled]}\n"
     )
     assert main(["train", str(tmp_path / "own.yaml"), "--dry-run"]) == 0
