@@ -118,4 +118,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "disk full" if full else error.strerror
         kept = f"the previous one is intact at {path}" if path.exists() else "nothing was written"
-        raise UserError(f"{reason} while saving {path}; {kept}; mend that and resume") from error
+        raise UserError(
+            f"{reason} while saving {path}; {kept}; mend that, then repeat the command, with "
+            "--resume where it has one"
+        ) from error

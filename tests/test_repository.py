@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import hashlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -19,6 +20,7 @@ from distill.config import RunConfig
 from distill.pretraining.card import WEIGHTS
 from distill.pretraining.config import TeacherTrainConfig
 from distill.recipe import apply_override, load_config
+from distill.studies.intervals import Interval
 from distill.studies.study import load_study, run_folder
 from teachers.ddpm import build_unet, save_pipeline
 
@@ -105,6 +107,28 @@ def test_files_named_in_a_document_exist(document):
     missing = [link for link in links if not (path.parent / link).exists()]
     missing += [file for file in files if not (CHECKOUT / file).exists()]
     assert missing == []
+
+
+def test_results_in_the_readme_are_those_of_the_studies():
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (CHECKOUT / "README.md").read_text().splitlines()
+        if line.startswith("| ")
+    ]
+    header = next(row for row in rows if "(experiments/results/" in row[-1])
+    links = [re.findall(r"\((experiments/results/[\w-]+)\.md\)", cell) for cell in header[1:]]
+    studies = [json.loads((CHECKOUT / f"{name}.json").read_text()) for (name,) in links]
+    first = rows.index(header) + 1
+    for label, *cells in rows[first : first + 5]:
+        names = re.findall(r"`(\w+)`", label)
+        for study, cell in zip(studies, cells, strict=True):
+            (arm,) = [study["arms"][name] for name in names if name in study["arms"]] or [None]
+            if arm is None:
+                assert cell == ""
+                continue
+            is_gain = names != ["scratch"]
+            told = arm["gain_over_scratch"] if is_gain else arm[study["metric"]]
+            assert cell == str(Interval(told["mean"], told["low"], told["high"])), label
 
 
 def test_changelog_names_the_version():
