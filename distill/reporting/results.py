@@ -10,7 +10,7 @@ from distill.evaluation.metrics import LOWER_IS_BETTER, TITLES, in_points
 from distill.recipe import to_yaml
 from distill.reporting import charts
 from distill.reporting.page import Block, Code, Finding, Heading, Picture, Section, Table, Text
-from distill.studies.comparison import Group, differences, gains, spoken
+from distill.studies.comparison import Group, baselines, differences, gains, spoken
 from distill.studies.intervals import Interval, interval
 
 DRAWN = 200  # classes at most: browsers show no picture as tall as a thousand need
@@ -90,7 +90,7 @@ def _recipes(groups: Sequence[Group]) -> Table:
 
 def _arms(groups: Sequence[Group], group: Group, caption: str) -> Table:
     arms = list(group.first.summary["metrics"])
-    bases = [base for base in ("scratch", "random_teacher") if base in arms and len(arms) > 1]
+    bases = {name: base for name, base in baselines(group, groups).items() if arms != [name]}
     head = ["arm", "score" if len(group.runs) == 1 else "each seed"]
     head += ["mean (95% interval)"] if len(group.runs) > 1 else []
     head += [f"over {spoken(base)}, paired" for base in bases]
@@ -102,7 +102,7 @@ def _arms(groups: Sequence[Group], group: Group, caption: str) -> Table:
         row = [spoken(arm), ", ".join(f"{100 * value:.1f}" for value in values.values())]
         row += [str(interval(list(values.values())))] if len(group.runs) > 1 else []
         row += [
-            _gain(group.metric, values, group.values(base)) if arm != base else "" for base in bases
+            "" if arm == name else _gain(group.metric, values, base) for name, base in bases.items()
         ]
         if compared:
             others = groups[0].first.summary["metrics"]
@@ -155,16 +155,16 @@ def _mean(points: list[float]) -> str:
 
 def _findings(groups: Sequence[Group], group: Group) -> list[str]:
     """How the main arm stands to the others, and to that of the first recipe."""
-    main, metrics = group.first.arm, group.first.summary["metrics"]
+    main = group.first.arm
 
     def compared(other: str, base: Mapping[int, float]) -> list[str]:
         paired = gains(group.metric, group.values(main), base)
         return [_compared(group.metric, spoken(main), other, paired)] if paired else []
 
     found: list[str] = []
-    for base in ("scratch", "random_teacher"):
-        if base in metrics and base != main:
-            found += compared(spoken(base), group.values(base))
+    for name, base in baselines(group, groups).items():
+        if name != main:
+            found += compared(spoken(name), base)
     if group is not groups[0] and main in groups[0].first.summary["metrics"]:
         found += compared(f"that of {groups[0].label}", groups[0].values(main))
     return found

@@ -140,7 +140,7 @@ def compare(groups: Sequence[Group], out: str | None = None) -> str:
         recipe, seed by seed.
     """
     several = len(groups) > 1
-    result = compare_groups(groups) if several else figures(groups[0])
+    result = compare_groups(groups) if several else figures(groups[0], groups)
     if out is not None:
         checkpoint.write_text(out, json.dumps(result, indent=2) + "\n")
     return "\n".join(_several(result["groups"]) if several else _one(result))

@@ -22,7 +22,7 @@ Name = TypeVar("Name", bound=str)
 METRICS = {task: traits.metric for task, traits in TASKS.items()}
 SUMMARY = ("task", "benchmark", "split", "metrics", "policy", "wall_seconds")
 """Keys that a run's summary.json is not without."""
-RESULT = ("scores", "data", "seconds", "images_per_second", "commit", "hardware")
+RESULT = ("scores", "seconds", "images_per_second", "commit", "hardware")
 """Keys that an arm's result.json is not without."""
 
 # What two runs of one recipe may differ in: the seeds, names and places, and how fast it went.
@@ -156,7 +156,7 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
         _check_equal(run, runs[0], scored_on)
         twin = next(other for other in runs if other.seed == run.seed)
         _check_equal(run, twin, lambda config: {"data.split_seed": config.data.split_seed})
-        if _images(run, "scored") != _images(runs[0], "scored"):
+        if not _same_images(run, runs[0], "scored"):
             roots = run.config.data.root, runs[0].config.data.root
             raise UserError(
                 f"report: {run.folder} was scored on other images (data.root={roots[0]}) than "
@@ -165,8 +165,8 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
     members: list[list[FinishedRun]] = []
     for run in runs:
         for group in members:
-            same_images = _images(group[0], "train") == _images(run, "train")
-            if same_images and not differences(group[0].config, run.config):
+            alike = _same_images(group[0], run, "train")
+            if alike and not differences(group[0].config, run.config):
                 group.append(run)
                 break
         else:
@@ -182,10 +182,10 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
     ]
 
 
-def _images(run: FinishedRun, what: Literal["train", "scored"]) -> str:
-    """A fingerprint of the names of the images that a run was trained or scored on."""
-    fingerprint: str = run.results[run.arm]["data"][what]
-    return fingerprint
+def _same_images(run: FinishedRun, other: FinishedRun, what: Literal["train", "scored"]) -> bool:
+    """Whether both were trained or scored on images of the same names; older runs do not tell."""
+    told = [x.results[x.arm].get("data", {}).get(what) for x in (run, other)]
+    return None in told or told[0] == told[1]
 
 
 def _check_equal(
@@ -240,15 +240,27 @@ def estimate(values: Mapping[int, float]) -> dict[str, float | None] | None:
     return interval(list(values.values()))._asdict() if values else None
 
 
-def figures(group: Group) -> dict[str, Any]:
-    """A group's scores as plain numbers, for JSON."""
+def baselines(group: Group, groups: Sequence[Group]) -> dict[str, dict[int, float]]:
+    """The scores of the controls, by seed: the group's own, or those of the one that has them."""
+    found = {}
+    for base in ("scratch", "random_teacher"):
+        having = [other for other in groups if base in other.first.summary["metrics"]]
+        if base in group.first.summary["metrics"]:
+            having = [group]
+        if len(having) == 1:
+            found[base] = having[0].values(base)
+    return found
+
+
+def figures(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
+    """A group's scores as plain numbers, for JSON; `groups` may have its baseline."""
     rows: dict[str, Any] = {}
-    arms = group.first.summary["metrics"]
-    for arm in arms:
+    scratch = baselines(group, groups).get("scratch")
+    for arm in group.first.summary["metrics"]:
         values = group.values(arm)
         rows[arm] = {"values": list(values.values()), group.metric: estimate(values)}
-        if arm != "scratch" and "scratch" in arms:
-            paired = gains(group.metric, values, group.values("scratch"))
+        if arm != "scratch" and scratch:
+            paired = gains(group.metric, values, scratch)
             rows[arm]["gain_over_scratch"] = estimate(paired)
     return {
         "benchmark": group.first.summary["benchmark"],
@@ -268,7 +280,7 @@ def compare_groups(groups: Sequence[Group]) -> dict[str, Any]:
         mine: dict[str, Any] = {
             "label": group.label,
             "runs": [str(run.folder) for run in group.runs],
-            **figures(group),
+            **figures(group, groups),
         }
         if group is not groups[0]:
             for arm, row in mine["arms"].items():

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from distill.errors import UserError
+from distill.reporting.results import results
 from distill.reporting.summary import compare
 from distill.studies.comparison import (
     FinishedRun,
@@ -85,13 +86,57 @@ def test_groups_of_many_differences_are_called_by_their_first_runs(
 
 
 def test_gains_are_paired_by_seed(runs: list[FinishedRun]) -> None:
-    found = figures(group_runs(runs)[0])
+    groups = group_runs(runs)
+    found = figures(groups[0], groups)
     assert found["seeds"] == [0, 1]
     assert found["arms"]["distilled"]["values"] == [0.30, 0.34]
     # gains 0.10 and 0.12: mean 0.11, deviation 0.014142, t(0.975, 1) = 12.7062
     gain = found["arms"]["distilled"]["gain_over_scratch"]
     assert gain == pytest.approx({"mean": 0.11, "low": -0.017062, "high": 0.237062}, abs=1e-6)
     assert "gain_over_scratch" not in found["arms"]["scratch"]
+
+
+def of_one_arm(run: Path, folder: Path, arm: str, score: float, **changes: Any) -> FinishedRun:
+    """The run as it would be with one of its arms alone."""
+    copy_run(run, folder, {arm: score}, train__arms=[arm], **changes)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["metrics"] = {arm: summary["metrics"][arm]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return read_run(folder)
+
+
+def test_controls_that_are_runs_of_their_own_are_paired_with(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    runs = [
+        of_one_arm(finished_run, tmp_path / f"{name}{seed}", arm, score, seed=seed, **policy)
+        for name, arm, policy, scores in (
+            ("scratch", "scratch", {}, (0.20, 0.22)),
+            ("a2c", "distilled", {}, (0.30, 0.34)),
+            ("uniform", "distilled", {"policy__name": "uniform"}, (0.25, 0.27)),
+        )
+        for seed, score in enumerate(scores)
+    ]
+    groups = group_runs(runs)
+    arms = [of["arms"] for of in compare_groups(groups)["groups"]]
+    assert arms[1]["distilled"]["gain_over_scratch"]["mean"] == pytest.approx(0.11)
+    assert arms[2]["distilled"]["gain_over_scratch"]["mean"] == pytest.approx(0.05)
+    assert "gain_over_scratch" not in arms[0]["scratch"]
+    section = results(groups, tmp_path)
+    (of_uniform,) = [finding for finding in section.findings if "uniform" in finding.about]
+    assert "Distilled is above scratch by 5.0 (5.0 to 5.0) points" in of_uniform.text
+    again = of_one_arm(finished_run, tmp_path / "slow", "scratch", 0.1, train__lr=0.5)
+    unsure = compare_groups(group_runs([*runs, again]))["groups"]
+    assert "gain_over_scratch" not in unsure[1]["arms"]["distilled"]  # over which of the two?
+
+
+def test_older_runs_which_do_not_tell_their_images_are_compared(runs: list[FinishedRun]) -> None:
+    for path in runs[0].folder.glob("checkpoints/*/result.json"):
+        result = json.loads(path.read_text())
+        del result["data"]
+        path.write_text(json.dumps(result))
+    older = read_run(runs[0].folder)
+    assert [len(group.runs) for group in group_runs([older, runs[1]])] == [2]
 
 
 def test_differences_to_the_first_recipe_are_of_common_seeds(runs: list[FinishedRun]) -> None:
