@@ -54,8 +54,10 @@ class ReplayTable:
 
         Raises:
             ValueError: it is no such file; the line names it.
-            OSError: it is missing.
+            OSError: it is missing, or a folder.
         """
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"{path} is a folder: name the table.safetensors of a probe")
         try:
             arrays = load_file(path)
         except (SafetensorError, TypeError) as error:  # numpy has no bfloat16

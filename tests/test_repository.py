@@ -140,7 +140,9 @@ def test_changelog_names_the_version():
 
 
 def test_parts_of_ones_own_work_as_the_document_shows(tmp_path, monkeypatch, capsys):
-    source = next(block for block in blocks("docs/extending.md", "python") if "def averaged" in block)
+    source = next(
+        block for block in blocks("docs/extending.md", "python") if "def averaged" in block
+    )
     (tmp_path / "document_parts.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     unet = build_unet(image_size=16, block_out_channels=[8, 8])

@@ -153,10 +153,13 @@ def compare(
         the entropy of the policies. `gap_closed` is None where there is no head-room.
     """
     rewards = held_out.rewards.astype(np.float64)
-    least = 1e-6 * float(rewards.std())  # distributions are float32: what is less is none
+    least = 1e-6 * float(rewards.std()) + 1e-12 * float(
+        np.abs(rewards).mean()
+    )  # what is less is none
     best = int(training.rewards.mean(axis=0, dtype=np.float64).argmax())
     uniform, fixed, oracle = rewards.mean(axis=1), rewards[:, best], rewards.max(axis=1)  # (M,)
-    earned = [(p.double().numpy() * rewards).sum(axis=1) for p in fitted]
+    weights = [p.double() / p.double().sum(dim=1, keepdim=True) for p in fitted]  # to float64's 1
+    earned = [(p.numpy() * rewards).sum(axis=1) for p in weights]
     mine = np.mean(earned, axis=0)
     timesteps = np.arange(held_out.bins) if held_out.timesteps is None else held_out.timesteps
     headroom = _paired(fixed, uniform, least)

@@ -270,18 +270,25 @@ def _classes(run: FinishedRun, choices: Choices, place: Callable[[str], Path]) -
     ]
 
 
-def _extremes(choices: Choices, path: Path) -> Block:
+Shown = tuple[torch.Tensor, str]
+"""An image (3, H, W) and its caption."""
+
+
+def extremes(choices: Choices) -> tuple[list[Shown], list[Shown]]:
+    """The images with the smallest mean timesteps, and those with the largest, outermost first."""
     order = choices.expected.argsort(stable=True).tolist()
     count = min(SHOWN, max(1, len(order) // 2))
 
-    def shown(index: int) -> tuple[torch.Tensor, str]:
+    def shown(index: int) -> Shown:
         caption = f"t = {choices.expected[index]:.0f}"
         if float(choices.shares[index].max()) == 1.0:  # of one class
             caption += f"\n{choices.class_names[int(choices.shares[index].argmax())]}"
         return choices.examples[index][0], caption
 
-    smallest = [shown(i) for i in order[:count]]
-    largest = [shown(i) for i in order[::-1][:count]]
-    charts.extremes(path, smallest, largest)
+    return [shown(i) for i in order[:count]], [shown(i) for i in order[::-1][:count]]
+
+
+def _extremes(choices: Choices, path: Path) -> Block:
+    charts.extremes(path, *extremes(choices))
     text = "Images for which the policy prefers the smallest and the largest timesteps"
     return Picture(path, text, f"{text}; above each its mean timestep.")

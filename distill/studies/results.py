@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from distill import checkpoint
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
 from distill.evaluation.metrics import LOWER_IS_BETTER, TITLES, in_points
 from distill.reporting import charts
-from distill.studies.comparison import METRICS, estimate, gains, spoken
+from distill.studies.comparison import METRICS, estimate, gains, main_arm, spoken
 from distill.studies.intervals import Interval
 from distill.studies.study import Cell, Study, run_folder
 from distill.training.loop import checkpoint_path
@@ -34,6 +36,8 @@ class Score(NamedTuple):
     commits: tuple[str, ...]
     hardware: tuple[str, ...]
     run_seconds: float
+    timestep: float | None = None
+    """The mean of the final policy; None where it is not known."""
 
 
 Scores = dict[Cell, Score]
@@ -76,9 +80,10 @@ def kept_scores(study: Study, file: str) -> Scores:
             before[f"arm {arm}"] = [row["take"], *row["overrides"]]
             commits, hardware = tuple(row["commits"]), tuple(row["hardware"])
             columns = (row["seeds"], row["values"], row["seconds"], row["images_per_second"])
-            for seed, value, seconds, rate in zip(*columns, strict=True):
+            means = row.get("mean_timesteps") or [None] * len(row["seeds"])  # older files lack them
+            for seed, value, seconds, rate, mean in zip(*columns, means, strict=True):
                 scores[Cell(arm, seed)] = Score(
-                    *about, value, seconds, rate, commits, hardware, run_seconds=seconds
+                    *(*about, value, seconds, rate, commits, hardware), seconds, mean
                 )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -118,12 +123,20 @@ def _read_score(folder: Path, arm: Arm) -> Score:
             (result["commit"],),
             (result["hardware"],),
             summary["wall_seconds"],
+            _mean_timestep(summary["policy"])
+            if result.get("policy") and arm == main_arm(list(summary["metrics"]))
+            else None,
         )
     except (UserError, TypeError, KeyError) as error:
         raise UserError(
             f"{folder} is no whole run ({' '.join(str(error).split())}); remove that folder to "
             "train it again"
         ) from error
+
+
+def _mean_timestep(policy: Mapping[str, Any]) -> float:
+    """Of the final policy, as in summary.json."""
+    return float(np.dot(policy["timesteps"], policy["probabilities"]))
 
 
 def write_results(study: Study, folder: Path, scores: Scores) -> str:
@@ -215,6 +228,7 @@ def _row(study: Study, arm: str, scores: Mapping[Cell, Score], metric: str) -> d
     return row | {
         "seconds": [score.seconds for score in own.values()],
         "images_per_second": [score.images_per_second for score in own.values()],
+        "mean_timesteps": [score.timestep for score in own.values()],
         "commits": _distinct(score.commits for score in own.values()),
         "hardware": _distinct(score.hardware for score in own.values()),
     }
@@ -230,7 +244,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     heads = [
         *("arm", "each seed", "mean"),
         *(f"gain over {spoken(baseline)}" for baseline in baselines),
-        *("seconds", "images/s"),
+        *("mean t", "seconds", "images/s"),
     ]
     lines = [
         f"{TITLES[metric]} {in_points(metric)} on {results['benchmark']} {results['split']}: means "
@@ -246,6 +260,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             ", ".join(f"{100 * value:.1f}" for value in row["values"]),
             _in_points(row[metric]),
             *(_in_points(row.get(f"gain_over_{baseline}")) for baseline in baselines),
+            _mean_of_means(row.get("mean_timesteps", [])),
             f"{_mean(row['seconds']):.0f}",
             f"{_mean(row['images_per_second']):.0f}",
         ]
@@ -289,6 +304,11 @@ def _said_of_seeds(results: Mapping[str, Any]) -> str:
 
 def _in_points(found: Mapping[str, Any] | None) -> str:
     return "" if found is None else str(Interval(found["mean"], found["low"], found["high"]))
+
+
+def _mean_of_means(timesteps: Sequence[float | None]) -> str:
+    known = [timestep for timestep in timesteps if timestep is not None]
+    return f"{_mean(known):.0f}" if known else ""
 
 
 def _mean(values: Sequence[float]) -> float:

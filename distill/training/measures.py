@@ -65,11 +65,11 @@ def relational(student: Tensor, teacher: Tensor, *, angle_weight: float = 2.0) -
 
 def _relations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Distances over their mean, (B, B), and cosines (B, B, B) of i, vertex, k; x: (B, D)."""
-    x = x - x.mean(dim=0)
+    x = (x - x.mean(dim=0)).double()  # differences of products lose digits
     gram = x @ x.T
-    norms = gram.diagonal()
     # (vertex, i, k): the inner product of x_i - x_vertex and x_k - x_vertex.
-    inner = gram - gram[:, :, None] - gram[:, None, :] + norms[:, None, None]
+    inner = gram - gram[:, :, None] - gram[:, None, :] + gram.diagonal()[:, None, None]
+    inner, norms = inner.float(), gram.diagonal().float()
     # Images that coincide, as each with itself, have no direction: the floor makes their cosines 0
     # and keeps the gradients finite.
     floor = 1e-6 * norms.detach().mean() + 1e-12

@@ -247,9 +247,7 @@ def test_steps_are_those_of_the_method_written_out(
         entropy_weight = {0: 0.05}.get(step, 0.0)  # from 0.1 to 0 over half of the four steps
         terms = hand.terms(images, labels, t, entropy_weight)
         hand.step(terms, rate)
-        # Ours takes distances from inner products, in float32
-        close = 4e-6 if preset == "rkd" else 1e-6
-        assert losses.feature.item() == pytest.approx(terms.feature.item(), rel=close)
+        assert losses.feature.item() == pytest.approx(terms.feature.item(), rel=1e-6)
         assert losses.reward_head.item() == pytest.approx(terms.mlp.mean().item(), rel=1e-6)
         assert losses.task == 0
         assert apart([losses.rewards["teacher_task"]], [-terms.mlp]) < 1e-6

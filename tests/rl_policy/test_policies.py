@@ -155,6 +155,8 @@ def test_dqn_resumed_with_a_full_buffer_goes_on_to_the_bit() -> None:
     uninterrupted = play(policy, range(21, 40))
     resumed.load_state_dict(state)
     torch.testing.assert_close(play(resumed, range(21, 40)), uninterrupted, rtol=0, atol=0)
+    networks = resumed.state_dict()["network"], policy.state_dict()["network"]
+    torch.testing.assert_close(*networks, rtol=0, atol=0)  # its choices hardly tell
 
 
 def test_policy_leaves_the_global_random_states_alone(build: Build) -> None:

@@ -65,6 +65,8 @@ def test_a_damaged_or_missing_file_is_named(tmp_path: Path) -> None:
         ReplayTable.read(path)
     with pytest.raises(OSError, match=r"none\.safetensors"):
         ReplayTable.read(tmp_path / "none.safetensors")
+    with pytest.raises(OSError, match=f"{tmp_path} is a folder: name the table.safetensors"):
+        ReplayTable.read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,16 @@ def test_rewards_regrets_and_intervals_are_those_of_the_held_out_images() -> Non
     assert verdict(figures).startswith("no head-room: the best fixed timestep, t=1, earns +0.6250")
 
 
+@pytest.mark.parametrize("level", [1.0, -1e4])
+def test_rounding_is_no_gain_where_all_timesteps_earn_the_same(level: float) -> None:
+    contexts, rewards = np.zeros((400, 1), np.float32), np.full((400, 20), level, np.float32)
+    table = ReplayTable(contexts=contexts, rewards=rewards)
+    spread = torch.rand(200, 20, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    figures = compare(*halves(table), [spread])
+    assert figures["policy_over_best_fixed"] == {"mean": 0, "low": 0, "high": 0}
+    assert verdict(figures).startswith("no head-room")
+
+
 def test_of_a_single_timestep_there_is_nothing_to_choose() -> None:
     table = ReplayTable(
         contexts=np.zeros((4, 1), np.float32), rewards=noise(4, 1), timesteps=np.array([259])

@@ -16,6 +16,7 @@ from distill.cli import main
 from distill.data import as_float
 from distill.errors import UserError
 from distill.reporting.choices import Choices, load_state, recall_choices
+from distill.reporting.policy import extremes
 from distill.studies.comparison import read_run
 from distill.training.loop import checkpoint_path, taught_path
 from distill.training.trainer import Trainer
@@ -55,6 +56,27 @@ def test_means_by_class_are_weighted_by_the_images_shares() -> None:
     assert choices.by_class[0].tolist() == pytest.approx([0.8, 0.2])  # (1 + 0.2) / 1.5
     assert choices.by_class[1].tolist() == pytest.approx([0.4, 0.6])
     assert choices.by_class[2].isnan().all()
+
+
+def test_images_of_the_smallest_and_of_the_largest_timesteps_are_told_apart() -> None:
+    images = [torch.full((3, 2, 2), index, dtype=torch.uint8) for index in range(5)]
+    towards_20 = torch.tensor([0.5, 0.1, 0.9, 0.0, 0.3])
+    choices = Choices(
+        split="",
+        step=0,
+        examples=[(image, 0) for image in images],
+        shares=torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.5, 0.5], [1.0, 0.0], [1.0, 0.0]]),
+        class_names=("a", "b"),
+        probabilities=torch.stack([1 - towards_20, towards_20], dim=1),
+        timesteps=torch.tensor([10, 20]),
+    )
+    smallest, largest = extremes(choices)
+    assert [(int(image[0, 0, 0]), caption) for image, caption in smallest] == [
+        *((3, "t = 10\na"), (1, "t = 11\nb")),
+    ]
+    assert [(int(image[0, 0, 0]), caption) for image, caption in largest] == [
+        *((2, "t = 19"), (0, "t = 15\nb")),
+    ]
 
 
 def test_a_finetuned_runs_policy_is_asked_about_the_student_it_chose_for(recipe: Path) -> None:
