@@ -245,7 +245,12 @@ def hardware(device: torch.device) -> str:
     """The machine in words, to stand beside a figure."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
+    kind = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in every version of torch
+    if capabilities is not None and capabilities().get("amx_bf16"):
+        kind.append("AMX")
+    threads = torch.get_num_threads()
+    return f"{os.cpu_count()} CPU cores ({', '.join(kind)}), {threads} thread{'s'[: threads - 1]}"
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -41,11 +41,12 @@ class HeadRoom(NamedTuple):
     fixed: int
     """Index of the best fixed timestep, as the training images chose it."""
     estimates: dict[str, Estimate]
-    """`uniform`: every timestep alike. `fixed`: that one for all. `learnt`: by a linear rule on the
-    context, from other images. `honest`: the best of every image by the other draws of the noise,
-    scored by the one left out. `oracle`: the best of every image and draw, by that draw itself.
-    `fixed_gain`: fixed over uniform; `learnt_gain`, `honest_gain`, `oracle_gain`: over fixed;
-    `chance`: oracle over honest."""
+    """`uniform`: every timestep alike. `fixed`: that one for all. `constant`: the best one for all
+    by the rewards of the other images here; `learnt`: by a linear rule on the context, from those.
+    `honest`: the best of every image by the other draws of the noise, scored by the one left out.
+    `oracle`: the best of every image and draw, by that draw itself.
+    `fixed_gain`: fixed over uniform; `learnt_gain`, `honest_gain`, `oracle_gain`: over constant, so
+    that a better timestep for all is no gain of choosing by image; `chance`: oracle over honest."""
 
 
 def head_room(rewards: Tensor, held_loss: Tensor, contexts: Tensor, seed: int = 0) -> HeadRoom:
@@ -73,21 +74,22 @@ def head_room(rewards: Tensor, held_loss: Tensor, contexts: Tensor, seed: int = 
         raise ValueError("no image has a reward at every timestep")
     fixed = int(held_loss.argmin())
     generator = torch.Generator().manual_seed(seed)
-    chosen = _learnt(contexts, rewards.mean(0), fixed, generator)
+    constant, learnt = _chosen(contexts, rewards.mean(0), fixed, generator)
     others = (rewards.sum(0) - rewards) / (draws - 1) if draws > 1 else rewards
     honest = rewards.gather(2, others.argmax(2, keepdim=True)).mean((0, 2))  # (N,)
     ways = {
         "uniform": rewards.mean((0, 2)),
         "fixed": rewards[:, :, fixed].mean(0),
-        "learnt": rewards.mean(0).gather(1, chosen[:, None])[:, 0],
+        "constant": rewards.mean(0).gather(1, constant[:, None])[:, 0],
+        "learnt": rewards.mean(0).gather(1, learnt[:, None])[:, 0],
         "honest": honest,
         "oracle": rewards.amax(2).mean(0),
     }
     ways |= {
         "fixed_gain": ways["fixed"] - ways["uniform"],
-        "learnt_gain": ways["learnt"] - ways["fixed"],
-        "honest_gain": ways["honest"] - ways["fixed"],
-        "oracle_gain": ways["oracle"] - ways["fixed"],
+        "learnt_gain": ways["learnt"] - ways["constant"],
+        "honest_gain": ways["honest"] - ways["constant"],
+        "oracle_gain": ways["oracle"] - ways["constant"],
         "chance": ways["oracle"] - ways["honest"],
     }
     values = torch.stack(list(ways.values()), dim=1)  # (N, ways)
@@ -109,15 +111,16 @@ def head_room(rewards: Tensor, held_loss: Tensor, contexts: Tensor, seed: int = 
     )
 
 
-def _learnt(contexts: Tensor, rewards: Tensor, fixed: int, generator: torch.Generator) -> Tensor:
-    """The timestep (N,) of each image by a ridge regression of rewards (N, K) on contexts (N, D).
-
-    Each image's is fitted on the other folds. With too few images for folds it is the fixed one.
-    """
+def _chosen(
+    contexts: Tensor, rewards: Tensor, fixed: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The timesteps (N,) of each image that suit the other folds: one for all of a fold, and by a
+    ridge regression of rewards (N, K) on contexts (N, D). With too few images both are `fixed`."""
     images = len(rewards)
-    chosen = torch.full((images,), fixed)
+    constant = torch.full((images,), fixed)
+    learnt = constant.clone()
     if images < 2 * FOLDS:
-        return chosen
+        return constant, learnt
     order = torch.randperm(images, generator=generator)
     gains = rewards - rewards.mean(1, keepdim=True)  # how hard an image is plays no part
     for fold in range(FOLDS):
@@ -128,5 +131,6 @@ def _learnt(contexts: Tensor, rewards: Tensor, fixed: int, generator: torch.Gene
         x = (x - centre) / spread
         penalty = len(x) * torch.eye(x.shape[1], dtype=x.dtype)
         weight = torch.linalg.solve(x.T @ x + penalty, x.T @ (y - base))
-        chosen[mine] = (base + (contexts[mine] - centre) / spread @ weight).argmax(1)
-    return chosen
+        constant[mine] = base.argmax()
+        learnt[mine] = (base + (contexts[mine] - centre) / spread @ weight).argmax(1)
+    return constant, learnt

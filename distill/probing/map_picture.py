@@ -102,7 +102,7 @@ def _head_room(axes: Axes, found: LayerMap) -> None:
     mean, low, high = room.estimates["learnt_gain"]
     axes.set_xlabel(
         f"minus the cross-entropy of an image, nats ({room.images} images, 95%)\n"
-        f"rule over fixed, paired: {mean:+.3f} ({low:+.3f} to {high:+.3f})"
+        f"rule over the best constant, paired: {mean:+.3f} ({low:+.3f} to {high:+.3f})"
     )
     axes.set_title(f"head-room of {found.best_layer}")
 

@@ -85,6 +85,13 @@ class LayerMap:
     def best_timestep(self) -> int:
         return int(self.timesteps[self.best[1]])
 
+    @property
+    def rewarded_timestep(self) -> int:
+        """The one of the largest mean reward in the best layer, which the policy `grid` takes."""
+        rewards = self.rewards(self.best_layer).mean(0)
+        known = rewards[~rewards.isnan().any(1)]
+        return int(self.timesteps[known.mean(0).argmax()])
+
     def figures(self) -> dict[str, Any]:
         """All of it as plain lists, for JSON; tables are layers x timesteps."""
         row, column = self.best
@@ -100,6 +107,7 @@ class LayerMap:
                 "noise_fraction": self.noise_fraction[column].item(),
                 "score": self.score[row, column].item(),
                 "random": self.random_score[row, column].item(),
+                "rewarded_timestep": self.rewarded_timestep,
             },
             "score": self.score.tolist(),
             "score_by_seed": self.scores.tolist(),
@@ -155,18 +163,27 @@ class LayerMap:
             f"{100 * self.score[row, column]:.1f}; "
             f"random weights there {100 * self.random_score[row, column]:.1f}, "
             f"their best {100 * self.random_score.max():.1f}",
+            *(
+                [
+                    f"the mean reward is largest at t={self.rewarded_timestep}, which the policy "
+                    "`grid` takes"
+                ]
+                if self.rewarded_timestep != self.best_timestep
+                else []
+            ),
             f"head-room of {self.best_layer}, minus the cross-entropy in nats, mean of "
             f"{room.images} images (95%):",
         ]
         told = {
             "uniform": "every t alike",
             "fixed": f"t={int(self.timesteps[room.fixed])} for all, as the training images say",
+            "constant": "the best t for all by the rewards of other images here",
             "learnt": "by a linear rule on the 8x8 image, from other images",
             "honest": "best t of each image by other draws of the noise; it knows the label",
             "oracle": "best t of each image and draw",
             "chance": "oracle over honest: what it takes the noise for",
-            "learnt_gain": "over fixed: what choosing by image brings at least",
-            "honest_gain": "over fixed: and at most, up to the noise of its choice",
+            "learnt_gain": "over constant: what choosing by image brings at least",
+            "honest_gain": "over constant: and at most, up to the noise of its choice",
         }
         figures = written(room.estimates[name] for name in told)
         lines += [

@@ -253,7 +253,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),
     ]
-    others = [arm for arm in arms if _of_another_commit(arms, arm, baselines)]
+    others = [arm for arm in arms if _made_otherwise(arms, arm, baselines)]
     for arm, row in arms.items():
         cells = [
             spoken(arm) + " †" * (arm in others),
@@ -266,7 +266,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if others:
-        lines += ["", "† of another commit than a baseline"]
+        lines += ["", "† of another commit or machine than a baseline"]
     runs = results["runs"]
     unfinished = runs["planned"] - runs["finished"]
     lines += ["", f"* runs: {runs['planned']}" + (f", {unfinished} unfinished" * bool(unfinished))]
@@ -285,10 +285,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _of_another_commit(arms: Mapping[str, Any], arm: str, baselines: Sequence[str]) -> bool:
-    """Whether an arm's gains may be those of another version of the program."""
-    mine = arms[arm]["commits"]
-    return any(f"gain_over_{b}" in arms[arm] and arms[b]["commits"] != mine for b in baselines)
+def _made_otherwise(arms: Mapping[str, Any], arm: str, baselines: Sequence[str]) -> bool:
+    """Whether an arm's gains may be those of another version of the program, or another CPU."""
+    compared = [arms[base] for base in baselines if f"gain_over_{base}" in arms[arm]]
+    return any(base[key] != arms[arm][key] for base in compared for key in ("commits", "hardware"))
 
 
 def _said_of_seeds(results: Mapping[str, Any]) -> str:

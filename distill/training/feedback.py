@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -61,7 +62,8 @@ class Feedback:
 
     Attributes:
         figures: Of the last step, to be logged: `reward`, the weighted sum of the rewards' means
-            before they are standardised, and where there are several each mean, `reward/NAME`.
+            before they are standardised, where there are several each mean, `reward/NAME`, and
+            what the policy tells of its learning, `learn/NAME`.
     """
 
     def __init__(
@@ -135,11 +137,14 @@ class Feedback:
         rewards = self.rewards(earned, known)
         if isinstance(self.policy, MixingPolicy):
             weights, gradients = chosen
-            self.policy.learn(context, weights, gradients, progress)
-            return True
-        if self.baseline is not None:
-            rewards = self.baseline(places[:, 0].long(), rewards)
-        self.policy.learn(context, chosen[0][:, 0].long(), rewards, progress)
+            told = self.policy.learn(context, weights, gradients, progress)
+        else:
+            if self.baseline is not None:
+                rewards = self.baseline(places[:, 0].long(), rewards)
+            told = self.policy.learn(context, chosen[0][:, 0].long(), rewards, progress)
+        self.figures |= {
+            f"learn/{name}": value for name, value in told.items() if math.isfinite(value)
+        }
         return True
 
     def state_dict(self) -> dict[str, Any]:

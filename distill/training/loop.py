@@ -167,7 +167,7 @@ def _shown(figures: Mapping[str, float]) -> dict[str, float]:
 def _write(log: RunLog, trainer: Trainer, losses: Losses, rate: float) -> None:
     """One row of the log; with a policy its distribution over the timesteps too."""
     figures = {name: trainer.figures[key] for name, key in LOGGED.items() if key in trainer.figures}
-    each = (name for name in trainer.figures if name.startswith("reward/"))
+    each = (name for name in trainer.figures if name.startswith(("reward/", "learn/")))
     figures |= {f"policy/{name}": trainer.figures[name] for name in each}
     figures["images_per_second"] = rate
     figures["lr"] = trainer.optimizer.param_groups[0]["lr"]

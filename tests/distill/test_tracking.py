@@ -185,5 +185,6 @@ def test_the_commit_is_a_hash_or_unknown(tmp_path: Path, monkeypatch: pytest.Mon
     assert commit() == "unknown"
 
 
-def test_hardware_names_cores_and_threads() -> None:
-    assert re.fullmatch(r"\d+ CPU cores \(\w+\), \d+ threads", hardware(torch.device("cpu")))
+def test_hardware_names_cores_their_arithmetic_and_threads() -> None:
+    told = hardware(torch.device("cpu"))  # such as 2 CPU cores (x86_64, AVX512, AMX), 1 thread
+    assert re.fullmatch(r"\d+ CPU cores \(\w+, [\w ]+(, AMX)?\), \d+ threads?", told)

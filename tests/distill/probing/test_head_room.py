@@ -50,6 +50,20 @@ def test_what_images_differ_in_is_gained_honestly() -> None:
     assert 0 <= told["chance"].mean < 0.05
 
 
+def test_a_better_timestep_for_all_is_no_gain_of_choosing_by_image() -> None:
+    generator = torch.Generator().manual_seed(3)
+    rewards = 0.01 * torch.randn(2, 500, 8, generator=generator)
+    rewards[:, :, 3] += 0.05
+    held_loss = torch.ones(8)
+    held_loss[0] = 0.9  # few training images chose another
+    room = head_room(rewards, held_loss, torch.randn(500, 5, generator=generator))
+    assert room.fixed == 0
+    told = room.estimates
+    assert told["constant"].mean - told["fixed"].mean == pytest.approx(0.05, abs=0.002)
+    assert told["learnt_gain"].low <= 0 <= told["learnt_gain"].high
+    assert told["honest_gain"].mean < 0.002
+
+
 def test_the_interval_is_that_of_a_mean() -> None:
     rewards = torch.randn(1, 2500, 1, generator=torch.Generator().manual_seed(2))
     mean, low, high = head_room(rewards, torch.zeros(1), torch.zeros(2500, 1)).estimates["fixed"]

@@ -51,8 +51,11 @@ def fake_runs(study: Study, scores: dict[tuple[str, int], float]) -> None:
             "images_per_second": 50.0,
             "commit": "c0ffee",
             "hardware": "a machine",
+            "policy": {"timesteps": [0, 100]} if arm == "a2c" else None,
         }
+        policy = {"timesteps": [0, 100], "probabilities": [0.25, 0.75]} if arm == "a2c" else None
         summary = {"task": "segmentation", "benchmark": "shapes", "split": "test"}
+        summary |= {"metrics": {take: {"miou": score}}, "policy": policy}
         path = checkpoint_path(folder, take).with_name("result.json")
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(result))

@@ -43,6 +43,7 @@ def test_scores_from_elsewhere_are_taken_over_and_not_trained_again(
     assert results["runs"] == {"finished": 5, "planned": 5}
     assert arms["a2c"]["values"] == [0.3, 0.4]
     assert arms["a2c"]["gain_over_scratch"]["seeds"] == [0, 1]
+    assert arms["a2c"]["mean_timesteps"] == [75, 75]
     assert arms["scratch"]["values"][0] == 0.2
     assert {"c0ffee"} < {*arms["scratch"]["commits"]}
     assert not (study.folder / "scratch-0").exists()

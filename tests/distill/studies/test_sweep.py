@@ -100,8 +100,9 @@ def test_results_have_paired_gains_with_intervals(write: Write, tmp_path: Path) 
     assert results["runs"] == {"finished": 6, "planned": 7}
     assert results["command"] == f"distill sweep {study.path} policy.bins=3"
     table = markdown(results)
-    assert "| a2c | 52.0, 64.0, 70.0 | 62.0 (39.2 to 84.8) | 3.0 (-9.7 to 15.7) |" in table
-    assert "| uniform | 51.0 | 51.0 (one seed) | 1.0 (one seed) |  |" in table
+    told = "| a2c | 52.0, 64.0, 70.0 | 62.0 (39.2 to 84.8) | 3.0 (-9.7 to 15.7) | 1.0 (one seed) |"
+    assert f"{told} 75 | 11 | 50 |" in table  # its policy's mean timestep, seconds, images/s
+    assert "| uniform | 51.0 | 51.0 (one seed) | 1.0 (one seed) |  |  | 10 | 50 |" in table
     assert "7, 1 unfinished" in table
     assert "* uniform: `policy.name=uniform`" in table
     assert "all have the same labelled images, so that the intervals leave out" in table
@@ -109,16 +110,19 @@ def test_results_have_paired_gains_with_intervals(write: Write, tmp_path: Path) 
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rows_of_another_commit_than_a_baseline_are_marked(write: Write) -> None:
+@pytest.mark.parametrize("other", [{"commit": "0ther"}, {"hardware": "another machine"}])
+def test_rows_of_another_commit_or_machine_than_a_baseline_are_marked(
+    write: Write, other: dict[str, str]
+) -> None:
     study = load_study(write(overrides=["train.arms=[distilled]", "data.split_seed={seed}"]))
     fake_runs(study, {("scratch", 0): 0.5, ("scratch", 1): 0.5, ("a2c", 0): 0.5, ("a2c", 1): 0.5})
     path = checkpoint_path(run_folder(study.cells[Cell("a2c", 1)]), "distilled")
     path = path.with_name("result.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "0ther"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
     table = markdown(study_results(study, read_scores(study, {})))
     assert "| a2c † | 50.0, 50.0 |" in table
     assert "| scratch | 50.0, 50.0 |" in table
-    assert "† of another commit than a baseline" in table
+    assert "† of another commit or machine than a baseline" in table
     assert "and which images have labels: the intervals are over all of these" in table
 
 

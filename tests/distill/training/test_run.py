@@ -70,6 +70,7 @@ def test_tensorboard_has_scalars_histograms_and_predictions(finished_run: Path) 
     events = EventAccumulator(str(finished_run / "tensorboard" / "distilled"))
     tags = events.Reload().Tags()
     assert {"loss/task", "loss/feature", "policy/entropy", "policy/reward"} <= set(tags["scalars"])
+    assert "policy/learn/value_loss" in tags["scalars"]  # what a2c tells of itself
     assert tags["histograms"] == ["policy/timesteps"]
     assert "predictions/0" in tags["images"]
 
