@@ -106,7 +106,7 @@ def _step_seconds(trainer: Trainer) -> float:
 def teacher_dry_run(config: TeacherTrainConfig) -> str:
     """Check a teacher's recipe with one batch, and estimate its cost."""
     training = TeacherTraining(config, build_accelerator(config.device))
-    draws = [Draw(i % len(training.examples), i) for i in range(config.batch)]
+    draws = [Draw(training.indices[i % len(training.indices)], i) for i in range(config.batch)]
     images = torch.stack([training.examples[draw][0] for draw in draws])
     images = images.to(training.accelerator.device)
     for _ in range(2):
@@ -118,7 +118,7 @@ def teacher_dry_run(config: TeacherTrainConfig) -> str:
     parameters = sum(p.numel() for p in training.unet.parameters())
     return (
         f"{to_yaml(config)}\n"
-        f"# {len(training.examples)} images of {training.size[0]}x{training.size[1]} px, "
+        f"# {len(training.indices)} images of {training.size[0]}x{training.size[1]} px, "
         f"{parameters / 1e6:.1f}M parameters\n"
         f"# {config.steps} steps of {seconds:.2f} s, about {_clock(seconds * config.steps)}; "
         "nothing was trained"

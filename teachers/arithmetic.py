@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+FEATURES = 1
+"""Of which version the features of teachers are: raised where a change here, or of a family, makes
+them others, so that none that were kept are taken for new ones."""
 NARROW = 16
 """Channels a group from which torch's group normalisation is fast."""
 LARGE = 1024

@@ -38,7 +38,8 @@ class PixelUNet:
 
     Raises:
         OSError: a missing folder or file, or the hub cannot give it.
-        ValueError: not an unconditional RGB `UNet2DModel`, or a schedule that no teacher has.
+        ValueError: not an unconditional RGB `UNet2DModel`, one that works on an autoencoder's
+            latents, or a schedule that no teacher has.
     """
 
     def __init__(self, path: str, revision: str | None = None) -> None:
@@ -46,6 +47,11 @@ class PixelUNet:
         self.folder = root / "unet" if (root / "unet").is_dir() else root
         self.name = Path(path).name
         where = self.folder / "config.json"
+        if latent := _autoencoder(self.folder):
+            raise ValueError(
+                f"{latent}: its UNet works on the latents of an autoencoder, not on pixels; "
+                "a teacher of this kind must see the image"
+            )
         config = loading.read_config(self.folder, UNet2DModel)
         if config["in_channels"] != 3:
             raise ValueError(
@@ -74,7 +80,10 @@ class PixelUNet:
         }
         self.multiple = 2 ** (len(config["block_out_channels"]) - 1)  # each level but one halves
         self.coarsest = self.multiple
-        self.image_size = config["sample_size"] and anatomy.height_width(config["sample_size"])
+        side = config["sample_size"]
+        if isinstance(side, list | tuple) and len(side) != 2:
+            raise ValueError(f"{where}: sample_size is {side}; it is a side, or height and width")
+        self.image_size = side and anatomy.height_width(side)
         self.classes = 0
 
     def build(self) -> nn.ModuleDict:
@@ -98,6 +107,15 @@ class PixelUNet:
     def feature_map(self, output: Any, x: Tensor) -> Any:
         """Maps already; a block's comes first in a tuple."""
         return first_tensor(output)
+
+
+def _autoencoder(folder: Path) -> Path | None:
+    """The index of the pipeline that a UNet's folder belongs to, if it has an autoencoder."""
+    for root in (folder, folder.parent):
+        index = root / "model_index.json"
+        if index.is_file() and {"vae", "vqvae"} & loading.read_json(index).keys():
+            return index
+    return None
 
 
 def _scheduler_folder(unet: Path) -> Path:

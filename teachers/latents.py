@@ -19,12 +19,25 @@ def read_config(pipeline: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: missing, not an `AutoencoderKL`, or not one of RGB images.
     """
-    config = loading.read_config(pipeline / "vae", AutoencoderKL)
+    config, where = (
+        loading.read_config(pipeline / "vae", AutoencoderKL),
+        pipeline / "vae/config.json",
+    )
     if config["in_channels"] != 3:
         raise ValueError(
-            f"{pipeline / 'vae' / 'config.json'}: the autoencoder takes {config['in_channels']} "
-            "channels; a teacher's must take 3 (RGB)"
+            f"{where}: the autoencoder takes {config['in_channels']} channels; a teacher's must "
+            "take 3 (RGB)"
         )
+    if not isinstance(config["scaling_factor"], int | float):
+        raise ValueError(
+            f"{where}: scaling_factor is {config['scaling_factor']!r}; it must be a number"
+        )
+    for key in ("latents_mean", "latents_std"):
+        if config[key] and len(config[key]) != config["latent_channels"]:
+            raise ValueError(
+                f"{where}: {key} has {len(config[key])} numbers for {config['latent_channels']} "
+                "channels of the latents"
+            )
     return config
 
 

@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,11 +152,20 @@ def load_schedule(folder: Path) -> NoiseSchedule:
         ValueError: an unknown scheduler, or one of a kind that no teacher has.
     """
     path = folder / "scheduler_config.json"
-    kind = read_json(path).get("_class_name")
+    config = read_json(path)
+    kind = config.get("_class_name")
     scheduler_class: Any = getattr(diffusers, str(kind), None)
+    if lacking := getattr(scheduler_class, "_backends", None):  # diffusers' stand-in
+        raise ValueError(f"{path}: {kind} needs the packages {', '.join(lacking)}; install them")
     known = isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)
     if not known:
         raise ValueError(f"{path} names {kind!r}, which is not a scheduler of diffusers")
+    rescaled = "rescale_betas_zero_snr"
+    if config.get(rescaled) and rescaled not in signature(scheduler_class.__init__).parameters:
+        raise ValueError(
+            f"{path}: {rescaled} is true, and {kind} does not know it; give the config of the "
+            "scheduler that the model was trained with, such as DDIMScheduler"
+        )
     try:
         with quiet():
             return NoiseSchedule.from_scheduler(scheduler_class.from_pretrained(folder))

@@ -108,6 +108,11 @@ class TextUNet:
                 f"{where}: the UNet takes {given} channels and the autoencoder gives {made}; "
                 "a teacher's must see the latents alone (no mask, no second image)"
             )
+        width = self.config["cross_attention_dim"]
+        if not isinstance(width, int):
+            raise ValueError(
+                f"{where}: cross_attention_dim is {width!r}; that of Stable Diffusion is one number"
+            )
         wrong = [key for key in UNCONDITIONED if self.config[key] is not None]
         if self.config["addition_embed_type"] not in (None, "text_time"):
             wrong.append("addition_embed_type")

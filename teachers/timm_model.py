@@ -6,6 +6,7 @@ The baseline that says whether a diffusion model is the right teacher for a task
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,8 +95,9 @@ class TimmModel:
             config["input_size"][1:]
         )
         self.classes = 0
-        self.multiple = max(int(info["reduction"]) for info in network.feature_info)
-        self.coarsest = self.multiple
+        self.coarsest = max(int(info["reduction"]) for info in network.feature_info)
+        # Of its own size as well, which some networks do not divide but round up
+        self.multiple = math.gcd(self.coarsest, *config["input_size"][1:])
         self.prefix: int = getattr(network, "num_prefix_tokens", 0)
         self.channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
 
@@ -132,7 +134,7 @@ class TimmModel:
         output = first_tensor(output)
         if not isinstance(output, Tensor):
             return output
-        grid = x.shape[-2] // self.multiple, x.shape[-1] // self.multiple
+        grid = -(-x.shape[-2] // self.coarsest), -(-x.shape[-1] // self.coarsest)
         count = grid[0] * grid[1]
         if output.ndim == 3 and output.shape[1] in (count, self.prefix + count):
             return output[:, -count:].mT.reshape(len(output), -1, *grid)

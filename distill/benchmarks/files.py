@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,6 +22,16 @@ IMAGE_SUFFIXES = frozenset(
 EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 # What Pillow raises on damaged files, and on those that would fill the memory.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by the orientation that its camera noted (EXIF)."""
 DEEP_MODES = frozenset({"I;16", "I;16B", "I"})
 INDEX_MODES = frozenset({"1", "L", "P"}) | DEEP_MODES
 
@@ -37,12 +48,21 @@ def _decode(path: Path, upright: bool = False) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return ImageOps.exif_transpose(image) if upright else image
+            turned = TURNED.get(_orientation(image)) if upright else None
+            return image if turned is None else image.transpose(turned)
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{path}: does not decode ({reason}); replace it or leave it out"
         ) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """What the camera noted in tag 274; 1, as stored, where the notes cannot be read."""
+    try:
+        return int(image.getexif().get(274, 1))
+    except (*UNREADABLE, struct.error, KeyError, TypeError, IndexError):
+        return 1
 
 
 def read_image(path: Path, upright: bool = False) -> Tensor:

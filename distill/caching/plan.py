@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ from distill.caching.cache import FeatureCache, Plan, Stored
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
 from distill.training.distiller import Distiller
+from teachers.arithmetic import FEATURES
 from teachers.protocol import Teacher
 
 
@@ -133,6 +135,10 @@ def open_cache(
     chunk = min(8 if accelerator.device.type == "cpu" else 64, batch)
     examples = np.array(cached_examples(config, data))
     origin = {
+        "features": FEATURES,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "device": accelerator.device.type,
         "teacher": teacher.fingerprint,
         "teacher.input": config.teacher.input,
         "teacher.draws": config.teacher.draws if config.teacher.input == "average" else 1,

@@ -26,7 +26,7 @@ from distill.build import (
     image_size,
     training_examples,
 )
-from distill.data import StepSampler, fingerprint, loader
+from distill.data import StepSampler, choose_labelled, fingerprint, loader
 from distill.errors import Interrupted, UserError, blame
 from distill.precision import autocast
 from distill.pretraining.card import teacher_card
@@ -64,8 +64,17 @@ class TeacherTraining:
                 f"batch: {config.batch} does not divide over {accelerator.num_processes} processes"
             )
         self.benchmark = build_benchmark(config.data)
-        train = self.benchmark.dataset("train")
+        train, data = self.benchmark.dataset("train"), config.data
+        if data.labelled is not None:
+            raise UserError(
+                "data.labelled: a teacher sees no labels; data.unlabelled=N limits its images"
+            )
         self.fingerprint, examples = fingerprint(train), Unlabelled(train)
+        count = len(examples) if data.unlabelled is None else data.unlabelled
+        if not 0 < count <= len(examples):
+            raise UserError(f"data.unlabelled: {count} of {len(examples)} training images")
+        self.indices = choose_labelled(len(examples), count, data.split_seed)
+        """Which of the examples it is trained on."""
         self.size = image_size(config.data, examples)
         self.examples = training_examples(examples, config.data, self.benchmark, self.size)
         self.unet, self.scheduler = _network(config, self.size)
@@ -86,6 +95,8 @@ class TeacherTraining:
             self.unet.parameters(), decay=config.ema, use_ema_warmup=True, foreach=True
         )
         self.step, self.loss = 0, math.nan
+        self.total, self.logged = torch.zeros((), device=accelerator.device), 0
+        """Sum of the losses since the step of the last row of the log, and that step."""
         self._late: Late | None = None
 
     def train_step(self, images: Tensor) -> Tensor:
@@ -147,6 +158,8 @@ class TeacherTraining:
             "unet": self.unet.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "total": self.total.cpu(),
+            "logged": self.logged,
         }
 
     def load_state(self, state: dict[str, Any], source: Path) -> None:
@@ -164,6 +177,8 @@ class TeacherTraining:
         self.average.to(self.accelerator.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+        self.total = state.get("total", self.total.cpu()).to(self.total)  # older files have none
+        self.logged = state.get("logged", self.step)
 
 
 def _network(
@@ -190,8 +205,15 @@ def _network(
             layers_per_block=unet.layers_per_block,
             attention_levels=unet.attention_levels,
         )
+    if diffusion.beta_schedule == "linear" and diffusion.timesteps <= 20:
+        raise UserError(
+            f"diffusion.timesteps: a linear schedule has more than 20, not {diffusion.timesteps}"
+        )
+    stretch = 1000 / diffusion.timesteps
     return network, DDPMScheduler(
         num_train_timesteps=diffusion.timesteps,
+        beta_start=1e-4 * stretch,
+        beta_end=0.02 * stretch,
         beta_schedule=diffusion.beta_schedule,
         prediction_type=diffusion.prediction_type,
     )
@@ -237,7 +259,7 @@ def _loop(training: TeacherTraining, last: Path, log: RunLog | None) -> None:
     main = accelerator.is_main_process
     batch = config.batch // accelerator.num_processes
     sampler = StepSampler(
-        range(len(training.examples)),
+        sorted(training.indices),
         batch,
         seed=seeding.derive_seed(config.seed, "unlabelled"),
         rank=accelerator.process_index,
@@ -247,25 +269,24 @@ def _loop(training: TeacherTraining, last: Path, log: RunLog | None) -> None:
     )
     batches = loader(training.examples, sampler, config.data.workers)
     progress = Progress(config.name, config.steps, training.step, show=main)
-    total, logged = torch.zeros((), device=accelerator.device), training.step
     with stop_on_signals() as stop, progress:
         while training.step < config.steps:
             began = time.monotonic()
             images = next(batches)[0].to(accelerator.device, non_blocking=True)
             waited = time.monotonic() - began
             loss = training.train_step(images)
-            total += loss
+            training.total += loss
             step = training.step
             count = len(images) * accelerator.num_processes
             progress.update(count, {"loss": training.loss}, waited)
             if log and (step % config.log_every == 0 or step == config.steps):
                 training.settle()
                 rate = training.optimizer.param_groups[0]["lr"]
-                mean = total.item() / (step - logged)
+                mean = training.total.item() / (step - training.logged)
                 log.scalars(
                     step, {"loss/denoising": mean, "lr": rate, "images_per_second": progress.rate}
                 )
-                total, logged = torch.zeros_like(total), step
+                training.total, training.logged = torch.zeros_like(training.total), step
             asked = stop_of_any(stop, accelerator)
             if main and (step % config.checkpoint_every == 0 or step == config.steps or asked):
                 checkpoint.save(last, training.state())
@@ -292,7 +313,7 @@ def _finish(training: TeacherTraining, folder: Path, log: RunLog) -> None:
     card = teacher_card(
         config,
         folder,
-        images=len(training.examples),
+        images=len(training.indices),
         size=size,
         parameters=sum(p.numel() for p in unet.parameters()),
         schedule=training.scheduler.config,

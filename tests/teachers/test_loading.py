@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LDMPipeline,
     UNet2DModel,
     UniPCMultistepScheduler,
+    VQModel,
 )
+from diffusers.utils import is_torchsde_available
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
@@ -258,6 +263,14 @@ def test_unfit_schedulers_are_refused(pipeline):
     fails(pipeline, ValueError, r"scheduler_config\.json: .* samples flow matching")
     EulerDiscreteScheduler(timestep_type="continuous").save_pretrained(pipeline / "scheduler")
     fails(pipeline, ValueError, r"scheduler_config\.json: .*timestep_type continuous")
+    ddim = DDIMScheduler(rescale_betas_zero_snr=True)
+    ddim.save_pretrained(pipeline / "scheduler")
+    assert load(pipeline).noise_schedule.signal[-1] == 0
+    HeunDiscreteScheduler.from_config(ddim.config).save_pretrained(pipeline / "scheduler")
+    fails(pipeline, ValueError, "rescale_betas_zero_snr is true, and HeunDiscreteScheduler does")
+    edit(pipeline / "scheduler" / "scheduler_config.json", _class_name="DPMSolverSDEScheduler")
+    if not is_torchsde_available():
+        fails(pipeline, ValueError, "DPMSolverSDEScheduler needs the packages torch, torchsde")
     DDPMScheduler(prediction_type="score").save_pretrained(pipeline / "scheduler")
     fails(pipeline, ValueError, "prediction_type 'score'; a teacher's is one of epsilon, ")
 
@@ -273,6 +286,7 @@ def test_unfit_schedulers_are_refused(pipeline):
             "learnt embeddings of 100 timesteps, and the scheduler has 1000",
         ),
         ({"time_embedding_type": "fourier"}, "logarithm of the timestep, which 0 has not"),
+        ({"sample_size": [16, 16, 16]}, r"sample_size is \[16, 16, 16\]; it is a side, or height"),
         ({"down_block_types": ["DownBlock2D"]}, "does not describe a UNet2DModel: "),
         ({"block_out_channels": [7, 16]}, "does not describe a UNet2DModel: "),
         ({"block_out_channels": []}, "does not describe a UNet2DModel: "),
@@ -288,6 +302,17 @@ def test_config_that_does_not_fit_names_the_file(pipeline, changes, pattern):
     edit(pipeline / "unet" / "config.json", **changes)
     with pytest.raises(ValueError, match=pattern):
         diffusers_unet(str(pipeline), layers=("conv_in",))
+
+
+def test_a_unet_of_latents_is_no_teacher_of_pixels(tmp_path):
+    latent = LDMPipeline(
+        vqvae=VQModel(norm_num_groups=4), unet=tiny_unet(), scheduler=DDIMScheduler()
+    )
+    latent.save_pretrained(tmp_path / "ldm")
+    for folder in (tmp_path / "ldm", tmp_path / "ldm" / "unet"):
+        fails(
+            folder, ValueError, r"ldm/model_index\.json: its UNet works on the latents of an auto"
+        )
 
 
 def test_config_that_is_no_json_names_the_file(pipeline):

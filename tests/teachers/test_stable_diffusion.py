@@ -343,7 +343,14 @@ def test_other_kinds_of_unet_are_refused(copied: Any) -> None:
     fails(folder, ValueError, r"class_embed_type is 'timestep'; a teacher's UNet must be")
     edit(config, class_embed_type=None, addition_embed_type="text")
     fails(folder, ValueError, r"addition_embed_type is 'text'; a teacher's UNet must be")
-    edit(folder / "vae" / "config.json", in_channels=1)
+    edit(config, addition_embed_type=None, cross_attention_dim=[8, 8])
+    fails(folder, ValueError, r"unet/config\.json: cross_attention_dim is \[8, 8\]")
+    vae = folder / "vae" / "config.json"
+    edit(vae, latents_mean=[0.1, 0.2])
+    fails(folder, ValueError, r"vae/config\.json: latents_mean has 2 numbers for 4 channels")
+    edit(vae, latents_mean=None, scaling_factor=None)
+    fails(folder, ValueError, r"vae/config\.json: scaling_factor is None; it must be a number")
+    edit(vae, in_channels=1)
     fails(folder, ValueError, r"the autoencoder takes 1 channels; a teacher's must take 3")
 
 

@@ -204,6 +204,18 @@ def test_model_for_one_size_asks_for_image_size(images: Tensor) -> None:
     )
 
 
+def test_networks_that_round_up_take_images_of_their_own_size() -> None:
+    # 224 / 64 is no whole number
+    teacher = timm_model("levit_128s", random_weights=0, layers=("stages.2",), image_size=224)
+    maps = teacher.features(torch.rand(1, 3, 224, 224), torch.tensor([0]))
+    assert maps["stages.2"].shape == (1, teacher.channels["stages.2"], 4, 4)
+
+
+def test_a_model_whose_blocks_give_no_maps_names_what_does() -> None:
+    with pytest.raises(ValueError, match=r"no layer 'blocks\.1'; choose from patch_embed1\.proj, "):
+        timm_model("coat_lite_tiny", random_weights=0, layers=("blocks.1",), image_size=224)
+
+
 def test_model_of_grey_images_is_refused() -> None:
     with pytest.raises(ValueError, match="'test_resnet' does not turn RGB images into feature"):
         timm_model("test_resnet", random_weights=0, kwargs={"in_chans": 1}, layers=("layer1",))

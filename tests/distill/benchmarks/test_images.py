@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from distill.benchmarks.files import read_image
 from distill.benchmarks.images import Images, UnlabelledImages
 from distill.errors import UserError
 
@@ -59,6 +61,29 @@ def test_photographs_are_upright_and_folders_are_no_files(tmp_path: Path) -> Non
     examples = Images(str(tmp_path), skip=0).dataset("train")
     assert [tuple(image.shape) for image, _ in map(examples.__getitem__, [0])] == [(3, 8, 4)]
     assert examples.names == ["a.jpg"]
+
+
+def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path: Path) -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+        with Image.open(tmp_path / "a.png") as image:
+            expected = np.asarray(ImageOps.exif_transpose(image))
+        upright = read_image(tmp_path / "a.png", upright=True)
+        assert np.array_equal(upright.permute(1, 2, 0), expected)
+
+
+def test_a_photograph_whose_notes_are_damaged_is_taken_as_stored(tmp_path: Path) -> None:
+    short, strange = tmp_path / "short.webp", tmp_path / "strange.jpg"
+    Image.new("RGB", (8, 4)).save(short, exif=b"Exif\0\0II*\0")
+    # A width that is text, which Pillow cannot write back, and orientation 6
+    entries = struct.pack("<HHI4s", 0x0100, 2, 4, b"abc"), struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    notes = b"II*\0" + struct.pack("<IH", 8, 2) + b"".join(entries) + bytes(4)
+    Image.new("RGB", (8, 4)).save(strange, exif=b"Exif\0\0" + notes)
+    assert read_image(short, upright=True).shape == (3, 4, 8)
+    assert read_image(strange, upright=True).shape == (3, 8, 4)
 
 
 def test_what_is_no_image_is_named_at_the_start_and_the_next_takes_its_place(

@@ -187,6 +187,14 @@ def test_a_stale_cache_is_refused(
     assert not (recipe.parent / "runs").exists()
 
 
+def test_features_of_an_older_version_are_stale(
+    recipe: Path, load: Load, cached: list[str], refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(load(*cached))
+    monkeypatch.setattr("distill.caching.plan.FEATURES", 99)
+    assert " is of other features (features 1, now 99" in refuse("train", recipe, *cached)
+
+
 def test_a_stale_cache_of_a_later_arm_is_refused_before_the_first_is_trained(
     recipe: Path, cached: list[str], tmp_path: Path, refuse: Refuse
 ) -> None:

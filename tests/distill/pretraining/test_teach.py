@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
@@ -23,6 +24,7 @@ from torch import Tensor
 from distill import checkpoint
 from distill.build import build_accelerator
 from distill.cli import main
+from distill.data import choose_labelled
 from distill.pretraining.config import TeacherTrainConfig, UNetConfig
 from distill.pretraining.teach import TeacherTraining
 from distill.recipe import build_config, load_config, to_tree
@@ -30,6 +32,8 @@ from distill.tracking import read_metrics
 from teachers.ddpm import build_unet, sample_images
 from teachers.diffusers_unet import diffusers_unet
 from tests.distill.pretraining.conftest import card_of, interrupt, photos, write_recipe
+
+Refuse = Callable[..., str]
 
 
 def test_the_run_folder_is_complete(finished: Path) -> None:
@@ -97,8 +101,42 @@ def test_the_loss_of_a_row_is_the_mean_over_its_own_steps(
     monkeypatch.undo()
     assert main(["teacher", "train", str(recipe), *stopped, "--resume"]) == 0
     rows = read_metrics(recipe.parent / "runs" / "stopped")
-    # The loss of step 3 went with the interrupted process.
-    assert [row["loss/denoising"] for row in rows] == pytest.approx([pairs[0], each[3]])
+    assert [row["loss/denoising"] for row in rows] == pairs  # that of step 3 is in the checkpoint
+
+
+@pytest.mark.parametrize("timesteps", [50, 250, 1000])
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_schedules_of_every_length_end_in_noise(
+    recipe: Path, timesteps: int, schedule: str
+) -> None:
+    changes = [f"diffusion.timesteps={timesteps}", f"diffusion.beta_schedule={schedule}"]
+    config = load_config(TeacherTrainConfig, recipe, changes)
+    training = TeacherTraining(config, build_accelerator("cpu"))
+    kept = training.scheduler.alphas_cumprod
+    assert kept[-1] < 1e-4
+    if timesteps == 1000:
+        assert torch.equal(kept, DDPMScheduler(beta_schedule=schedule).alphas_cumprod)
+
+
+def test_a_linear_schedule_too_short_to_end_in_noise_is_refused(
+    recipe: Path, refuse: Refuse
+) -> None:
+    line = refuse("teacher", "train", recipe, "diffusion.timesteps=20", "sample_steps=2")
+    assert line.startswith("diffusion.timesteps: a linear schedule has more than 20, not 20")
+
+
+def test_a_teacher_may_be_trained_on_some_of_the_images(
+    recipe: Path, refuse: Refuse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["teacher", "train", str(recipe), "--dry-run"]
+    assert main([*asked, "data.unlabelled=5"]) == 0
+    assert "# 5 images of 32x32 px" in capsys.readouterr().out
+    config = load_config(TeacherTrainConfig, recipe, ["data.unlabelled=5"])
+    some = TeacherTraining(config, build_accelerator("cpu")).indices
+    assert some == choose_labelled(12, 5, 0)
+    assert "data.unlabelled: 13 of 12 training images" in refuse(*asked, "data.unlabelled=13")
+    assert "data.unlabelled: 0 of 12 training images" in refuse(*asked, "data.unlabelled=0")
+    assert refuse(*asked, "data.labelled=2").startswith("data.labelled: a teacher sees no labels")
 
 
 def test_sample_grids_on_the_way_change_nothing_but_tensorboard(
