@@ -1,4 +1,4 @@
-"""What several processes that train one model have in common."""
+"""Moments of samples, and what several processes that train one model have in common."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ def of_all(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def moments(samples: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and variance over dimensions, which are left out; torch's `var` takes several times as
+    long on a CPU."""
+    mean = samples.mean(dim=dim, keepdim=True)
+    return mean.squeeze(dim), (samples - mean).square_().mean(dim=dim)
 
 
 def moments_of_all(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rl_policy.processes import moments_of_all, of_all
+from rl_policy.processes import moments, moments_of_all, of_all
 
 RECENT = 0.9
 """What the classes of a step's images weigh a step later: little, to follow a policy that moves."""
@@ -51,7 +51,7 @@ class RunningScale(nn.Module):
         """Take in N samples at once: (N, *shape) float32."""
         self.updates += 1
         rate = (1 / self.updates).clamp(min=1 - self.momentum)
-        mean, variance = samples.mean(dim=0), samples.var(dim=0, correction=0)
+        mean, variance = moments(samples, dim=(0,))
         if self.shared:
             mean, variance = moments_of_all(mean, variance)
         # The variance of the mixture: within both parts, and between their means
@@ -163,7 +163,7 @@ class TeacherTaskReward(nn.Module):
             x = self.standardise(x)
         if self.conditioned:
             scale, shift = self.film(self.embedding(bins))[:, None, None].chunk(2, dim=-1)
-            x = x * (1 + scale) + shift
+            x = torch.addcmul(shift, x, 1 + scale)
         logits: Tensor = self.head(x).movedim(-1, 1)
         return logits if self.dense else logits.flatten(start_dim=1)
 

@@ -14,7 +14,7 @@ from distill.errors import UserError, blame, nearest
 from distill.evaluation.landmarks import landmark_loss
 from distill.training.measures import MEASURES, Measure
 from distill.training.projectors import PROJECTORS, resize_map
-from rl_policy.processes import moments_of_all
+from rl_policy.processes import moments, moments_of_all
 from students.heads import resize_logits
 
 
@@ -55,8 +55,7 @@ class Standardise(nn.Module):
     def _update(self, x: Tensor) -> None:
         """Mix the batch's moments, those of all processes, in (Chan et al. 1979): exact, also where
         mean >> deviation."""
-        variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        mean, variance = moments_of_all(mean, variance)
+        mean, variance = moments_of_all(*moments(x, dim=(0, 2, 3)))
         self.batches += 1
         share = 1 / self.batches.clamp(max=self.window)
         shift = mean - self.mean
