@@ -12,6 +12,14 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 # torchvision's compiled operators load only beside the torch that they were built for.
 PAIR := import torch, torchvision; torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 
+# The probes whose tables tell the studies' arm `grid` its timestep; one that was stopped goes on.
+CIFAR10 = experiments/cifar10.yaml data.root=$(DATA)/cifar10 \
+	--layers up_blocks.0 up_blocks.1 up_blocks.2 mid_block --timesteps 10 --images 2000
+CAMVID = experiments/camvid.yaml data.root=$(DATA)/camvid \
+	--layers up_blocks.0 up_blocks.1 --timesteps 8 --images 101
+probe = [ -e runs/$(1)-probe/table.safetensors ] || \
+	$(BIN)/distill probe $(2) $(if $(wildcard runs/$(1)-probe/state.pt),--resume)
+
 .PHONY: help install quickstart evidence test lint clean
 
 help: ## show this list
@@ -24,8 +32,16 @@ quickstart: install ## distil and train from scratch on embedded data, compare b
 	@$(BIN)/distill train experiments/quickstart.yaml \
 		$(if $(wildcard runs/quickstart/config.yaml),--resume)
 
-evidence: install ## the README's figures: more steps, three seeds, the random-weight teacher too
+evidence: install ## the README's figures: on drawn shapes, and with DATA=FOLDER on real images
 	@$(BIN)/distill sweep experiments/studies/quickstart.yaml --out experiments/results
+ifdef DATA
+	@$(call probe,cifar10-1000,$(CIFAR10))
+	@$(call probe,camvid-46,$(CAMVID))
+	@for study in cifar10 cifar10-5000 cifar10-vit camvid camvid-367 camvid-vit; do \
+		$(BIN)/distill sweep experiments/studies/$$study.yaml data.root=$(DATA)/$${study%%-*} \
+			--out experiments/results || exit; \
+	done
+endif
 
 test: install ## run all tests, offline
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
