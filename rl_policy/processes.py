@@ -16,11 +16,10 @@ def of_all(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def moments(samples: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and variance over dimensions, which are left out; torch's `var` takes several times as
-    long on a CPU."""
-    mean = samples.mean(dim=dim, keepdim=True)
-    return mean.squeeze(dim), (samples - mean).square_().mean(dim=dim)
+def moments(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of samples (N, ...); torch's `var` takes several times as long on a CPU."""
+    mean = samples.mean(dim=0)
+    return mean, (samples - mean).square_().mean(dim=0)
 
 
 def moments_of_all(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

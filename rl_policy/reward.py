@@ -51,7 +51,7 @@ class RunningScale(nn.Module):
         """Take in N samples at once: (N, *shape) float32."""
         self.updates += 1
         rate = (1 / self.updates).clamp(min=1 - self.momentum)
-        mean, variance = moments(samples, dim=(0,))
+        mean, variance = moments(samples)
         if self.shared:
             mean, variance = moments_of_all(mean, variance)
         # The variance of the mixture: within both parts, and between their means

@@ -92,6 +92,7 @@ class ActorCritic:
         self.model.rollout_buffer.reset()
         recorded = self.model.logger.name_to_value
         metrics = {name.removeprefix("train/"): float(value) for name, value in recorded.items()}
+        metrics.pop("n_updates", None)  # counted anew after a resume
         # The explained variance is NaN when all returns are alike
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 

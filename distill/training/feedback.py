@@ -143,7 +143,7 @@ class Feedback:
                 rewards = self.baseline(places[:, 0].long(), rewards)
             told = self.policy.learn(context, chosen[0][:, 0].long(), rewards, progress)
         self.figures |= {
-            f"learn/{name}": value for name, value in told.items() if math.isfinite(value)
+            f"learn/{name}": value for name, value in (told or {}).items() if math.isfinite(value)
         }
         return True
 

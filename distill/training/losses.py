@@ -55,7 +55,8 @@ class Standardise(nn.Module):
     def _update(self, x: Tensor) -> None:
         """Mix the batch's moments, those of all processes, in (Chan et al. 1979): exact, also where
         mean >> deviation."""
-        mean, variance = moments_of_all(*moments(x, dim=(0, 2, 3)))
+        pixels = x.movedim(1, -1).flatten(end_dim=2)  # sums then round alike in every layout
+        mean, variance = moments_of_all(*moments(pixels))
         self.batches += 1
         share = 1 / self.batches.clamp(max=self.window)
         shift = mean - self.mean
