@@ -138,10 +138,9 @@ def find_layer(name: str, layers: Sequence[TracedLayer]) -> TracedLayer:
     maps = [layer.name for layer in layers if layer.is_map]
     if not calls:
         close = difflib.get_close_matches(name, maps, n=1)
-        blocks = [known for known in maps if BLOCK.fullmatch(known)] or list(dict.fromkeys(maps))[
-            :8
-        ]
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(blocks)}"
+        blocks = [known for known in maps if BLOCK.fullmatch(known)]
+        known = ", ".join(blocks or list(dict.fromkeys(maps))[:8])
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {known}"
         raise LayerError(name, f"no layer {name!r}; {hint}")
     if len(calls) > 1:
         raise LayerError(

@@ -19,10 +19,8 @@ def read_config(pipeline: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: missing, not an `AutoencoderKL`, or not one of RGB images.
     """
-    config, where = (
-        loading.read_config(pipeline / "vae", AutoencoderKL),
-        pipeline / "vae/config.json",
-    )
+    config = loading.read_config(pipeline / "vae", AutoencoderKL)
+    where = pipeline / "vae" / "config.json"
     if config["in_channels"] != 3:
         raise ValueError(
             f"{where}: the autoencoder takes {config['in_channels']} channels; a teacher's must "

@@ -163,17 +163,16 @@ class LayerMap:
             f"{100 * self.score[row, column]:.1f}; "
             f"random weights there {100 * self.random_score[row, column]:.1f}, "
             f"their best {100 * self.random_score.max():.1f}",
-            *(
-                [
-                    f"the mean reward is largest at t={self.rewarded_timestep}, which the policy "
-                    "`grid` takes"
-                ]
-                if self.rewarded_timestep != self.best_timestep
-                else []
-            ),
-            f"head-room of {self.best_layer}, minus the cross-entropy in nats, mean of "
-            f"{room.images} images (95%):",
         ]
+        if self.rewarded_timestep != self.best_timestep:
+            lines.append(
+                f"the mean reward is largest at t={self.rewarded_timestep}, which the policy "
+                "`grid` takes"
+            )
+        lines.append(
+            f"head-room of {self.best_layer}, minus the cross-entropy in nats, mean of "
+            f"{room.images} images (95%):"
+        )
         told = {
             "uniform": "every t alike",
             "fixed": f"t={int(self.timesteps[room.fixed])} for all, as the training images say",

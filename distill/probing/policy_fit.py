@@ -153,9 +153,8 @@ def compare(
         the entropy of the policies. `gap_closed` is None where there is no head-room.
     """
     rewards = held_out.rewards.astype(np.float64)
-    least = 1e-6 * float(rewards.std()) + 1e-12 * float(
-        np.abs(rewards).mean()
-    )  # what is less is none
+    # What is less is rounding
+    least = 1e-6 * float(rewards.std()) + 1e-12 * float(np.abs(rewards).mean())
     best = int(training.rewards.mean(axis=0, dtype=np.float64).argmax())
     uniform, fixed, oracle = rewards.mean(axis=1), rewards[:, best], rewards.max(axis=1)  # (M,)
     weights = [p.double() / p.double().sum(dim=1, keepdim=True) for p in fitted]  # to float64's 1
