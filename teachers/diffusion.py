@@ -182,7 +182,10 @@ class DiffusionTeacher:
             self.parts.to(dtype=dtype).to(memory_format=self.memory_format)
         self.parts.eval().requires_grad_(False)
         self._tap = Tap(self.network, self.layers, self.last_layer)
-        self._forward = torch.compile(self._run, dynamic=False) if compile else self._run
+        # On a GPU as a CUDA graph, as launching its many small kernels takes longer than they do
+        self._forward = self._run
+        if compile:
+            self._forward = torch.compile(self._run, dynamic=False, mode="reduce-overhead")
 
     @property
     def network(self) -> nn.Module:
@@ -229,7 +232,8 @@ class DiffusionTeacher:
         images = images.float()
         if self.image_size is not None and tuple(images.shape[-2:]) != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bilinear", antialias=True)
-        times = self.noise_schedule.network_times(timesteps).to(images.device)
+        times = self.noise_schedule.network_times(timesteps)
+        times = times.to(images.device, non_blocking=True)
         labels = self._labels(labels, images.device)
         # the student's autocast must not reach in: this network computes in its own dtype
         kind = images.device.type
@@ -238,6 +242,7 @@ class DiffusionTeacher:
             x = self.family.encode(self.parts, 2 * images - 1)
             maps = self._forward(self._noised(x, timesteps, generator), times, labels)
             for draw in range(1, self.draws):
+                maps = [x.clone() for x in maps]  # a CUDA graph writes over its last answer
                 more = self._forward(self._noised(x, timesteps, generator), times, labels)
                 maps = [a + (b.float() - a) / (draw + 1) for a, b in zip(maps, more, strict=True)]
         # Copies, made outside of inference mode: a loss may save them for its backward pass

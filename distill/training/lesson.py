@@ -26,7 +26,8 @@ class Choice(NamedTuple):
         weights = self.weights
         if weights is not None:
             weights = weights.to(device).detach().requires_grad_()
-        return Choice(self.bins.to(device), self.timesteps.to(device), weights)
+        bins, timesteps = (x.to(device, non_blocking=True) for x in (self.bins, self.timesteps))
+        return Choice(bins, timesteps, weights)
 
 
 class Lesson(NamedTuple):

@@ -125,7 +125,8 @@ def batches(trainer: Trainer) -> Iterator[Batch]:
             more, tags = more.to(device, non_blocking=True), [*tags, *more_tags]
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
-        places = torch.tensor([draw.place for draw in sampler.batch(step)], device=device)
+        places = torch.tensor([draw.place for draw in sampler.batch(step)])
+        places = places.to(device, non_blocking=True)
         yield Batch(images, targets, more, torch.cat(tags) if tags else None, places)
 
 
