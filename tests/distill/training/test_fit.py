@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from distill.build import build_accelerator, build_training_set
 from distill.cli import main
@@ -76,6 +77,8 @@ def test_a_run_that_found_its_number_resumes_with_auto(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: none here")
 def test_on_a_gpu_all_labelled_images_of_a_small_recipe_fit(load: Load) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a test before may have used the CPU
     config = load("device=cuda", "train.batch=auto", "data.labelled=6")
     fitted = fit_batch(config, build_training_set(config.data), build_accelerator("cuda"))
     assert fitted.train.batch == 4
+    AcceleratorState._reset_state(reset_partial_state=True)

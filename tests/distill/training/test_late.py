@@ -31,6 +31,7 @@ def test_what_is_not_finite_is_named_with_its_step(value: float) -> None:
 
 @NEEDS_GPU
 def test_a_gpu_is_not_waited_for() -> None:
+    Late(0, loss=torch.zeros((), device="cuda"))  # the first pinned memory is waited for
     slow = torch.ones(8192, 8192, device="cuda")
     for _ in range(20):
         slow = slow @ slow / 8192
