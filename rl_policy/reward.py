@@ -61,7 +61,7 @@ class RunningScale(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         """Standardise samples (N, *shape) -> (N, *shape) float32 in [-10, 10]."""
-        return ((samples - self.mean) * self.inverse_deviation()).clamp(-10, 10)
+        return (samples - self.mean).mul_(self.inverse_deviation()).clamp_(-10, 10)
 
     def inverse_deviation(self) -> Tensor:
         """What standardised samples are multiplied with, (*shape)."""

@@ -109,15 +109,20 @@ def test_files_named_in_a_document_exist(document):
     assert missing == []
 
 
-def test_results_in_the_readme_are_those_of_the_studies():
+@pytest.mark.parametrize(
+    ("document", "folder"),
+    [("README.md", "experiments/results/"), ("experiments/README.md", "results/")],
+)
+def test_results_in_the_readme_are_those_of_the_studies(document, folder):
+    path = CHECKOUT / document
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in (CHECKOUT / "README.md").read_text().splitlines()
+        for line in path.read_text().splitlines()
         if line.startswith("| ")
     ]
-    header = next(row for row in rows if "(experiments/results/" in row[-1])
-    links = [re.findall(r"\((experiments/results/[\w-]+)\.md\)", cell) for cell in header[1:]]
-    studies = [json.loads((CHECKOUT / f"{name}.json").read_text()) for (name,) in links]
+    header = next(row for row in rows if f"({folder}" in row[-1])
+    links = [re.findall(rf"\(({folder}[\w-]+)\.md\)", cell) for cell in header[1:]]
+    studies = [json.loads((path.parent / f"{name}.json").read_text()) for (name,) in links]
     first = rows.index(header) + 1
     for label, *cells in rows[first : first + 5]:
         names = re.findall(r"`(\w+)`", label)

@@ -133,7 +133,9 @@ def count(
     Returns:
         One a candidate.
     """
-    tallies = [new_tally(benchmark, device) for _ in range(candidates)]
+    # The few logits of an image of one class are copied once a batch: image by image a GPU waits.
+    counted = torch.device("cpu" if benchmark.task == "classification" else device)
+    tallies = [new_tally(benchmark, counted) for _ in range(candidates)]
     indices = range(rank, len(examples), world)
     for start in range(0, len(indices), batch):
         with timed("read"):
@@ -142,10 +144,10 @@ def count(
         for places in _by_size(items):
             with timed("predict"), torch.no_grad():
                 images = as_float(torch.stack([items[place][0] for place in places]).to(device))
-                answers = [logits.float() for logits in predict(images)]
+                answers = [logits.float().to(counted) for logits in predict(images)]
                 looked |= {place: [a[row] for a in answers] for row, place in enumerate(places)}
         for place, (_, target) in enumerate(items):
-            truth = torch.as_tensor(target, device=device)
+            truth = torch.as_tensor(target, device=counted)
             for tally, logits in zip(tallies, looked.pop(place), strict=True):
                 with timed("predict"):
                     guess = predicted(logits, truth)

@@ -121,5 +121,6 @@ def score(
         timed=clock,
     )
     with clock("score"):
-        scores = tally.scores(lambda counts: accelerator.reduce(counts, "sum"))
+        device = accelerator.device
+        scores = tally.scores(lambda counts: accelerator.reduce(counts.to(device), "sum"))
     return Scored(looks, examples, benchmark, tally, scores, clock.seconds)

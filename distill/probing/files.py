@@ -82,12 +82,11 @@ def write_map(folder: Path, config: RunConfig, found: LayerMap, figures: dict[st
     checkpoint.write_text(folder / "probe.csv", found.csv())
     map_picture.layer_map(folder / "probe.png", found)
     checkpoint.write_text(folder / "best.yaml", to_yaml(best_recipe(config, found)))
-    rewards = found.rewards(found.best_layer).mean(0)  # (N, K)
-    scored = ~rewards.isnan().any(1)
+    rewards, rewarded = found.best_rewards
     table = ReplayTable(
-        rewards=rewards[scored].float().numpy(),
+        rewards=rewards.float().numpy(),
         timesteps=found.timesteps.numpy(),
-        contexts=found.contexts[scored].float().numpy(),
+        contexts=found.contexts[rewarded].float().numpy(),
     )
     with checkpoint.replacing(folder / "table.safetensors") as file:
         file.write(table.to_bytes())

@@ -88,9 +88,14 @@ class LayerMap:
     @property
     def rewarded_timestep(self) -> int:
         """The one of the largest mean reward in the best layer, which the policy `grid` takes."""
+        return int(self.timesteps[self.best_rewards[0].mean(0).argmax()])
+
+    @property
+    def best_rewards(self) -> tuple[Tensor, Tensor]:
+        """Of the images with a reward in the best layer, (M, K), and which those are, (N,) bool."""
         rewards = self.rewards(self.best_layer).mean(0)
-        known = rewards[~rewards.isnan().any(1)]
-        return int(self.timesteps[known.mean(0).argmax()])
+        known = ~rewards.isnan().any(1)
+        return rewards[known], known
 
     def figures(self) -> dict[str, Any]:
         """All of it as plain lists, for JSON; tables are layers x timesteps."""

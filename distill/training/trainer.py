@@ -89,7 +89,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.distiller, config.train)
         self.average = ModelEmaV3(self.student, decay=config.train.ema, use_warmup=True)
         if config.student.compile:
-            self.student.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs on a GPU
+            self.student.compile(dynamic=False)
         self.policy, self.timesteps = None, torch.zeros(0, dtype=torch.int64)
         self.feedback: Feedback | None = None
         if self.teacher is not None:
