@@ -37,7 +37,7 @@ evidence: install ## the README's figures: on drawn shapes, and with DATA=FOLDER
 ifdef DATA
 	@$(call probe,cifar10-1000,$(CIFAR10))
 	@$(call probe,camvid-46,$(CAMVID))
-	@for study in cifar10 cifar10-5000 cifar10-vit camvid camvid-367 camvid-vit; do \
+	@for study in cifar10-stages cifar10 cifar10-5000 cifar10-vit camvid camvid-367 camvid-vit; do \
 		$(BIN)/distill sweep experiments/studies/$$study.yaml data.root=$(DATA)/$${study%%-*} \
 			--out experiments/results || exit; \
 	done
