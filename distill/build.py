@@ -304,13 +304,10 @@ def build_distiller(
         return Distiller(student, auxiliary=_auxiliary(config, student, benchmark), **given)
     losses = []
     for index, pair in enumerate(config.pairs):
-        measure = pair.loss
-        if ":" in measure:
-            measure = resolve("losses", pair.loss, f"pairs.{index}.loss")
         try:
             losses.append(
                 FeatureLoss(
-                    measure,
+                    pair.loss,
                     [student.channels[layer] for layer in in_order(student, pair)],
                     teacher.channels[pair.teacher],
                     pooled=pair.pooled,

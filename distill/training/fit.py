@@ -12,8 +12,8 @@ from accelerate.utils import find_executable_batch_size
 from distill.build import TrainingSet
 from distill.config import RunConfig
 from distill.errors import UserError
+from distill.registry import resolve
 from distill.tasks import blank_targets
-from distill.training.measures import MEASURES
 from distill.training.trainer import Trainer
 
 
@@ -93,11 +93,12 @@ def check_schedule(config: RunConfig, processes: int) -> None:
         train.batch + (train.unlabelled_batch if config.data.unlabelled != 0 else 0)
     ) // parts
     for index, pair in enumerate(config.pairs if set(train.arms) != {"scratch"} else []):
-        measure = MEASURES.get(pair.loss)
-        if measure is not None and together < measure.smallest_batch:
+        measure = resolve("losses", pair.loss, f"pairs.{index}.loss")
+        fewest = getattr(measure, "smallest_batch", 1)
+        if together < fewest:
             raise UserError(
                 f"pairs.{index}.loss: {pair.loss} compares the images of a batch: it needs "
-                f"{measure.smallest_batch} or more in every process and part, not {together}"
+                f"{fewest} or more in every process and part, not {together}"
             )
 
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from distill.errors import UserError, blame, nearest
 from distill.evaluation.landmarks import landmark_loss
-from distill.training.measures import MEASURES, Measure
+from distill.registry import TABLES, resolve
+from distill.training.measures import Measure
 from distill.training.projectors import PROJECTORS, resize_map
 from rl_policy.processes import moments, moments_of_all
 from students.heads import resize_logits
@@ -71,7 +72,8 @@ class FeatureLoss(nn.Module):
     student's goes through an own projector, the teacher's is standardised.
 
     Args:
-        measure: A name in `MEASURES`, a measure of one's own, or a function for one.
+        measure: A name (`distill list losses`) or `module:attribute`, a measure, or a function for
+            one.
         student_channels: Channels of the student's map, or of several for `fpn_ppm`.
         teacher_channels: Channels of the teacher's map.
         pooled: Compare the maps' averages over all positions.
@@ -98,13 +100,11 @@ class FeatureLoss(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(measure, str):
-            if measure not in MEASURES:
-                raise UserError(f"loss: no feature loss {measure!r}; {nearest(measure, MEASURES)}")
-            self.name, self.measure = measure, MEASURES[measure]
+            self.name, found = measure, resolve("losses", measure, "loss")
         else:
-            self.measure = measure if isinstance(measure, Measure) else Measure(measure)
-            function = self.measure.function
-            self.name = getattr(function, "__name__", type(function).__name__)
+            function = measure.function if isinstance(measure, Measure) else measure
+            self.name, found = getattr(function, "__name__", type(function).__name__), measure
+        self.measure = found if isinstance(found, Measure) else Measure(found)
         self.options = _checked(options, self.name, self.measure.function)
         self.pooled = pooled
         if pooled and not self.measure.poolable:
@@ -165,7 +165,7 @@ class FeatureLoss(nn.Module):
             target = resize_map(target, grid)
             if self.standardise is not None:
                 target = self.standardise(target)
-            return self.measure.function(student.float(), target, **self.options)
+            return self.measure(student.float(), target, **self.options)
 
     @torch.no_grad()
     def noise_floor(self, student_map: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def _checked(
             )
         if type(known[option]) in (int, float) and type(value) not in (int, float):
             raise UserError(f"options.{option} must be a number, got {value!r}")
-        if name in MEASURES and value < 0:
+        if name in TABLES["losses"] and value < 0:
             raise UserError(f"options.{option} must be at least 0, got {value!r}")
         if option == "temperature" and value == 0:
             raise UserError("options.temperature must be above 0: similarities are divided by it")

@@ -1,9 +1,9 @@
-"""How far a student's map is from a teacher's: functions, each one number an image."""
+"""How far a student's map is from a teacher's, one number an image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MappingProxyType
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,27 +11,53 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+class Measure(NamedTuple):
+    """How far a student's map is from a teacher's, and what it asks of them.
+
+    Attributes:
+        function: (student (B, C, H, W), teacher (B, C, H, W)) float32 -> (B,); its keyword-only
+            parameters are the options.
+        same_channels: It compares channels with channels, so that a projector must align them.
+        poolable: It still says something of maps averaged to one position.
+        smallest_batch: The fewest images it can compare.
+    """
+
+    function: Callable[..., Tensor]
+    same_channels: bool = True
+    poolable: bool = True
+    smallest_batch: int = 1
+
+    def __call__(self, student: Tensor, teacher: Tensor, **options: float) -> Tensor:
+        """The same as `function`."""
+        return self.function(student, teacher, **options)
+
+
+@Measure
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error. student, teacher: (B, C, H, W) -> (B,)."""
     return (student - teacher).square().mean(dim=(1, 2, 3))
 
 
+@Measure
 def l1(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean absolute error. student, teacher: (B, C, H, W) -> (B,)."""
     return (student - teacher).abs().mean(dim=(1, 2, 3))
 
 
+@Measure
 def smooth_l1(student: Tensor, teacher: Tensor, *, beta: float = 1.0) -> Tensor:
     """Squared below `beta`, absolute above. student, teacher: (B, C, H, W) -> (B,)."""
     error = F.smooth_l1_loss(student, teacher, beta=beta, reduction="none")
     return error.mean(dim=(1, 2, 3))
 
 
+@Measure
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """1 - cosine over channels, mean over positions. student, teacher: (B, C, H, W) -> (B,)."""
     return (1 - F.cosine_similarity(student, teacher, dim=1)).mean(dim=(1, 2))
 
 
+@partial(Measure, same_channels=False, poolable=False)
 def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0) -> Tensor:
     """Squared distance of unit-length attention maps (Zagoruyko & Komodakis 2017, eq. 2).
 
@@ -46,6 +72,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0) 
     return (attention[0] - attention[1]).square().sum(dim=1)
 
 
+@partial(Measure, same_channels=False, smallest_batch=3)
 def relational(student: Tensor, teacher: Tensor, *, angle_weight: float = 2.0) -> Tensor:
     """Relational knowledge distillation, distances and angles (Park et al. 2019, section 3.2).
 
@@ -79,6 +106,7 @@ def _relations(x: Tensor) -> tuple[Tensor, Tensor]:
     return lengths / lengths[others].mean(), cosines
 
 
+@partial(Measure, poolable=False)
 def mse_at(student: Tensor, teacher: Tensor, *, attention_weight: float = 10.0) -> Tensor:
     """Whitened squared error plus attention transfer (Li et al. 2023, DreamTeacher, eqs. 1 and 2).
 
@@ -91,6 +119,7 @@ def mse_at(student: Tensor, teacher: Tensor, *, attention_weight: float = 10.0) 
     return mse(student, whitened) + attention_weight * attention_transfer(student, whitened)
 
 
+@partial(Measure, smallest_batch=2)
 def infonce(student: Tensor, teacher: Tensor, *, temperature: float = 0.1) -> Tensor:
     """Contrastive loss: find the teacher's vector at one's own position (Oord et al. 2018, eq. 4).
 
@@ -106,34 +135,3 @@ def infonce(student: Tensor, teacher: Tensor, *, temperature: float = 0.1) -> Te
     itself = torch.eye(len(student), dtype=torch.bool, device=student.device)[:, None, :]
     candidates = torch.cat([positions, images.masked_fill(itself, -torch.inf)], dim=2)
     return (candidates.logsumexp(dim=2) - positions.diagonal(dim1=1, dim2=2)).mean(dim=1)
-
-
-class Measure(NamedTuple):
-    """How far a student's map is from a teacher's, and what it asks of them.
-
-    Attributes:
-        function: (student (B, C, H, W), teacher (B, C, H, W)) float32 -> (B,); its keyword-only
-            parameters are the options.
-        same_channels: It compares channels with channels, so that a projector must align them.
-        poolable: It still says something of maps averaged to one position.
-        smallest_batch: The fewest images it can compare.
-    """
-
-    function: Callable[..., Tensor]
-    same_channels: bool = True
-    poolable: bool = True
-    smallest_batch: int = 1
-
-
-MEASURES = MappingProxyType(
-    {
-        "mse": Measure(mse),
-        "l1": Measure(l1),
-        "smooth_l1": Measure(smooth_l1),
-        "cosine": Measure(cosine),
-        "at": Measure(attention_transfer, same_channels=False, poolable=False),
-        "rkd": Measure(relational, same_channels=False, smallest_batch=3),
-        "infonce": Measure(infonce, smallest_batch=2),
-        "mse_at": Measure(mse_at, poolable=False),
-    }
-)

@@ -77,7 +77,7 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
         ("policy.reward_layer=mid_blok", "policy.reward_layer: no layer 'mid_blok'; did you mean"),
         ("pairs.0.student=layr4", "pairs.0.student: no layer 'layr4'; did you mean 'layer4'?"),
         ("pairs.0.student=[layer3,layer9]", "pairs.0.student: no layer 'layer9'; did you mean"),
-        ("pairs.0.loss=msee", "pairs.0.loss: no feature loss 'msee'; did you mean 'mse'?"),
+        ("pairs.0.loss=msee", "pairs.0.loss: unknown name 'msee'; did you mean 'mse'?"),
         (
             "pairs.0.options={beta: 2}",
             "pairs.0.options.beta: feature loss 'mse' has no option 'beta'",

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.errors import UserError
+from distill.registry import TABLES
 from distill.training.losses import (
-    MEASURES,
     FeatureLoss,
     Measure,
     Standardise,
@@ -39,7 +39,7 @@ def test_sizes_that_do_not_divide_meet_on_the_coarser_grid():
 
 
 def test_gradients_reach_student_and_projector_but_not_the_teacher():
-    for name in MEASURES:
+    for name in TABLES["losses"]:
         student = maps(4, 3, 2, 2).requires_grad_()
         teacher = maps(4, 5, 2, 2, seed=1).requires_grad_()
         loss = FeatureLoss(name, 3, 5, projector="linear")
@@ -66,7 +66,7 @@ def test_batch_of_one(name):
     assert loss.isfinite().all()
 
 
-@pytest.mark.parametrize("name", sorted(MEASURES))
+@pytest.mark.parametrize("name", TABLES["losses"])
 def test_bfloat16_maps_give_a_float32_loss_near_the_float32_one(name):
     torch.manual_seed(0)
     loss = FeatureLoss(name, 3, 5)
@@ -142,10 +142,25 @@ def test_own_measure_is_taken_as_it_is(wrap):
     assert loss(student, torch.zeros(2, 1, 1, 1), T[:2]).tolist() == [1.0, 3.0]
 
 
+def test_own_measure_may_be_named_and_ask_for_more(tmp_path, monkeypatch):
+    (tmp_path / "own_measures.py").write_text(
+        "from functools import partial\n"
+        "from distill.training.measures import Measure\n"
+        "@partial(Measure, same_channels=False, smallest_batch=4)\n"
+        "def spread(student, teacher, *, weight=1.0):\n"
+        "    return weight * (student.std(dim=0) - teacher.std(dim=0)).square().sum((1, 2))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    loss = FeatureLoss("own_measures:spread", 3, 5, options={"weight": 2.0})
+    assert loss.projector is None
+    with pytest.raises(UserError, match=r"'own_measures:spread' .* needs 4 or more, not 3"):
+        loss(maps(3, 3, 2, 2), maps(3, 5, 2, 2), T[:3])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"measure": "cosin"}, "no feature loss 'cosin'; did you mean 'cosine'?"),
+        ({"measure": "cosin"}, "unknown name 'cosin'; did you mean 'cosine'?"),
         ({"measure": "at", "pooled": True}, "'at' compares positions: it has no pooled form"),
         ({"measure": "mse", "projector": "none"}, "'mse' compares 3 channels with 5"),
         (

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from distill.errors import UserError
-from distill.training.losses import MEASURES, FeatureLoss
+from distill.registry import TABLES
+from distill.training.losses import FeatureLoss
 from tests.distill.training.conftest import loss_of, maps
 
 
-@pytest.mark.parametrize("name", sorted(set(MEASURES) - {"infonce", "mse_at"}))
+@pytest.mark.parametrize("name", sorted(set(TABLES["losses"]) - {"infonce", "mse_at"}))
 def test_perfect_match_gives_zero(name):
     x = maps(4, 3, 2, 2)
     torch.testing.assert_close(loss_of(name, x, x.clone()), torch.zeros(4), atol=1e-6, rtol=0)
