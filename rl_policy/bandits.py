@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from rl_policy.options import check_range
-from rl_policy.reward import RunningScale
+from rl_policy.scaling import RunningScale
 
 
 class GaussianBandit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rl_policy.reward import RunningScale
+from rl_policy.scaling import RunningScale
 
 FORGETTING = 0.1
 """Least weight of an image's newest reward in its mean: what it earns drifts as the heads learn."""

@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 
 from rl_policy.drawing import draw
 from rl_policy.options import WIDEST, check_range
-from rl_policy.reward import ContextScale, RunningScale
 from rl_policy.sb3 import environments
+from rl_policy.scaling import ContextScale, RunningScale
 from rl_policy.seeding import seeded_numpy, seeded_torch
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_policy.processes import of_all
-from rl_policy.reward import RunningScale, TeacherTaskReward
+from rl_policy.reward import TeacherTaskReward
+from rl_policy.scaling import RunningScale
 
 TEMPERATURE = 0.05
 """Of the softmax over clusters, whose scores are cosines (SwAV, Caron et al. 2020)."""

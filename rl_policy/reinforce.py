@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from rl_policy.drawing import draw
 from rl_policy.options import WIDEST, OptionError, check_choice, check_range
-from rl_policy.reward import ContextScale, RunningScale
+from rl_policy.scaling import ContextScale, RunningScale
 from rl_policy.seeding import seeded_torch
 
 

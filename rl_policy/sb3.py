@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from rl_policy.drawing import draw, of_finite_logits
 from rl_policy.environment import TimestepEnv
 from rl_policy.options import WIDEST, OptionError, check_range
-from rl_policy.reward import ContextScale, RunningScale
+from rl_policy.scaling import ContextScale, RunningScale
 from rl_policy.seeding import seeded_numpy, seeded_torch
 from rl_policy.table import ReplayTable
 

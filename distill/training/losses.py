@@ -15,54 +15,8 @@ from distill.evaluation.landmarks import landmark_loss
 from distill.registry import TABLES, resolve
 from distill.training.measures import Measure
 from distill.training.projectors import PROJECTORS, resize_map
-from rl_policy.processes import moments, moments_of_all
+from rl_policy.scaling import RunningScale
 from students.heads import resize_logits
-
-
-class Standardise(nn.Module):
-    """Zero mean and unit variance a channel, by running statistics.
-
-    Cumulative over the first `window` batches, so right from the first one, exponential after. Only
-    batches in training mode count. Under DistributedDataParallel every rank uses rank 0's buffers.
-
-    Args:
-        channels: Channels of the map.
-        window: Batches over which the statistics run.
-    """
-
-    batches: Tensor
-    mean: Tensor
-    variance: Tensor
-
-    def __init__(self, channels: int, window: int = 100) -> None:
-        super().__init__()
-        self.window = window
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("variance", torch.ones(channels))
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) float32 -> the same shape, without gradient."""
-        if self.training:
-            self._update(x)
-        return (x - self.mean[:, None, None]) * self.scale
-
-    @property
-    def scale(self) -> Tensor:
-        """What a channel is multiplied by, (C, 1, 1)."""
-        return (self.variance + 1e-5).rsqrt()[:, None, None]
-
-    def _update(self, x: Tensor) -> None:
-        """Mix the batch's moments, those of all processes, in (Chan et al. 1979): exact, also where
-        mean >> deviation."""
-        pixels = x.movedim(1, -1).flatten(end_dim=2)  # sums then round alike in every layout
-        mean, variance = moments_of_all(*moments(pixels))
-        self.batches += 1
-        share = 1 / self.batches.clamp(max=self.window)
-        shift = mean - self.mean
-        self.mean += share * shift
-        self.variance += share * (variance - self.variance + (1 - share) * shift.square())
 
 
 class FeatureLoss(nn.Module):
@@ -113,7 +67,9 @@ class FeatureLoss(nn.Module):
             )
         channels = [student_channels] if isinstance(student_channels, int) else student_channels
         self.projector = self._projector(projector, channels, teacher_channels)
-        self.standardise = Standardise(teacher_channels) if standardise else None
+        self.scale = None
+        if standardise:
+            self.scale = RunningScale(teacher_channels, shared=True, floor=1e-5, clip=None)
 
     def _projector(self, name: str, student: Sequence[int], teacher: int) -> nn.Module | None:
         align = self.measure.same_channels and list(student) != [teacher]
@@ -163,8 +119,11 @@ class FeatureLoss(nn.Module):
             student = self.projector(students, grid, timesteps)
         with torch.autocast(student.device.type, enabled=False):
             target = resize_map(target, grid)
-            if self.standardise is not None:
-                target = self.standardise(target)
+            if self.scale is not None:
+                target = target.movedim(1, -1)  # sums then round alike in every layout
+                if self.training:
+                    self.scale.update(target.flatten(end_dim=2))
+                target = self.scale(target).movedim(-1, 1)
             return self.measure(student.float(), target, **self.options)
 
     @torch.no_grad()
@@ -185,8 +144,8 @@ class FeatureLoss(nn.Module):
         """
         grid = self._grid(student_map, first)
         difference = resize_map(first.float() - second.float(), grid)
-        if self.standardise is not None:
-            difference = difference * self.standardise.scale
+        if self.scale is not None:
+            difference = difference * self.scale.inverse_deviation()[:, None, None]
         return 0.5 * difference.square().mean(dim=(1, 2, 3))
 
     def _grid(self, student: Tensor, teacher: Tensor) -> tuple[int, int]:

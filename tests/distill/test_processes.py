@@ -15,7 +15,7 @@ from distill import checkpoint
 from distill.cli import main
 from distill.tracking import read_metrics
 from distill.training.loop import checkpoint_path
-from rl_policy.reward import RunningScale
+from rl_policy.scaling import RunningScale
 
 RANK = """
 import sys
@@ -53,7 +53,7 @@ from distill.config import RunConfig
 from distill.recipe import load_config
 from distill.training.loop import batches
 from distill.training.trainer import Trainer
-from rl_policy.reward import RunningScale
+from rl_policy.scaling import RunningScale
 
 ALL = "policy.rewards={teacher_task: 1, student_progress: 1, label_free: 1}"
 CASES = {
