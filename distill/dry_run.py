@@ -22,6 +22,7 @@ from distill.build import (
     typed_options,
 )
 from distill.config import RunConfig
+from distill.costs.flops import teacher_flops
 from distill.data import Draw
 from distill.errors import UserError, blame
 from distill.evaluation.scoring import held_out_examples
@@ -181,11 +182,9 @@ def _pairs(trainer: Trainer) -> list[str]:
             f"#   {students} -> {pair.teacher} {tuple(theirs[pair.teacher].shape[1:])}  "
             f"{pair.loss}{' pooled' if pair.pooled else ''} x {pair.weight:g}"
         )
-    if hasattr(teacher, "flops"):
-        used, whole = teacher.flops(trainer.data.size)
-        lines.append(
-            f"#   teacher: {used / 1e9:.2f} of {whole / 1e9:.2f} GFLOP an image, stops early"
-        )
+    if (cost := teacher_flops(teacher, trainer.data.size)) is not None:
+        used, whole = (count / 1e9 for count in cost)
+        lines.append(f"#   teacher: {used:.2f} of {whole:.2f} GFLOP an image, stops early")
     if isinstance(trainer.policy, MixingPolicy):
         looks = len(trainer.timesteps)
         lines.append(

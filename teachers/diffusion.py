@@ -105,11 +105,11 @@ class View(TypedDict, total=False):
 
 
 class Flops(NamedTuple):
-    """Floating-point operations for one image, two a multiply-add.
+    """Floating-point operations for one image, two a multiply-add, over all draws of the noise.
 
     Attributes:
-        used: until the last asked layer is done, which is what `features` spends a draw.
-        whole: the complete forward pass.
+        used: until the last asked layer is done, which is what `features` spends.
+        whole: of complete forward passes.
     """
 
     used: int
@@ -192,6 +192,11 @@ class DiffusionTeacher:
         """The network whose layers are asked for."""
         network: nn.Module = self.parts["network"]
         return network
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, those of all parts."""
+        return sum(weight.numel() for weight in self.parts.parameters())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -296,7 +301,8 @@ class DiffusionTeacher:
     def flops(self, image_size: int | tuple[int, int]) -> Flops:
         """What one image of that size costs, as `features` runs it and as the whole network."""
         traced = self._trace(anatomy.height_width(self.image_size or image_size))
-        return Flops(anatomy.find_layer(self.last_layer, traced).flops, traced[-1].flops)
+        used = anatomy.find_layer(self.last_layer, traced).flops
+        return Flops(self.draws * used, self.draws * traced[-1].flops)
 
     def _trace(self, size: tuple[int, int]) -> list[anatomy.TracedLayer]:
         """Every module call of one forward pass, for one image of that size."""

@@ -96,7 +96,7 @@ class Ensemble:
     """Teachers under names of their own (a `protocol.Teacher`).
 
     Args:
-        members: by name; teachers that know their `flops`. The order is the one in which they draw
+        members: by name; teachers that know their `flops` and `parameters`. The order is the one in which they draw
             noise.
         layers: what to return, and which parts it is made of.
 
@@ -120,6 +120,11 @@ class Ensemble:
             layer: min(self.members[member].reductions[name] for member, name in parts)
             for layer, parts in layers.items()
         }
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, those of all members."""
+        return sum(member.parameters for member in self.members.values())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from students.student import Student
+from teachers.diffusion import Flops
 from teachers.protocol import Teacher
 
 
@@ -35,5 +36,11 @@ def flops(
     """
     with torch.no_grad():
         forward = operations(lambda: student(torch.zeros(1, 3, *size)))
-    used, whole = getattr(teacher, "flops", lambda size: (None, None))(size)
+    used, whole = teacher_flops(teacher, size) or (None, None)
     return {"student": forward, "teacher": used, "teacher_whole": whole}
+
+
+def teacher_flops(teacher: Teacher | None, size: tuple[int, int]) -> Flops | None:
+    """What the teacher does for one image of (H, W); None where it cannot tell, as one's own."""
+    told = getattr(teacher, "flops", None)
+    return None if told is None else told(size)

@@ -13,10 +13,9 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor
 
-from distill.costs.flops import operations
+from distill.costs.flops import operations, teacher_flops
 from distill.errors import UserError, nearest
 from students.student import Student
-from teachers.diffusion import DiffusionTeacher
 from teachers.protocol import Teacher
 
 SCRATCH = "scratch"
@@ -171,17 +170,12 @@ class TeacherBackbone:
         self.layers: Sequence[str] = teacher.layers
         self.channels: Mapping[str, int] = teacher.channels
         self.reductions: Mapping[str, int] = teacher.reductions
-        parts = getattr(teacher, "parts", None)
-        self.parameters: int | None = None
-        if isinstance(parts, torch.nn.Module):
-            self.parameters = sum(weight.numel() for weight in parts.parameters())
+        self.parameters: int | None = getattr(teacher, "parameters", None)
 
     def flops(self, size: tuple[int, int]) -> int | None:
-        """See `Backbone`; of a teacher that averages draws of the noise those of all."""
-        if not isinstance(self.teacher, DiffusionTeacher):
-            return None
-        used: int = self.teacher.flops(size).used
-        return self.teacher.draws * used
+        """See `Backbone`."""
+        told = teacher_flops(self.teacher, size)
+        return told and told.used
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """See `Backbone`."""

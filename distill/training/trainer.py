@@ -57,8 +57,8 @@ class Trainer:
 
     Attributes:
         images: How many images the student has seen, over all processes.
-        looked: How many the teacher has, every draw of the noise, timestep of a mixture and
-            measurement of the floor counted; none where features came from the cache.
+        looked: How many the teacher has, every timestep of a mixture and measurement of the floor
+            counted; none where features came from the cache.
         parts: Seconds by part of a step, of the steps that were timed.
     """
 
@@ -265,8 +265,7 @@ class Trainer:
 
     def _count(self, images: int) -> None:
         """Add to `looked` what the teacher has looked at in this process, and so in each."""
-        draws = self.config.teacher.draws if self.config.teacher.input == "average" else 1
-        self.looked += images * draws * self.accelerator.num_processes
+        self.looked += images * self.accelerator.num_processes
 
     def _measures_floor(self) -> bool:
         """Whether this step measures the target-noise floor; without noise there is none."""

@@ -55,7 +55,7 @@ def learning(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[An
     [
         ([], 8),
         (["train.floor_every=1"], 16),
-        (["teacher.input=average", "teacher.draws=3"], 24),
+        (["teacher.input=average", "teacher.draws=3"], 8),
         (["policy.name=soft_mix", "policy.bins=3"], 24),
         (["data.unlabelled=0"], 4),
         (["train.finetune_steps=5"], 0),

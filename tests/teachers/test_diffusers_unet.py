@@ -173,6 +173,8 @@ def test_flops_count_two_a_multiply_add_and_stop_with_the_features(path):
     assert used < whole
     fixed_size = diffusers_unet(path, layers=("conv_in",), image_size=16)
     assert fixed_size.flops(128).used == used
+    averaged = diffusers_unet(path, layers=("conv_in",), input="average", draws=3)
+    assert averaged.flops(16) == (3 * used, 3 * whole)
 
 
 def test_unknown_layer_names_the_nearest(path):

@@ -150,6 +150,7 @@ def test_name_fingerprint_and_flops_are_of_all_members(
     assert both.name == "first+test_vit-random0"
     pairs = zip(unet.flops(32), vit.flops(32), strict=True)
     assert both.flops(32) == tuple(a + b for a, b in pairs)
+    assert both.parameters == unet.parameters + vit.parameters > 0
     reordered = dict(reversed(members.items()))  # noise is drawn in another order
     changed = members | {"a": {"name": "diffusers_unet", "path": unets[1]}}
     others = (ensemble("", members=m, layers=layers) for m in (members, reordered, changed))
