@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -122,3 +123,27 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             f"{reason} while saving {path}; {kept}; mend that, then repeat the command, with "
             "--resume where it has one"
         ) from error
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A path to make a folder at, which takes the place of `folder` once it is on the disk.
+
+    Raises:
+        OSError: it cannot be written; the previous folder is intact.
+    """
+    around = existing_parent(folder)
+    with tempfile.TemporaryDirectory(dir=around, prefix=f".{folder.name}-") as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        yield new
+        for path in new.rglob("*"):
+            if path.is_file():
+                sync(path)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        finally:
+            if old.exists() and not folder.exists():  # interrupted between the two
+                old.rename(folder)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
-from safetensors import SafetensorError
+from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -193,57 +188,3 @@ def sample_images(
     finally:
         unet.train(training)
     return images.float()
-
-
-def save_pipeline(
-    unet: UNet2DModel,
-    scheduler: DDPMScheduler,
-    folder: str | os.PathLike[str],
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write a folder that `DDPMPipeline.from_pretrained` and `diffusers_unet` load.
-
-    It is complete on disk before it takes its name; an older pipeline of that name is replaced, any
-    other folder is left alone.
-
-    Args:
-        dtype: of the weights in the file; float16 halves it.
-
-    Raises:
-        FileExistsError: the folder holds something else than a pipeline.
-        OSError: it cannot be written, such as for want of room.
-        ValueError: a weight is not finite in `dtype`.
-    """
-    folder = Path(folder)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise FileExistsError(
-            f"{folder} exists and is not a diffusers pipeline; name another folder"
-        )
-    with quiet():
-        unet = copy.deepcopy(unet).to("cpu", dtype)
-        unet = unet.to(memory_format=torch.contiguous_format)  # all that safetensors writes
-    for name, weight in unet.named_parameters():
-        if not bool(weight.isfinite().all()):
-            raise ValueError(f"{name} holds values that are not finite in {dtype}; not saved")
-    unet.register_to_config(
-        _name_or_path=""
-    )  # a path on the training machine tells nobody anything
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
-        pipeline = DDPMPipeline(unet=unet, scheduler=scheduler)
-        try:
-            pipeline.save_pretrained(new, safe_serialization=True)
-        except SafetensorError as error:
-            raise OSError(f"{folder} cannot be written: {error}") from error
-        for path in new.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        try:
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        finally:
-            if old.exists() and not folder.exists():  # interrupted between the two renames
-                old.rename(folder)

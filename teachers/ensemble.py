@@ -96,8 +96,8 @@ class Ensemble:
     """Teachers under names of their own (a `protocol.Teacher`).
 
     Args:
-        members: by name; teachers that know their `flops` and `parameters`. The order is the one in which they draw
-            noise.
+        members: by name; teachers that know their `flops` and `parameters`. The order is the one
+            in which they draw noise.
         layers: what to return, and which parts it is made of.
 
     Attributes:

@@ -19,10 +19,11 @@ from distill.cli import main
 from distill.config import RunConfig
 from distill.pretraining.card import WEIGHTS
 from distill.pretraining.config import TeacherTrainConfig
+from distill.pretraining.pipeline import save_pipeline
 from distill.recipe import apply_override, load_config
 from distill.studies.intervals import Interval
 from distill.studies.study import load_study, run_folder
-from teachers.ddpm import build_unet, save_pipeline
+from teachers.ddpm import build_unet
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (

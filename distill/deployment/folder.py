@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -86,25 +85,12 @@ def export_student(
     # safetensors writes contiguous tensors only, and training may have left others.
     student = copy.deepcopy(student).to("cpu").to(memory_format=torch.contiguous_format)
     try:
-        around = checkpoint.existing_parent(folder)
-        with tempfile.TemporaryDirectory(dir=around, prefix=f".{folder.name}-") as scratch:
-            new = Path(scratch, "new")
+        with checkpoint.replacing_folder(folder) as new:
             timm.models.save_for_hf(student.backbone, new, **student.backbone_config())
             if student.head is not None:
                 save_file(student.head.state_dict(), new / HEAD)
             checkpoint.write_text(new / CARD, json.dumps(asdict(card), indent=2) + "\n")
             check(new)
-            for file in new.iterdir():
-                checkpoint.sync(file)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            old = Path(scratch, "old")
-            try:
-                if folder.exists():
-                    folder.rename(old)
-                new.rename(folder)
-            finally:
-                if old.exists() and not folder.exists():  # interrupted between the two
-                    old.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the student cannot be written to {folder}: {error}") from error
 

@@ -32,6 +32,7 @@ from distill.precision import autocast
 from distill.pretraining.card import teacher_card
 from distill.pretraining.config import DiffusionConfig, TeacherTrainConfig, UNetConfig
 from distill.pretraining.judge import judge_features, judge_losses
+from distill.pretraining.pipeline import save_pipeline
 from distill.recipe import build_config, first_difference, to_tree, to_yaml
 from distill.tracking import (
     Progress,
@@ -48,7 +49,6 @@ from teachers.ddpm import (
     denoising_loss,
     load_pipeline,
     sample_images,
-    save_pipeline,
 )
 
 Judgement = TypeVar("Judgement")

@@ -15,9 +15,10 @@ from diffusers import DDPMScheduler
 
 from distill.cli import main
 from distill.config import RunConfig
+from distill.pretraining.pipeline import save_pipeline
 from distill.recipe import load_config
 from distill.training.trainer import Trainer
-from teachers.ddpm import build_unet, save_pipeline
+from teachers.ddpm import build_unet
 
 Interrupter = Callable[[str, int], None]
 Load = Callable[..., RunConfig]
