@@ -75,7 +75,7 @@ class DataConfig:
     """How many training images keep their label (the first n of a seeded order); all by default."""
     unlabelled: Annotated[int, Field(ge=0)] | None = None
     """How many training images are used without label; all by default."""
-    split_seed: int = 0
+    split_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Seed of the order from which the labelled images are taken; None of the run's own seeds."""
     augment: Literal["none", "flip", "crop", "strong", "patch"] = "crop"
     """Strength of the augmentation of training images. `patch`: flipped random patches of `size` px

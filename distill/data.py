@@ -249,4 +249,5 @@ def choose_labelled(
 def fingerprint(examples: Examples) -> str:
     """sha256 over the number of examples and, where they have any, their names; 64 hex digits."""
     names: Sequence[str] = getattr(examples, "names", ())
-    return hashlib.sha256("\n".join([str(len(examples)), *names]).encode()).hexdigest()
+    text = "\n".join([str(len(examples)), *names])
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

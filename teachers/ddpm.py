@@ -84,7 +84,7 @@ def load_pipeline(path: str, image_size: tuple[int, int]) -> tuple[UNet2DModel, 
         family.noise_schedule.signal, NoiseSchedule.from_scheduler(scheduler).signal
     ):
         raise ValueError(f"{path}: its noise schedule is none of a DDPMScheduler")
-    return unet, scheduler
+    return unet.train(), scheduler  # from_pretrained leaves it in eval mode
 
 
 def denoising_loss(

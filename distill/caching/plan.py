@@ -139,6 +139,7 @@ def open_cache(
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "device": accelerator.device.type,
+        "teacher.name": config.teacher.name,
         "teacher": teacher.fingerprint,
         "teacher.input": config.teacher.input,
         "teacher.draws": config.teacher.draws if config.teacher.input == "average" else 1,

@@ -124,7 +124,9 @@ def _read_score(folder: Path, arm: Arm) -> Score:
             (result["hardware"],),
             summary["wall_seconds"],
             _mean_timestep(summary["policy"])
-            if result.get("policy") and arm == main_arm(list(summary["metrics"]))
+            if result.get("policy")
+            and summary["policy"]  # None where no step of the policy was logged
+            and arm == main_arm(list(summary["metrics"]))
             else None,
         )
     except (UserError, TypeError, KeyError) as error:

@@ -56,6 +56,7 @@ def test_half_precision_file_is_half_the_size_and_leaves_the_model_alone(tmp_pat
     assert unet.dtype == torch.float32
     unet, _ = ddpm.load_pipeline(str(tmp_path / "half"), (16, 16))
     assert unet.dtype == torch.float32  # to be trained further
+    assert unet.training
 
 
 def test_saved_pipeline_replaces_an_older_one_and_leaves_nothing_beside_it(tmp_path):
