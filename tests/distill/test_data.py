@@ -204,3 +204,5 @@ def test_fingerprint_tells_names_and_lengths_apart() -> None:
     prints = {fingerprint(examples) for examples in (Blocks(2), Blocks(3), named, renamed)}
     assert len(prints) == 4
     assert fingerprint(Blocks(2)) == fingerprint(Blocks(2))
+    named.names = ["a", "caf\udce9"]  # type: ignore[attr-defined]  # as a Latin-1 name is listed
+    assert fingerprint(named) not in prints

@@ -102,6 +102,7 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
         ("data.size=16", "'test_resnet' cannot take images of 16x16 px: each side must be"),
         ("train.batch=1", "train.batch: 1 is too small: batch norm needs two images"),
         ("train.finetune_steps=6", "train.finetune_steps: 6 of train.steps 5"),
+        ("data.split_seed=99999999999999999999", "data.split_seed: input should be less than"),
         ("train.schedule=distill_then_finetune", "train.finetune_steps: distill_then_finetune"),
     ],
 )

@@ -174,6 +174,8 @@ def test_no_floor_is_measured_of_targets_that_do_not_change(load: Load, cached: 
         ("data.options.seed=1", "data.options "),
         ("data.unlabelled=7", "images "),
         ("teacher.random_weights=3", "teacher "),
+        # One of one's own around a built-in one has its fingerprint
+        ("teacher.name=teachers.diffusers_unet:diffusers_unet", 'teacher.name "diffusers_unet"'),
     ],
 )
 def test_a_stale_cache_is_refused(

@@ -78,6 +78,14 @@ def test_a_run_that_was_begun_keeps_its_folder_when_arms_are_added_before_it(wri
 # What it finds
 
 
+def test_a_run_that_only_fine_tuned_has_no_timestep(write: Write) -> None:
+    study = load_study(write(arms=[{"name": "a2c"}], baselines=[]))
+    fake_runs(study, {("a2c", 0): 0.5})
+    path = run_folder(study.cells[Cell("a2c", 0)]) / "summary.json"
+    path.write_text(json.dumps(checkpoint.read_json(path) | {"policy": None}))
+    assert read_scores(study, {})[Cell("a2c", 0)].timestep is None
+
+
 def test_results_have_paired_gains_with_intervals(write: Write, tmp_path: Path) -> None:
     study = load_study(write(seeds=[0, 1, 2]), ["policy.bins=3"])
     scores = {("scratch", 0): 0.50, ("scratch", 1): 0.60, ("a2c", 0): 0.52, ("a2c", 1): 0.64}
