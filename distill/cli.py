@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from distill.arguments import parse, without_overrides
-from distill.errors import Interrupted, UserError
+from distill.errors import Interrupted, UserError, one_line
 from distill.registry import TABLES
 
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(arguments)
         return VERBS[options.verb](options)
     except UserError as error:
-        print(f"distill: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"distill: error: {one_line(error)}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"distill: {str(error) or 'stopped'}", file=sys.stderr)
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, say, wherever something is written
-        print(f"distill: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"distill: error: {one_line(error)}", file=sys.stderr)
         return 2
 
 

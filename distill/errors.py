@@ -25,6 +25,11 @@ def nearest(name: str, choices: Iterable[str], section: str = "") -> str:
     return f"did you mean {section + close[0]!r}?" if close else f"choose from {', '.join(known)}"
 
 
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What an error of others says, without its line breaks; at most so many characters of it."""
+    return " ".join(str(error).split())[:most]
+
+
 @contextmanager
 def blame(where: str) -> Iterator[None]:
     """Turn what a room raises about its arguments into a `UserError` that names the recipe's key.
@@ -35,5 +40,4 @@ def blame(where: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{where}: {line}") from error
+        raise UserError(f"{where}: {one_line(error)}") from error

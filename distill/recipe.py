@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from distill.config import RunConfig
-from distill.errors import UserError, nearest
+from distill.errors import UserError, nearest, one_line
 from distill.pretraining.config import TeacherTrainConfig
 from distill.registry import is_own
 
@@ -78,7 +78,7 @@ def read_tree(file: str | Path, what: str) -> dict[str, Any]:
     """
     path = Path(file)
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"{what} {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, `!!int x`
@@ -92,7 +92,7 @@ def read_tree(file: str | Path, what: str) -> dict[str, Any]:
 def _syntax(error: yaml.YAMLError | ValueError) -> str:
     """What YAML found wrong, and where: one line."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return " ".join(str(error).split())
+        return one_line(error)
     found = f"{_place(error.problem_mark)}: {error.problem}"
     begun = error.context_mark
     if error.context is None or begun is None or begun.line == error.problem_mark.line:

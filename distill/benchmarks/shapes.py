@@ -118,11 +118,6 @@ def _pixels(scene: Scene) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def presence_labels(mask: Tensor) -> Tensor:
-    """Which forms a scene shows. mask: (H, W) int -> (len(FORMS),) bool."""
-    return torch.stack([(mask == form + 1).any() for form in range(len(FORMS))])
-
-
 class ShapesDataset(Dataset[tuple[Tensor, Tensor]]):
     """Scenes of one split. Items: image (3, S, S) uint8, mask (S, S) uint8 in 0..len(FORMS)."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.benchmarks.files import read_image
 from distill.benchmarks.geometric import KeypointPair
 from distill.benchmarks.published import Layout
-from distill.errors import UserError, nearest
+from distill.errors import UserError, nearest, one_line
 
 LAYOUT = Layout(
     name="spair71k",
@@ -48,7 +48,7 @@ class AnnotatedPairs:
             points = [_numbers(entry[key], 2) + 0.5 for key in ("src_kps", "trg_kps")]
             box = _numbers([entry["trg_bndbox"]], 4)[0]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
             raise UserError(f"{file} is no annotation of a pair: {reason}") from error
         if len(points[0]) != len(points[1]) or not len(points[0]):
             raise UserError(f"{file}: {len(points[0])} points of {len(points[1])} correspond")

@@ -38,7 +38,7 @@ from distill.deployment.formats import (
     describe,
     write,
 )
-from distill.errors import UserError
+from distill.errors import UserError, one_line
 from distill.evaluation.scoring import held_out_examples
 from distill.recipe import apply_override, build_config, load_config, refuse_foreign, to_tree
 from distill.training.loop import checkpoint_path
@@ -185,7 +185,7 @@ def _of_run(path: Path, arm: str, overrides: Sequence[str]) -> Source:
     try:
         student.load_state_dict(state["average"])
     except RuntimeError as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         raise UserError(f"{saved} does not fit the student of {recipe}: {line}") from error
     result = saved.with_name("result.json")  # written at the end of training
     scores = checkpoint.read_json(result)["scores"] if result.exists() else {}

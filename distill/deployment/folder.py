@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.benchmarks import IGNORE_INDEX, Task
-from distill.errors import UserError, blame
+from distill.errors import UserError, blame, one_line
 from students.student import Student
 
 CARD = "student.json"
@@ -129,7 +129,7 @@ def untrained(card: StudentCard, folder: Path) -> Student:
 def read_card(folder: Path) -> StudentCard:
     """The card of an exported student."""
     try:
-        return StudentCard(**json.loads((folder / CARD).read_text()))
+        return StudentCard(**json.loads((folder / CARD).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder / CARD} is not the card of an exported student") from error
 
@@ -164,7 +164,7 @@ def load_backbone(student: Student, path: str | Path) -> None:
     try:
         student.backbone.load_state_dict(kept)
     except RuntimeError as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         raise UserError(
             f"student.init_from: {folder} holds {read_card(folder).model!r}: {line}"
         ) from error
@@ -220,7 +220,7 @@ def _load(module: torch.nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(_read(path))
     except RuntimeError as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         raise UserError(
             f"{path} does not fit the student that its card describes: {line}"
         ) from error

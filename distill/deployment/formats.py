@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from distill.benchmarks import distinct_colours
 from distill.deployment.folder import StudentCard
 from distill.deployment.runtimes import METADATA, needs
-from distill.errors import UserError
+from distill.errors import UserError, one_line
 from students.heads import resize_logits
 from students.student import Student
 
@@ -199,7 +199,7 @@ def write(
         except (UserError, OSError):
             raise
         except Exception as error:  # onnxruntime has its own, some of them bare Exceptions
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise UserError(f"onnxruntime cannot turn this student into int8: {reason}") from error
 
 
@@ -207,7 +207,7 @@ def _reason(error: BaseException) -> str:
     """A line of the first cause: what exporters wrap around it tells of their own steps."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error, 200) or type(error).__name__
 
 
 def _captured(model: Deployed, example: Tensor) -> ExportedProgram:

@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from distill import checkpoint
 from distill.deployment.folder import CARD, StudentCard, without_paths
-from distill.errors import UserError
+from distill.errors import UserError, one_line
 
 README = "README.md"
 NAMES = {  # a score -> its type and name in a model card
@@ -130,7 +130,7 @@ def write_card(folder: Path, card: StudentCard, scores: Mapping[str, Any], sourc
     )
     document = ModelCard(f"---\n{fields.to_yaml()}\n---\n{text}")
     checkpoint.write_text(folder / README, str(document))
-    content = without_paths(json.loads((folder / CARD).read_text()))
+    content = without_paths(json.loads((folder / CARD).read_text(encoding="utf-8")))
     checkpoint.write_text(folder / CARD, json.dumps(content, indent=2) + "\n")
 
 
@@ -171,7 +171,7 @@ def push(folder: Path, repository: str, *, token: str, endpoint: str | None = No
             repo_id=repository, folder_path=folder, commit_message="Add the exported student"
         )
     except Exception as error:  # its own, and those of whichever HTTP library it uses
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"{folder} is written, but was not uploaded: {reason}") from error
     return (
         f"uploaded to {address} (private where it is new; its page makes it public); open it with "

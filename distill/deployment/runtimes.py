@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.errors import UserError
+from distill.errors import UserError, one_line
 
 METADATA = "student.json"
 """Where an exported file keeps what it says about itself: key of ONNX, extra file of torch."""
@@ -186,7 +186,7 @@ def _readable(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # each runtime has its own, some of them bare Exceptions
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(f"{path} is damaged or no file of distill export: {reason}") from error
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
@@ -100,12 +99,6 @@ class PyramidRegressor(nn.Module):
 
 
 PROJECTORS = MappingProxyType({"linear": Linear, "film": FiLM, "fpn_ppm": PyramidRegressor})
-
-
-class Projector(Protocol):
-    """What `PROJECTORS` make."""
-
-    def __call__(self, maps: Sequence[Tensor], grid: Grid, timesteps: Tensor) -> Tensor: ...
 
 
 def resize_map(x: Tensor, grid: Grid) -> Tensor:

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from distill.benchmarks import shapes
 from distill.benchmarks.forms import FORMS
-from distill.benchmarks.shapes import Shapes, draw, draw_scene, presence_labels
+from distill.benchmarks.shapes import Shapes, draw, draw_scene
 from distill.errors import UserError
 
 CLASS = {name: number for number, name in enumerate(Shapes.class_names)}
@@ -167,12 +167,6 @@ def test_the_same_index_is_the_same_scene_at_every_size() -> None:
 def test_every_class_occurs_and_nothing_else() -> None:
     masks = torch.stack([Shapes(size=32).dataset("train")[index][1] for index in range(40)])
     assert set(masks.flatten().tolist()) == set(range(7))
-
-
-def test_presence_labels_say_which_forms_are_there() -> None:
-    mask = torch.zeros(8, 8, dtype=torch.uint8)
-    mask[0, 0], mask[4:6, 4:6] = CLASS["ring"], CLASS["star"]
-    assert presence_labels(mask).tolist() == [False, True, False, False, False, True]
 
 
 @pytest.mark.parametrize("size", [31, 129, 0, -64])
