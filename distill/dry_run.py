@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -54,6 +54,7 @@ def dry_run(config: RunConfig) -> str:
         if trainer.teacher is not None:
             lines += _pairs(trainer)
         if trainer.plan is not None:
+            trainer.check_cache()
             lines.append(f"# {arm}: cache of {trainer.plan} in {config.teacher.cache}; not counted")
         seconds = _step_seconds(trainer)
         estimate = seconds * config.train.steps
@@ -70,14 +71,28 @@ def dry_run(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def training_seconds(config: RunConfig) -> float:
-    """Check a recipe as `dry_run` does, and estimate the seconds of training all its arms."""
+class Trial(NamedTuple):
+    """What two steps of a recipe tell of its run."""
+
+    seconds: float
+    """Of training all its arms, estimated."""
+    teachers: dict[str, str]
+    """The fingerprint of each arm's teacher."""
+
+
+def try_recipe(config: RunConfig) -> Trial:
+    """Check a recipe as `dry_run` does."""
     config, data, _, accelerator = _prepare(config)
-    seconds = 0.0
+    found = Trial(0.0, {})
     for arm in config.train.arms:
-        seconds += config.train.steps * _step_seconds(Trainer(config, arm, data, accelerator))
+        trainer = Trainer(config, arm, data, accelerator)
+        trainer.check_cache()
+        found = found._replace(seconds=found.seconds + config.train.steps * _step_seconds(trainer))
+        if trainer.teacher is not None:
+            found.teachers[arm] = trainer.teacher.fingerprint
+        del trainer
         accelerator.free_memory()  # it holds on to every model that it prepared
-    return seconds
+    return found
 
 
 def _prepare(config: RunConfig) -> tuple[RunConfig, TrainingSet, Examples, Accelerator]:

@@ -290,7 +290,11 @@ def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
     tree = to_tree(run.config)
     mine = {f"teacher.{name}": value for name, value in tree["teacher"].items()}
     mine |= {f"data.{name}": tree["data"][name] for name in COMPARED}
-    for key, theirs in probe.figures.get("settings", {}).items():
+    settings = probe.figures.get("settings", {})
+    teachers = settings.get("teacher (fingerprint)"), run.results[run.taught].get("teacher")
+    if None not in teachers and teachers[0] != teachers[1]:  # older files do not tell
+        said.append("The probe's teacher has other weights than the run's.")
+    for key, theirs in settings.items():
         if key in mine and mine[key] != theirs:
             said.append(f"The probe has {key}={theirs}, the run {key}={mine[key]}.")
     return [Text(" ".join(said))]

@@ -35,6 +35,13 @@ NOT_THE_RECIPE = frozenset(
     )
 )
 
+NO_PART = {
+    "scratch": ("train.arms", "train.feature_weight", "teacher.", "pairs.", "policy."),
+    "random_teacher": ("train.arms", "policy."),
+}
+"""What of a recipe a control says nothing about: runs that differ in these share theirs. The policy
+picks what the random teacher shows too, but it stands for any choice."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
@@ -165,7 +172,7 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
     members: list[list[FinishedRun]] = []
     for run in runs:
         for group in members:
-            alike = _same_images(group[0], run, "train")
+            alike = _same_images(group[0], run, "train") and _same_teacher(group[0], run)
             if alike and not differences(group[0].config, run.config):
                 group.append(run)
                 break
@@ -185,6 +192,13 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
 def _same_images(run: FinishedRun, other: FinishedRun, what: Literal["train", "scored"]) -> bool:
     """Whether both were trained or scored on images of the same names; older runs do not tell."""
     told = [x.results[x.arm].get("data", {}).get(what) for x in (run, other)]
+    return None in told or told[0] == told[1]
+
+
+def _same_teacher(run: FinishedRun, other: FinishedRun) -> bool:
+    """Whether two of one recipe had one trained teacher: its file may have changed since. Older
+    runs do not tell."""
+    told = [x.results.get("distilled", {}).get("teacher") for x in (run, other)]
     return None in told or told[0] == told[1]
 
 
@@ -214,13 +228,15 @@ def differences(one: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def _labels(groups: Sequence[Sequence[FinishedRun]]) -> list[str]:
-    """Short names of groups: the one or two keys that differ, or the names of their first runs;
-    where these are not unique, their folders."""
+    """Short names of groups, the first that are unique: the one or two keys that differ, the names
+    of their first runs, their folders."""
     configs = [group[0].config for group in groups]
     keys = dict.fromkeys(key for config in configs for key in differences(configs[0], config))
     if 1 <= len(keys) <= 2:
         trees = [flat(to_tree(config)) for config in configs]
-        return [", ".join(f"{key}={tree.get(key)}" for key in keys) for tree in trees]
+        labels = [", ".join(f"{key}={tree.get(key)}" for key in keys) for tree in trees]
+        if len({*labels}) == len(labels):
+            return labels
     names = [config.name for config in configs]
     return names if len({*names}) == len(names) else [str(group[0].folder) for group in groups]
 
@@ -241,10 +257,19 @@ def estimate(values: Mapping[int, float]) -> dict[str, float | None] | None:
 
 
 def baselines(group: Group, groups: Sequence[Group]) -> dict[str, dict[int, float]]:
-    """The scores of the controls, by seed: the group's own, or those of the one that has them."""
+    """The scores of the controls, by seed: the group's own, or those of the one that has them and
+    differs in nothing that plays a part in them."""
     found = {}
-    for base in ("scratch", "random_teacher"):
-        having = [other for other in groups if base in other.first.summary["metrics"]]
+    for base, apart in NO_PART.items():
+        having = [
+            other
+            for other in groups
+            if base in other.first.summary["metrics"]
+            and _same_images(group.first, other.first, "train")
+            and all(
+                key.startswith(apart) for key in differences(group.first.config, other.first.config)
+            )
+        ]
         if base in group.first.summary["metrics"]:
             having = [group]
         if len(having) == 1:

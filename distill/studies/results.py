@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from distill import checkpoint
 from distill.config import Arm, RunConfig
-from distill.errors import UserError
+from distill.errors import UserError, one_line
 from distill.evaluation.metrics import LOWER_IS_BETTER, TITLES, in_points
 from distill.reporting import charts
 from distill.studies.comparison import METRICS, estimate, gains, main_arm, spoken
@@ -36,11 +37,25 @@ class Score(NamedTuple):
     commits: tuple[str, ...]
     hardware: tuple[str, ...]
     run_seconds: float
+    split_seed: int | None = None
+    """What drew its labelled images, as the next two None where that is not known."""
     timestep: float | None = None
-    """The mean of the final policy; None where it is not known."""
+    """The mean of the final policy."""
+    teacher: str | None = None
+    """Fingerprint of the trained teacher."""
 
 
 Scores = dict[Cell, Score]
+
+COLUMNS = {
+    "values": "value",
+    "seconds": "seconds",
+    "images_per_second": "images_per_second",
+    "split_seeds": "split_seed",
+    "mean_timesteps": "timestep",
+    "teachers": "teacher",
+}
+"""What NAME.json has of every seed, and what that is of a `Score`."""
 
 
 def finished(run: RunConfig) -> bool:
@@ -52,15 +67,41 @@ def read_scores(study: Study, kept: Scores) -> Scores:
     """The scores of all finished runs, in the study's order; `kept` ones where there is no run.
 
     Raises:
-        UserError: A file of a finished run is missing or damaged.
+        UserError: A file of a finished run is missing or damaged, or two were taught by different
+            teachers of one path.
     """
     scores = {}
     for cell, run in study.cells.items():
         if finished(run):
-            scores[cell] = _read_score(run_folder(run), study.takes[cell.arm])
+            scores[cell] = _read_score(run, study.takes[cell.arm])
         elif cell in kept:
             scores[cell] = kept[cell]
+    check_teachers(study, {cell: score.teacher for cell, score in scores.items()})
     return scores
+
+
+def check_teachers(study: Study, teachers: Mapping[Cell, str | None]) -> None:
+    """Refuse scores of one recipe whose teacher was another each time: its files have changed.
+
+    Args:
+        study: The study.
+        teachers: Fingerprints by cell; those of None are not known.
+    """
+    known: dict[str, tuple[Cell, str]] = {}
+    for cell, teacher in teachers.items():
+        if teacher is None:
+            continue
+        config = study.cells[cell].teacher
+        recipe = repr(dataclasses.replace(config, cache=None))
+        other, before = known.setdefault(recipe, (cell, teacher))
+        if teacher != before:
+            runs = [f"arm {arm}, seed {seed}" for arm, seed in (other, cell)]
+            raise UserError(
+                f"study {study.path}: {runs[0]} is of teacher {before[:12]}, {runs[1]} of "
+                f"{teacher[:12]}: what lies at {config.path or 'the paths of its members'} has "
+                "changed between them; put that back, or give the study another name= to train "
+                "all of it again"
+            )
 
 
 def kept_scores(study: Study, file: str) -> Scores:
@@ -70,33 +111,32 @@ def kept_scores(study: Study, file: str) -> Scores:
         UserError: It is none, or its arms, the study or the recipe had other settings.
     """
     try:
-        results = json.loads(Path(file).read_text())
-        about = results["benchmark"], results["split"], results["metric"]
+        results = json.loads(Path(file).read_text(encoding="utf-8"))
+        about: dict[str, Any] = {key: results[key] for key in ("benchmark", "split", "metric")}
         before = {"the study": results["overrides"]}
         recipe = results.get("recipe") or study.recipe  # older files tell of the overrides alone
         changed = [key for key in recipe | study.recipe if recipe.get(key) != study.recipe.get(key)]
         scores = {}
         for arm, row in results["arms"].items():
             before[f"arm {arm}"] = [row["take"], *row["overrides"]]
-            commits, hardware = tuple(row["commits"]), tuple(row["hardware"])
-            columns = (row["seeds"], row["values"], row["seconds"], row["images_per_second"])
-            means = row.get("mean_timesteps") or [None] * len(row["seeds"])  # older files lack them
-            for seed, value, seconds, rate, mean in zip(*columns, means, strict=True):
-                scores[Cell(arm, seed)] = Score(
-                    *(*about, value, seconds, rate, commits, hardware), seconds, mean
-                )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            made = {key: tuple(row[key]) for key in ("commits", "hardware")}
+            for place, seed in enumerate(row["seeds"]):
+                # older files lack some
+                mine = {of: row[name][place] for name, of in COLUMNS.items() if name in row}
+                mine |= about | made | {"run_seconds": mine["seconds"]}
+                scores[Cell(arm, seed)] = Score(**mine)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--keep: {file} is no JSON of a sweep ({' '.join(str(error).split())}); name the "
+            f"--keep: {file} is no JSON of a sweep ({one_line(error)}); name the "
             f"{study.config.name}.json that one wrote"
         ) from error
     now = {"the study": study.config.overrides}
     now |= {f"arm {arm.name}": [study.takes[arm.name], *arm.overrides] for arm in study.config.arms}
-    for place, overrides in before.items():
-        if place in now and now[place] != overrides:
+    for where, overrides in before.items():
+        if where in now and now[where] != overrides:
             raise UserError(
-                f"--keep: {file} is of other settings: {place} had {overrides}, and has "
-                f"{now[place]} in {study.path}"
+                f"--keep: {file} is of other settings: {where} had {overrides}, and has "
+                f"{now[where]} in {study.path}"
             )
     if changed:
         key = changed[0]
@@ -104,10 +144,18 @@ def kept_scores(study: Study, file: str) -> Scores:
             f"--keep: {file} is of another recipe: {key} was {recipe.get(key)!r}, and is "
             f"{study.recipe.get(key)!r} now"
         )
+    for cell, score in scores.items():
+        drawn = study.cells[cell].data.split_seed if cell in study.cells else None
+        if None not in (score.split_seed, drawn) and score.split_seed != drawn:
+            raise UserError(
+                f"--keep: {file} is of other labelled images: data.split_seed of arm {cell.arm}, "
+                f"seed {cell.seed} was {score.split_seed}, and is {drawn} now"
+            )
     return scores
 
 
-def _read_score(folder: Path, arm: Arm) -> Score:
+def _read_score(run: RunConfig, arm: Arm) -> Score:
+    folder = run_folder(run)
     try:
         summary = checkpoint.read_json(folder / "summary.json")
         path = checkpoint_path(folder, arm).with_name("result.json")
@@ -123,16 +171,17 @@ def _read_score(folder: Path, arm: Arm) -> Score:
             (result["commit"],),
             (result["hardware"],),
             summary["wall_seconds"],
+            run.data.split_seed,
             _mean_timestep(summary["policy"])
             if result.get("policy")
             and summary["policy"]  # None where no step of the policy was logged
             and arm == main_arm(list(summary["metrics"]))
             else None,
+            result.get("teacher") if arm == "distilled" else None,  # random ones are of the seed
         )
     except (UserError, TypeError, KeyError) as error:
         raise UserError(
-            f"{folder} is no whole run ({' '.join(str(error).split())}); remove that folder to "
-            "train it again"
+            f"{folder} is no whole run ({one_line(error)}); remove that folder to train it again"
         ) from error
 
 
@@ -215,7 +264,6 @@ def _row(study: Study, arm: str, scores: Mapping[Cell, Score], metric: str) -> d
         "take": study.takes[arm],
         "overrides": next(one.overrides for one in study.config.arms if one.name == arm),
         "seeds": list(own),
-        "values": list(values.values()),
         metric: estimate(values),
     }
     for baseline in study.config.baselines:
@@ -228,9 +276,7 @@ def _row(study: Study, arm: str, scores: Mapping[Cell, Score], metric: str) -> d
                 **found,
             }
     return row | {
-        "seconds": [score.seconds for score in own.values()],
-        "images_per_second": [score.images_per_second for score in own.values()],
-        "mean_timesteps": [score.timestep for score in own.values()],
+        **{name: [getattr(score, of) for score in own.values()] for name, of in COLUMNS.items()},
         "commits": _distinct(score.commits for score in own.values()),
         "hardware": _distinct(score.hardware for score in own.values()),
     }

@@ -11,10 +11,17 @@ from tqdm import tqdm
 
 from distill.build import build_accelerator
 from distill.config import RunConfig
-from distill.dry_run import training_seconds
+from distill.dry_run import Trial, try_recipe
 from distill.errors import Interrupted, UserError
 from distill.recipe import first_difference, load_config
-from distill.studies.results import Scores, finished, kept_scores, read_scores, write_results
+from distill.studies.results import (
+    Scores,
+    check_teachers,
+    finished,
+    kept_scores,
+    read_scores,
+    write_results,
+)
 from distill.studies.study import Cell, Study, load_study, run_folder
 from distill.tracking import stop_on_signals
 from distill.training.fit import with_batch
@@ -65,7 +72,7 @@ def sweep(
     scores = read_scores(study, kept)
     runs = _distinct(study, sorted(chosen, key=lambda cell: cell in scores))
     todo = [cell for cell in runs if cell not in scores]
-    tried = _try_recipes(study, todo)
+    tried = _try_recipes(study, todo, scores)
     if dry_run:
         return _plan(study, chosen, runs, tried, scores)
     folder = Path(out) if out else study.folder
@@ -142,16 +149,23 @@ def _train(config: RunConfig) -> None:
         raise UserError(f"{folder}: {error}") from error
 
 
-def _try_recipes(study: Study, cells: Iterable[Cell]) -> dict[str, float]:
-    """Two steps of the recipe of every arm among the cells: seconds of a run, by arm."""
-    seconds: dict[str, float] = {}
+def _try_recipes(study: Study, cells: Iterable[Cell], scores: Scores) -> dict[str, float]:
+    """Two steps of the recipe of every arm among the cells: seconds of a run, by arm.
+
+    Raises:
+        UserError: A mistake in a recipe, or the teacher is not the one of the `scores`.
+    """
+    tried: dict[str, Trial] = {}
+    teachers = {cell: score.teacher for cell, score in scores.items()}
     for cell in cells:
-        if cell.arm not in seconds:
+        if cell.arm not in tried:
             try:
-                seconds[cell.arm] = training_seconds(study.cells[cell])
+                tried[cell.arm] = try_recipe(study.cells[cell])
             except UserError as error:
                 raise UserError(f"study {study.path}, arm {cell.arm}: {error}") from error
-    return seconds
+            teachers[cell] = tried[cell.arm].teachers.get("distilled")
+    check_teachers(study, teachers)
+    return {arm: trial.seconds for arm, trial in tried.items()}
 
 
 def _seconds(tried: Mapping[str, float], scores: Scores) -> dict[str, float]:

@@ -207,6 +207,7 @@ def _finish_arm(
             "train": trainer.data.fingerprint,
             "scored": fingerprint(benchmark.dataset(config.evaluate.split)),
         },
+        "teacher": trainer.teacher.fingerprint if trainer.teacher else None,
         "images_per_second": trainer.images / max(trainer.seconds, 1e-9),
         "looked": trainer.looked,
         "seconds": trainer.seconds,

@@ -100,7 +100,8 @@ def test_a_probe_with_other_settings_is_told_and_of_other_images_refused(tmp_pat
         "data.root": "elsewhere",
         "data.options": {"size": 64, "train": 8000, "test": 1000},
     }
-    run = taught("policy.context=image")
+    settings |= {"teacher (fingerprint)": "of the probe"}
+    run = taught("policy.context=image", teacher="of the run")
     write_probe(tmp_path, settings=settings | {"data.benchmark": "shapes"})
     group = Group("", (run,))
     (text,) = report._cautions(run, report._read_probe(str(tmp_path), [group]))
@@ -109,6 +110,7 @@ def test_a_probe_with_other_settings_is_told_and_of_other_images_refused(tmp_pat
         "The probe has teacher.image_size=None, the run teacher.image_size=[32, 32]",
         "The probe has data.labelled=200, the run data.labelled=100.",
     ]
+    assert "The probe's teacher has other weights than the run's." in text.text
     write_probe(tmp_path, settings=settings | {"data.benchmark": "camvid"})
     with pytest.raises(UserError) as raised:
         report._read_probe(str(tmp_path), [group])

@@ -15,6 +15,7 @@ from distill.reporting.results import results
 from distill.reporting.summary import compare
 from distill.studies.comparison import (
     FinishedRun,
+    baselines,
     compare_groups,
     figures,
     group_runs,
@@ -125,9 +126,45 @@ def test_controls_that_are_runs_of_their_own_are_paired_with(
     section = results(groups, tmp_path)
     (of_uniform,) = [finding for finding in section.findings if "uniform" in finding.about]
     assert "Distilled is above scratch by 5.0 (5.0 to 5.0) points" in of_uniform.text
-    again = of_one_arm(finished_run, tmp_path / "slow", "scratch", 0.1, train__lr=0.5)
+    again = of_one_arm(finished_run, tmp_path / "again", "scratch", 0.1, teacher__path="other")
     unsure = compare_groups(group_runs([*runs, again]))["groups"]
     assert "gain_over_scratch" not in unsure[1]["arms"]["distilled"]  # over which of the two?
+
+
+@pytest.mark.parametrize(
+    ("arm", "change", "shared"),
+    [
+        ("scratch", {"train__feature_weight": 2.0}, True),
+        ("scratch", {"teacher__path": "other"}, True),
+        ("scratch", {"data__labelled": 5}, False),
+        ("scratch", {"train__steps": 500}, False),
+        ("scratch", {"student__model": "resnet50"}, False),
+        ("random_teacher", {"policy__name": "uniform"}, True),
+        ("random_teacher", {"teacher__path": "other"}, False),
+        ("random_teacher", {"train__feature_weight": 2.0}, False),
+    ],
+)
+def test_controls_are_those_of_a_recipe_that_differs_in_nothing_they_depend_on(
+    finished_run: Path, tmp_path: Path, arm: str, change: dict[str, Any], shared: bool
+) -> None:
+    control = of_one_arm(finished_run, tmp_path / "control", "scratch", 0.2, **change)
+    if arm == "random_teacher":
+        control.summary["metrics"] = {arm: control.summary["metrics"].pop("scratch")}
+    groups = group_runs([control, of_one_arm(finished_run, tmp_path / "taught", "distilled", 0.3)])
+    assert baselines(groups[1], groups) == ({arm: {0: 0.2}} if shared else {})
+
+
+def test_runs_of_another_teacher_at_the_same_path_are_another_recipe(
+    runs: list[FinishedRun],
+) -> None:
+    fingerprint = runs[0].results["distilled"]["teacher"]
+    assert len(fingerprint) == 64
+    runs[1].results["distilled"]["teacher"] = "0ther"
+    groups = group_runs(runs)
+    assert [len(group.runs) for group in groups] == [1, 1, 2]
+    assert [group.label for group in groups] == ["a0", "a1", "tiny"]  # by recipe two are alike
+    del runs[1].results["distilled"]["teacher"]  # an older run does not tell
+    assert len(group_runs(runs)) == 2
 
 
 def test_older_runs_which_do_not_tell_their_images_are_compared(runs: list[FinishedRun]) -> None:

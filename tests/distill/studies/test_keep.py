@@ -44,10 +44,22 @@ def test_scores_from_elsewhere_are_taken_over_and_not_trained_again(
     assert arms["a2c"]["values"] == [0.3, 0.4]
     assert arms["a2c"]["gain_over_scratch"]["seeds"] == [0, 1]
     assert arms["a2c"]["mean_timesteps"] == [75, 75]
+    assert arms["scratch"]["split_seeds"] == [0, 0]
     assert arms["scratch"]["values"][0] == 0.2
     assert {"c0ffee"} < {*arms["scratch"]["commits"]}
     assert not (study.folder / "scratch-0").exists()
     assert (study.folder / "scratch-1" / "summary.json").exists()
+
+
+def test_scores_of_other_labelled_images_are_refused(
+    write: Write, tmp_path: Path, refuse: Refuse
+) -> None:
+    path = write(overrides=["train.arms=[distilled]", "data.split_seed={seed}"])
+    file = results_of(load_study(path), {("scratch", 1): 0.2}, tmp_path)
+    refused = ["sweep", str(path), "--keep", str(file), "--dry-run"]
+    line = refuse(*refused, "data.split_seed=5")
+    assert f"--keep: {file} is of other labelled images: data.split_seed of arm scratch, " in line
+    assert "seed 1 was 1, and is 5 now" in line
 
 
 def test_scores_of_other_settings_or_of_no_study_are_refused(

@@ -134,6 +134,20 @@ def test_rows_of_another_commit_or_machine_than_a_baseline_are_marked(
     assert "and which images have labels: the intervals are over all of these" in table
 
 
+def test_seeds_of_another_teacher_at_the_same_path_are_refused(
+    write: Write, refuse: Refuse, tmp_path: Path
+) -> None:
+    path = write()
+    study = load_study(path)
+    fake_runs(study, {("a2c", 0): 0.5, ("scratch", 0): 0.5, ("scratch", 1): 0.5})
+    file = checkpoint_path(run_folder(study.cells[Cell("a2c", 0)]), "distilled")
+    file = file.with_name("result.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher": "0ther"}))
+    line = refuse("sweep", str(path))
+    assert f"study {path}: arm a2c, seed 0 is of teacher 0ther, arm uniform, seed 0 of " in line
+    assert not run_folder(study.cells[Cell("a2c", 1)]).exists()
+
+
 # Training it
 
 
@@ -226,7 +240,7 @@ def test_a_run_that_diverges_does_not_stop_the_others(
     (recipe.parent / "own_later.py").write_text(WILD)
     monkeypatch.syspath_prepend(recipe.parent)
     monkeypatch.setattr(
-        "distill.studies.sweep._try_recipes", lambda study, cells: dict.fromkeys("abc", 1)
+        "distill.studies.sweep._try_recipes", lambda study, cells, scores: dict.fromkeys("abc", 1)
     )
     arms = [{"name": "a", "overrides": ["pairs.0.loss=own_later:wild"]}, {"name": "b"}]
     study = write(arms=arms, baselines=[], seeds=[0])
