@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import torch
 
-from distill.errors import UserError
+from distill.errors import UserError, one_line
 
 FORMAT = "diffusion-distill checkpoint"
 VERSION = 1
@@ -81,7 +81,7 @@ def read_json(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{path} is missing or damaged: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
@@ -104,7 +104,8 @@ def sync(path: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` only once it is complete and on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    # of its process alone: others may write the file too
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

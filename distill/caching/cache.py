@@ -9,12 +9,14 @@ written, not mapped: the pages of a map would count as memory of this process.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,8 @@ from teachers.protocol import Teacher
 BLOCK = 256
 """Rows between two moments at which they are safe on the disk: what a crash can lose."""
 ALIGNMENT = 64
+CHUNK = "images at once"
+"""Key of the manifest: kernels round differently for every number of images."""
 
 
 class Stored(NamedTuple):
@@ -104,9 +108,10 @@ class FeatureCache:
         examples: (N,) int64, ascending: the numbers of the images in the data set.
         timesteps: (K,) int64, what the bins stand for.
         origin: All that decides the features, in readable form.
-        chunk: Images that the teacher looks at together.
+        chunk: Images that the teacher looks at together in a new folder.
 
     Attributes:
+        chunk: The same in this one, which keeps to what it was begun with.
         looked: How many images the teacher has looked at so far, those that filled a chunk too.
 
     Raises:
@@ -125,22 +130,25 @@ class FeatureCache:
         origin: Mapping[str, Any],
         chunk: int,
     ) -> None:
-        self.folder, self.teacher, self.plan, self.chunk = folder, teacher, plan, chunk
+        self.folder, self.teacher, self.plan = folder, teacher, plan
         self._examples, self._timesteps = examples, timesteps
         with blame("teacher.cache"):
             folder.mkdir(parents=True, exist_ok=True)
-            if (folder / "manifest.json").exists():
-                _check_origin(folder, origin)
-            else:
-                _make(folder, plan, origin)
+            with _alone_in(folder):
+                if (kept := check_origin(folder, origin)) is None:
+                    kept = {**origin, CHUNK: chunk}
+                    _make(folder, plan, kept)
             try:
                 self._file = os.open(folder / "features.bin", os.O_RDWR)
                 weakref.finalize(self, os.close, self._file)
                 sizes = os.fstat(self._file).st_size, (folder / "marks.bin").stat().st_size
             except FileNotFoundError:
                 raise self._damaged() from None
-        if sizes[0] < plan.rows * plan.row_bytes or sizes[1] != plan.rows * 4:
+        begun_with = kept.get(CHUNK)
+        whole = sizes[0] >= plan.rows * plan.row_bytes and sizes[1] == plan.rows * 4
+        if not whole or not isinstance(begun_with, int) or begun_with < 1:
             raise self._damaged()
+        self.chunk = begun_with
         self._saved = np.memmap(folder / "marks.bin", np.uint32, "r+")
         self._marks = np.array(self._saved)  # ours may be ahead of what is safe on the disk
         self._unsaved: list[NDArray[np.int64]] = []
@@ -198,12 +206,6 @@ class FeatureCache:
         empty = np.flatnonzero(marks == 0)
         first = np.unique(rows[empty], return_index=True)[1]
         return torch.from_numpy(empty[np.sort(first)])
-
-    def incomplete(self) -> list[int]:
-        """The examples of which some row is missing."""
-        full = self._marks.reshape(self.plan.images, -1).all(axis=1)
-        incomplete: list[int] = self._examples[~full].tolist()
-        return incomplete
 
     def fill(self, images: Tensor, tags: Tensor, bins: Tensor) -> None:
         """Compute rows that are missing; arguments as `features`."""
@@ -266,8 +268,20 @@ class FeatureCache:
         return UserError(f"teacher.cache: {self.folder} is damaged; delete it")
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep others who open the cache waiting: of several that start at once, one makes it."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network disks lock no folders
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
 def _make(folder: Path, plan: Plan, origin: Mapping[str, Any]) -> None:
-    """Reserve the disk for all rows, none of them filled. Safe beside others who do the same."""
+    """Reserve the disk for all rows, none of them filled."""
     features = folder / "features.bin"
     file = os.open(features, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -291,11 +305,17 @@ def _make(folder: Path, plan: Plan, origin: Mapping[str, Any]) -> None:
     checkpoint.write_text(folder / "manifest.json", json.dumps(origin, indent=2, default=str))
 
 
-def _check_origin(folder: Path, origin: Mapping[str, Any]) -> None:
-    """Raises UserError if the folder's features are of something else."""
+def check_origin(folder: Path, origin: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The folder's manifest, None where there is none yet.
+
+    Raises:
+        UserError: Its features are of something else.
+    """
     now = json.loads(json.dumps(origin, default=str))
+    if not (folder / "manifest.json").exists():
+        return None
     try:
-        was = json.loads((folder / "manifest.json").read_text())
+        was: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         differing = [key for key in now if was.get(key) != now[key]]
     except (ValueError, AttributeError) as error:
         raise UserError(
@@ -307,6 +327,7 @@ def _check_origin(folder: Path, origin: Mapping[str, Any]) -> None:
             f"teacher.cache: {folder} is of other features ({'; '.join(changes)}); delete it, or "
             "name another folder"
         )
+    return was
 
 
 def _short(value: Any) -> str:

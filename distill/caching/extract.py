@@ -13,6 +13,7 @@ from torch import Tensor
 from distill.augmentation import augmentation
 from distill.build import build_accelerator, build_training_set
 from distill.caching.cache import FeatureCache
+from distill.caching.plan import cached_examples
 from distill.config import RunConfig
 from distill.data import Augmented, Draw, Tagged, loader
 from distill.errors import Interrupted, UserError
@@ -22,7 +23,8 @@ from distill.training.trainer import Trainer
 
 
 def extract(config: RunConfig) -> str:
-    """Compute what is missing in the cache of the distilled arm, a few images at a time.
+    """Compute what is missing in the cache of the distilled arm, a few images at a time, and check
+    that the rest is of the images that are there now.
 
     Memory does not grow with the number of images. What was computed stays, also after a crash
     (but `cache.BLOCK` rows), and a second call goes on with the rest.
@@ -31,7 +33,8 @@ def extract(config: RunConfig) -> str:
         What to print.
 
     Raises:
-        UserError: The recipe asks for no cache, or one that cannot be; see `plan_cache`.
+        UserError: The recipe asks for no cache, or one that cannot be (see `plan_cache`), or there
+            is one of other features or images.
         Interrupted: The user stopped it; the same command goes on.
     """
     if config.teacher.cache is None:
@@ -46,27 +49,29 @@ def extract(config: RunConfig) -> str:
     assert plan is not None
     print(cache, file=sys.stderr)
     found, device = len(cache), trainer.accelerator.device
-    incomplete = cache.incomplete()
+    examples = cached_examples(config, data)  # those that are complete are checked
     per_image = plan.flips * plan.bins
     count = math.lcm(cache.chunk, per_image) // per_image  # images that make whole chunks
     draws = (
-        [Draw(example, 0) for example in incomplete[start : start + count]]
-        for start in range(0, len(incomplete), count)
+        [Draw(example, 0) for example in examples[start : start + count]]
+        for start in range(0, len(examples), count)
     )
     plain = Augmented(data.unlabelled.examples, augmentation("none", None, data.size))
-    steps = math.ceil(len(incomplete) / count)
+    steps = math.ceil(len(examples) / count)
     with stop_on_signals() as stop, Progress("extract", steps) as progress:
         try:
             for images, _, tags in loader(Tagged(plain), draws, config.data.workers):
                 computed = 0
                 for views, wanted, bins in _missing(cache, images, tags):
+                    if stop:
+                        break
                     cache.fill(views.to(device), wanted, bins)
                     computed += len(views)
-                    if stop:
-                        raise Interrupted(
-                            f"stopped with {len(cache)} of {plan.rows} rows; the same command goes "
-                            "on with the rest"
-                        )
+                if stop:
+                    raise Interrupted(
+                        f"stopped with {len(cache)} of {plan.rows} rows; the same command goes on "
+                        "with the rest"
+                    )
                 progress.update(computed, {})
         finally:
             cache.flush()

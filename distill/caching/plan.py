@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from distill.build import TrainingSet
-from distill.caching.cache import FeatureCache, Plan, Stored
+from distill.caching.cache import FeatureCache, Plan, Stored, check_origin
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
 from distill.training.distiller import Distiller
@@ -120,6 +120,20 @@ def cached_examples(config: RunConfig, data: TrainingSet) -> list[int]:
     return sorted({*data.labelled_indices, *unlabelled})
 
 
+def check_cache(
+    config: RunConfig,
+    arm: Arm,
+    data: TrainingSet,
+    teacher: Teacher,
+    timesteps: Tensor,
+    plan: Plan,
+    accelerator: Accelerator,
+) -> None:
+    """Raises UserError if an arm's feature cache is there and of other features."""
+    origin = _origin(config, data, teacher, timesteps, plan, accelerator)
+    check_origin(_folder(config, arm), origin)
+
+
 def open_cache(
     config: RunConfig,
     arm: Arm,
@@ -130,11 +144,35 @@ def open_cache(
     accelerator: Accelerator,
 ) -> FeatureCache:
     """An arm's feature cache; see `FeatureCache`. Runs that differ in their seed share it."""
-    assert config.teacher.cache is not None
     batch = (config.train.batch + config.train.unlabelled_batch) // accelerator.num_processes
-    chunk = min(8 if accelerator.device.type == "cpu" else 64, batch)
+    return FeatureCache(
+        _folder(config, arm),
+        teacher,
+        plan,
+        examples=np.array(cached_examples(config, data)),
+        timesteps=timesteps,
+        origin=_origin(config, data, teacher, timesteps, plan, accelerator),
+        chunk=min(8 if accelerator.device.type == "cpu" else 64, batch),
+    )
+
+
+def _folder(config: RunConfig, arm: Arm) -> Path:
+    assert config.teacher.cache is not None
+    name = arm if arm == "distilled" else f"{arm}{config.seed}"  # whose weights the seed decides
+    return Path(config.teacher.cache) / name
+
+
+def _origin(
+    config: RunConfig,
+    data: TrainingSet,
+    teacher: Teacher,
+    timesteps: Tensor,
+    plan: Plan,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """All that decides the features, in readable form."""
     examples = np.array(cached_examples(config, data))
-    origin = {
+    return {
         "features": FEATURES,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -146,7 +184,6 @@ def open_cache(
         "teacher.image_size": config.teacher.image_size,
         "teacher.dtype": config.teacher.dtype,
         "teacher.compile": config.teacher.compile,
-        "images at once": chunk,  # kernels round differently for every number of them
         "teacher.options": config.teacher.options,
         "layers": {name: [*x.shape, str(x.dtype)] for name, x in plan.layers.items()},
         "timesteps": timesteps.tolist(),
@@ -157,14 +194,3 @@ def open_cache(
         "data": data.fingerprint,
         "images": hashlib.sha256(examples.tobytes()).hexdigest(),
     }
-    name = arm if arm == "distilled" else f"{arm}{config.seed}"  # whose weights the seed decides
-    folder = Path(config.teacher.cache) / name
-    return FeatureCache(
-        folder,
-        teacher,
-        plan,
-        examples=examples,
-        timesteps=timesteps,
-        origin=origin,
-        chunk=chunk,
-    )

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from distill import seeding
 from distill.build import TrainingSet, build_distiller, build_teacher
 from distill.caching.cache import FeatureCache, Plan
-from distill.caching.plan import open_cache, plan_cache
+from distill.caching.plan import check_cache, open_cache, plan_cache
 from distill.config import Arm, RunConfig
 from distill.deployment.folder import load_backbone
-from distill.errors import UserError, blame
+from distill.errors import UserError, blame, one_line
 from distill.precision import autocast
 from distill.recipe import to_tree
 from distill.training.batch import Batch
@@ -119,6 +119,13 @@ class Trainer:
             load_backbone(self.student, student.init_from)
         if student.freeze:
             freeze_backbone(self.student)
+
+    def check_cache(self) -> None:
+        """Raises UserError if the recipe's feature cache is there and holds other features."""
+        if self.plan is not None:
+            assert self.teacher is not None
+            parts = self.config, self.arm, self.data, self.teacher, self.timesteps, self.plan
+            check_cache(*parts, self.accelerator)
 
     def open_cache(self) -> None:
         """Find or make the folder of the feature cache that the recipe asks for, if it does.
@@ -359,7 +366,7 @@ class Trainer:
             self.looked = state.get("looked", 0)  # older checkpoints have not counted
             self.parts.seconds.update(state.get("parts", {}))
         except (RuntimeError, ValueError, KeyError) as error:
-            line = " ".join(str(error).split())
+            line = one_line(error)
             raise UserError(
                 f"{source} is of another architecture: {line[:200]}; resume with the recipe that "
                 "the run began with"

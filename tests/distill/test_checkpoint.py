@@ -58,7 +58,7 @@ def full_disk(path):
         pytest.skip("this system has no /dev/full")
 
     def fill(target: Path) -> None:
-        target.with_name(f".{target.name}.tmp").symlink_to("/dev/full")
+        target.with_name(f".{target.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
 
     return fill
 

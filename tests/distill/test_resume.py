@@ -236,7 +236,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on(
 
     def fill(trainer: Trainer, *batch: Any) -> Any:
         if trainer.step == 3:
-            last.with_name(f".{last.name}.tmp").symlink_to("/dev/full")
+            last.with_name(f".{last.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
         return train_step(trainer, *batch)
 
     monkeypatch.setattr(Trainer, "train_step", fill)

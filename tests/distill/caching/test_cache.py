@@ -14,6 +14,7 @@ from torch import Tensor
 from distill.augmentation import augmentation
 from distill.benchmarks.shapes import ShapesDataset
 from distill.caching.cache import Stored
+from distill.caching.extract import extract
 from distill.cli import main
 from distill.config import RunConfig
 from distill.data import Augmented, Draw, Tagged, as_float
@@ -189,6 +190,29 @@ def test_a_stale_cache_is_refused(
     assert not (recipe.parent / "runs").exists()
 
 
+@pytest.mark.parametrize("command", [["train", "--dry-run"], ["teacher", "extract"]])
+def test_a_stale_cache_is_refused_before_the_training_too(
+    recipe: Path, load: Load, cached: list[str], refuse: Refuse, command: list[str]
+) -> None:
+    build(load(*cached))
+    line = refuse(*command, recipe, *cached, "teacher.input=clean")
+    assert ' is of other features (teacher.input "noised", now "clean")' in line
+
+
+def test_a_cache_may_be_used_with_another_batch(
+    load: Load, cached: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(load(*cached))
+    losses(first)
+    assert first.cache is not None
+    first.cache.flush()
+    again = build(load(*cached, "train.batch=2", "train.unlabelled_batch=1"))
+    assert again.cache is not None
+    assert (again.cache.chunk, len(again.cache)) == (first.cache.chunk, len(first.cache))
+    assert first.cache.chunk > 3
+    losses(again)
+
+
 def test_features_of_an_older_version_are_stale(
     recipe: Path, load: Load, cached: list[str], refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +250,8 @@ def test_an_image_that_was_replaced_is_refused(
     monkeypatch.setattr(ShapesDataset, "__getitem__", changed)
     with pytest.raises(UserError, match="training image 5 is not the one whose features are in"):
         losses(build(load(*cached)))
+    with pytest.raises(UserError, match="training image 5 is not the one whose features are in"):
+        extract(load(*cached))
 
 
 def test_runs_with_other_seeds_share_a_cache_and_each_random_teacher_has_its_own(

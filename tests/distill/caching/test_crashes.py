@@ -8,15 +8,19 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from distill import checkpoint
 from distill.caching import cache as cache_module
-from distill.caching.cache import FeatureCache
+from distill.caching.cache import FeatureCache, Plan, Stored
 from distill.cli import main
 from distill.config import RunConfig
 from distill.tracking import read_metrics
@@ -156,6 +160,35 @@ def test_two_processes_fill_one_folder(
     assert (len(one), len(other)) == (3, 4)
     monkeypatch.setattr(other, "fill", None)
     assert torch.equal(other.features(images[:3], tags[:3], bins[:3])["up_blocks.0"], first)
+
+
+def test_of_several_that_open_a_folder_at_once_one_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], cache_module._make
+
+    def slowly(folder: Path, *args: Any) -> None:
+        made.append(folder)
+        time.sleep(0.2)
+        make(folder, *args)
+
+    monkeypatch.setattr(cache_module, "_make", slowly)
+
+    def opened(_: int) -> int:
+        cache = FeatureCache(
+            tmp_path / "cache",
+            None,  # type: ignore[arg-type]  # it is not asked
+            Plan(1000, 2, 20, {"mid_block": Stored((8, 2, 2), torch.float32)}),
+            examples=np.arange(1000),
+            timesteps=torch.arange(20),
+            origin={"of": "one thing"},
+            chunk=4,
+        )
+        return len(cache._marks)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(opened, range(4))) == [40_000] * 4
+    assert len(made) == 1
 
 
 def test_an_interrupted_and_resumed_run_with_a_cache_equals_an_uninterrupted_one(
