@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distill.errors import UserError
+from distill.errors import UserError, one_line
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -47,14 +48,29 @@ class _OtherSizeError(UserError):
 def _decode(path: Path, upright: bool = False) -> Image.Image:
     try:
         with Image.open(path) as image:
+            deep = is_cut(image)
             image.load()
+            image.info.pop("transparency", None)  # what is seen through is of its own colour
             turned = TURNED.get(_orientation(image)) if upright else None
-            return image if turned is None else image.transpose(turned)
+            picture = image if turned is None else image.transpose(turned)
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"{path}: does not decode ({reason}); replace it or leave it out"
         ) from error
+    if deep:
+        raise UserError(f"{path}: has colours of 16 bits; convert it to 8-bit RGB")
+    return picture
+
+
+def is_cut(image: ImageFile.ImageFile) -> bool:
+    """Whether an image, opened and not yet loaded, has colours of more than the 8 bits that Pillow
+    keeps of them: their mode is that of 8-bit ones, what its decoder is told is not."""
+    if image.mode not in EIGHT_BIT_MODES or not image.tile:
+        return False
+    codec, _, _, args = image.tile[0]
+    raw, *more = args if isinstance(args, tuple) else (args,)
+    return ";16" in str(raw) or (codec == "ppm" and more[0] > 255)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -186,12 +202,38 @@ def image_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, in the order of their paths; links to folders are followed, and
+    what several of them lead to comes once."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(place, name) for name in names]
+    return sorted(found)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images below a folder, however deep, in the order of their paths; those in a file or
+    folder that begins with a dot are left out."""
+    return [
+        path
+        for path in files_below(folder)
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
 def tagged_files(folder: Path, tag: str) -> dict[str, Path]:
     """The files below a folder whose names end with a tag, by what stands before it.
 
     A UserError where there are none.
     """
-    files = {path.name.removesuffix(tag): path for path in sorted(folder.rglob(f"*{tag}"))}
+    tagged = [path for path in files_below(folder) if path.name.endswith(tag)]
+    files = {path.name.removesuffix(tag): path for path in tagged}
     if not files:
         raise UserError(f"there is no {folder}/**/*{tag}")
     return files

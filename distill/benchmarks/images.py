@@ -11,8 +11,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill.benchmarks import IGNORE_INDEX, Task, distinct_colours, notice
-from distill.benchmarks.files import EIGHT_BIT_MODES, IMAGE_SUFFIXES, UNREADABLE, read_image
-from distill.errors import UserError
+from distill.benchmarks.files import (
+    EIGHT_BIT_MODES,
+    IMAGE_SUFFIXES,
+    UNREADABLE,
+    images_below,
+    is_cut,
+    read_image,
+)
+from distill.errors import UserError, one_line
 
 
 class UnlabelledImages(Dataset[tuple[Tensor, int]]):
@@ -74,9 +81,11 @@ def _header_problem(path: Path) -> str:
     """What is wrong with a file as far as its first bytes tell; empty for nothing."""
     try:
         with Image.open(path) as image:
-            mode = image.mode
+            mode, deep = image.mode, is_cut(image)
     except UNREADABLE as error:
-        return f"{path}: does not decode ({' '.join(str(error).split())})"
+        return f"{path}: does not decode ({one_line(error)})"
+    if deep:
+        return f"{path}: has colours of 16 bits"
     return "" if mode in EIGHT_BIT_MODES else f"{path}: {mode!r} is not an 8-bit image"
 
 
@@ -106,13 +115,7 @@ class Images:
         folder = Path(root)
         if not folder.is_dir():
             raise UserError(f"images: there is no folder {folder}; say where with data.root=FOLDER")
-        paths = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and not path.is_dir()
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        )
+        paths = images_below(folder)
         if not paths:
             known = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"images: no image file below {folder} (looked for {known})")

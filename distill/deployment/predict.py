@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from distill import checkpoint
-from distill.benchmarks.files import IMAGE_SUFFIXES, read_image
+from distill.benchmarks.files import IMAGE_SUFFIXES, images_below, read_image
 from distill.data import as_float
 from distill.deployment.folder import load_student
 from distill.deployment.formats import Deployed, describe
@@ -121,7 +121,7 @@ def find_pictures(images: Sequence[str]) -> list[Picture]:
     found: dict[Path, Picture] = {}
     for image in map(Path, images):
         if image.is_dir():
-            files = [f for f in sorted(image.rglob("*")) if _is_image(f.relative_to(image))]
+            files = images_below(image)
             if not files:
                 raise UserError(f"{image} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
             pictures = [Picture(f, f.relative_to(image).with_suffix("")) for f in files]
@@ -137,12 +137,6 @@ def find_pictures(images: Sequence[str]) -> list[Picture]:
             raise UserError(f"{other} and {picture.path} have one name; predict them apart")
         names[picture.name] = picture.path
     return list(found.values())
-
-
-def _is_image(path: Path) -> bool:
-    """Whether a file below a folder is an image, and neither hidden nor in a hidden folder."""
-    hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
 def logits_of(model: ModelFile, images: Sequence[Tensor]) -> Tensor:

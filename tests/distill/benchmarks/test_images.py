@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from distill.benchmarks.files import read_image
+from distill.benchmarks.files import read_colour_mask, read_image
 from distill.benchmarks.images import Images, UnlabelledImages
 from distill.errors import UserError
 
@@ -43,6 +45,16 @@ def test_images_of_every_8_bit_mode_are_rgb(tmp_path: Path, mode: str) -> None:
     image, target = Images(str(tmp_path)).dataset("train")[0]
     assert (image.shape, image.dtype, target) == ((3, 3, 5), torch.uint8, 255)
     assert image.eq(255).all()
+
+
+def test_a_transparent_palette_is_its_colours_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    picture = Image.new("P", (2, 2))
+    picture.putpalette([10, 20, 30, 40, 50, 60])
+    picture.save(tmp_path / "a.png", transparency=b"\x00\x80")
+    assert read_image(tmp_path / "a.png")[:, 0, 0].tolist() == [10, 20, 30]
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "GIF", "jpeg", "pgm", "ppm", "tiff", "webp"])
@@ -97,6 +109,46 @@ def test_what_is_no_image_is_named_at_the_start_and_the_next_takes_its_place(
     assert second == f"distill: skipped {root / '9.png'}: 'I;16' is not an 8-bit image"
     assert levels(examples) == [0, 1, 2, 4, 4, 5, 6, 7, 8, 0]
     assert capsys.readouterr().err == ""
+
+
+def deep_png(path: Path) -> None:
+    """2x2 px of RGB, 16 bits a colour, which Pillow reads and does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + crc
+
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(2 * (b"\0" + 12 * b"\x12"))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+def test_colours_of_sixteen_bits_are_refused(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    deep_png(elsewhere / "deep.png")
+    (elsewhere / "deep.ppm").write_bytes(b"P6\n2 2\n65535\n" + 24 * b"\x12")
+    for file in (elsewhere / "deep.png", elsewhere / "deep.ppm"):
+        with pytest.raises(UserError, match=f"{file}: has colours of 16 bits; convert it to 8-bit"):
+            read_image(file)
+        with pytest.raises(UserError, match="has colours of 16 bits"):
+            read_colour_mask(file, (2, 2), {(0, 0, 0): 0})
+        shutil.copy(file, root / "0.png")
+        with pytest.raises(UserError, match=f"{root / '0.png'}: has colours of 16 bits; 1 of 10"):
+            Images(str(root))
+
+
+def test_links_to_folders_are_followed_and_nothing_is_read_twice(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("linked")
+    (folder / "data").symlink_to(root)
+    (folder / "same").symlink_to(root)
+    (folder / "loop").symlink_to(folder)
+    names = Images(str(folder)).dataset("train").names
+    assert names == [f"data/{index}.png" for index in range(10)]
 
 
 def test_what_is_damaged_is_named_once_when_it_is_read(
