@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from rl_policy.options import WIDEST
+
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=8, le=4096)]
 HeightWidth = Annotated[
@@ -16,7 +18,6 @@ HeightWidth = Annotated[
 ]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Options = dict[str, Any]
 
 
@@ -188,9 +189,9 @@ class RewardHeadConfig:
     beyond_bin: bool = True
     """Take off what the choice of the timestep alone tells of the label; otherwise, and always for
     landmarks, the reward is minus the head's loss."""
-    hidden: Count = 64
+    hidden: Annotated[int, Field(ge=1, le=WIDEST)] = 64
     """Width of its hidden layers."""
-    layers: Count = 2
+    layers: Annotated[int, Field(ge=1, le=64)] = 2
     """Its linear layers."""
 
 

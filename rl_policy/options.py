@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,16 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise OptionError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise unless `value` is true or false.
+
+    Raises:
+        OptionError: it is neither; the text "no" would count as yes.
+    """
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} must be true or false, got {value!r}")
+
+
 def check_range(
     name: str,
     value: float,
@@ -101,6 +112,7 @@ def check_range(
     numeric = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     if (
         numeric
+        and math.isfinite(value)
         and (least is None or value >= least)
         and (above is None or value > above)
         and (most is None or value <= most)

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rl_policy.drawing import draw
-from rl_policy.options import WIDEST, OptionError, check_choice, check_range
+from rl_policy.options import WIDEST, OptionError, check_choice, check_flag, check_range
 from rl_policy.scaling import ContextScale, RunningScale
 from rl_policy.seeding import seeded_torch
 
@@ -61,6 +61,7 @@ class Reinforce:
         check_range("learning_rate", learning_rate, above=0)
         _check_drops(rate_drops)
         check_range("weight_decay", weight_decay, least=0)
+        check_flag("baseline", baseline)
         check_range("entropy_weight", entropy_weight, least=0)
         check_range("entropy_until", entropy_until, above=0, most=1)
         self.learning_rate, self.rate_drops = learning_rate, tuple(rate_drops)

@@ -94,7 +94,11 @@ def write_map(folder: Path, config: RunConfig, found: LayerMap, figures: dict[st
 
 def best_recipe(config: RunConfig, found: LayerMap) -> RunConfig:
     """The recipe with the best layer on the teacher's side of all pairs, at the best timestep."""
-    pairs = [dataclasses.replace(pair, teacher=found.best_layer) for pair in config.pairs]
+    pairs = []
+    for pair in config.pairs:
+        moved = pair.teacher != found.best_layer and pair.projector == "none"
+        projector = "auto" if moved else pair.projector  # the layer may have other channels
+        pairs.append(dataclasses.replace(pair, teacher=found.best_layer, projector=projector))
     timestep = found.best_timestep
     policy = dataclasses.replace(
         config.policy,

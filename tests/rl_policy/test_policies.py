@@ -183,6 +183,13 @@ def test_misspelt_or_impossible_option_names_the_remedy(name: str) -> None:
         POLICIES[name](CONTEXT, BINS, BATCH, 0, learning_rate="fast")
     with pytest.raises(ValueError, match="hidden must be a whole number at least 1 and at most"):
         POLICIES[name](CONTEXT, BINS, BATCH, 0, hidden=0)
+    with pytest.raises(ValueError, match="learning_rate must be a number above 0, got inf"):
+        POLICIES[name](CONTEXT, BINS, BATCH, 0, learning_rate=float("inf"))
+
+
+def test_a_word_is_no_flag() -> None:
+    with pytest.raises(ValueError, match="baseline must be true or false, got 'no'"):
+        Reinforce(CONTEXT, BINS, BATCH, 0, baseline="no")
 
 
 def test_fixed_keeps_to_its_bin() -> None:

@@ -169,6 +169,21 @@ def test_a_timestep_that_depends_on_the_image_is_found_and_reported(
     assert "which one is best depends on the image" in figures["printed"].splitlines()[-1]
 
 
+def test_a_policy_that_does_not_look_at_the_image_is_not_said_to_depend_on_it() -> None:
+    def table(best: int) -> ReplayTable:
+        rewards = noise(200, 3)
+        rewards[:, best] += 5
+        return ReplayTable(contexts=np.zeros((200, 1), np.float32), rewards=rewards)
+
+    blind = torch.tensor([0.0, 0.5, 0.5]).expand(200, -1)
+    said = verdict(compare(table(0), table(1), [blind]))
+    assert said.startswith("the policy earns +2.")
+    assert said.endswith(
+        "more than the best fixed timestep, t=0, that of the other half of the images; it does not "
+        "tell images apart"
+    )
+
+
 def test_a_policy_that_misses_what_there_is_or_is_worse_than_uniform_is_told(
     fit: Fit, planted: Path
 ) -> None:

@@ -248,6 +248,14 @@ def test_the_best_recipe_of_an_ensemble_has_the_members_of_its_layer(load: Load)
     assert config.teacher.options["members"].keys() == {"a", "b"}
 
 
+def test_the_best_recipe_fits_the_channels_of_its_layer(load: Load) -> None:
+    config = load("pairs.0.projector=none", "pairs.0.teacher=mid_block")
+    for layer, projector in (("mid_block", "none"), ("up_blocks.0", "auto")):
+        found = SimpleNamespace(best_layer=layer, best_timestep=5)
+        best = best_recipe(config, found)  # type: ignore[arg-type]
+        assert (best.pairs[0].teacher, best.pairs[0].projector) == (layer, projector)
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
