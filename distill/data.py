@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from distill.augmentation import Augmentation, Item, resize_image, resize_mask
 from distill.benchmarks import Examples
@@ -205,14 +205,47 @@ def loader(
     Raises:
         UserError: of an example, also where a worker process read it, without that traceback.
     """
-    batches = DataLoader(
-        examples,
-        batch_sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # otherwise it draws from, and so moves, the default one
+    yield from _mended(
+        DataLoader(
+            examples,
+            batch_sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # otherwise it draws from, and so moves, the default one
+        )
     )
+
+
+def in_order(
+    examples: Examples, indices: Sequence[int], batch: int, workers: int = 0
+) -> Iterator[list[Item]]:
+    """Some examples as they are, up to `batch` at a time; their images may differ in size.
+
+    Raises:
+        UserError: As `loader`.
+    """
+    batches: DataLoader[Any] = DataLoader(
+        Subset(examples, indices),  # type: ignore[arg-type]  # it has what Subset asks for
+        batch_size=batch,
+        num_workers=workers,
+        collate_fn=_as_arrays,
+        generator=torch.Generator(),
+    )
+    for items in _mended(batches):
+        yield [(torch.from_numpy(image), torch.as_tensor(target)) for image, target in items]
+
+
+def _as_arrays(items: Sequence[Item]) -> list[tuple[Any, Any]]:
+    """For the way from a worker: as tensors each would take a file handle of its own."""
+    return [
+        (image.numpy(), target.numpy() if isinstance(target, Tensor) else target)
+        for image, target in items
+    ]
+
+
+def _mended(batches: Iterable[Any]) -> Iterator[Any]:
+    """The same; a mistake in a worker is told as if it were made here."""
     try:
         yield from batches
     except UserError as error:

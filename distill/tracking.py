@@ -110,6 +110,7 @@ class Progress:
         total: Number of steps.
         start: Steps done before.
         show: False on all processes but the first.
+        last: Whether there is a plain line of the last step, however soon it comes.
     """
 
     PLAIN_SECONDS = 10.0
@@ -121,12 +122,14 @@ class Progress:
         start: int = 0,
         show: bool = True,
         stream: TextIO | None = None,
+        last: bool = True,
     ) -> None:
         self._stream = stream or sys.stderr
+        self._last = last
         self._label, self._show, self._total, self._done = label, show, total, start
         self._bar = tqdm(
             total=total, initial=start, desc=label, unit="step", file=self._stream,
-            dynamic_ncols=True, disable=not (show and self._stream.isatty()),
+            dynamic_ncols=True, leave=last, disable=not (show and self._stream.isatty()),
         )  # fmt: skip
         self._began = self._printed = time.monotonic()
         self._start, self._count, self._waited = start, 0, 0.0
@@ -152,7 +155,7 @@ class Progress:
             self._bar.set_postfix_str(", ".join(shown), refresh=False)
             self._bar.update()
         elif self._show and (
-            now - self._printed >= self.PLAIN_SECONDS or self._done == self._total
+            now - self._printed >= self.PLAIN_SECONDS or (self._last and self._done == self._total)
         ):
             left = (self._total - self._done) * seconds / (self._done - self._start)
             shown.append(f"ETA {tqdm.format_interval(left)}")

@@ -102,7 +102,7 @@ def _plan(
 
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
-        result: dict[str, Any] = json.loads(path.read_text())
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a result: {error}") from error
     needed = ("subject", "protocol", "benchmark", "split", "metric", "size", "figures", "recipe")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from distill.augmentation import Item
 from distill.benchmarks import Benchmark, Examples, LandmarkBenchmark
-from distill.data import as_float
+from distill.data import as_float, in_order
 from distill.errors import UserError
 from distill.evaluation.landmarks import LandmarkTally, peaks
 from distill.evaluation.metrics import (
@@ -108,6 +108,7 @@ def count(
     candidates: int = 1,
     device: torch.device | str = "cpu",
     batch: int = 32,
+    workers: int = 0,
     rank: int = 0,
     world: int = 1,
     progress: Callable[[int], object] = lambda images: None,
@@ -125,6 +126,7 @@ def count(
         candidates: Number of predictors.
         device: Where images go.
         batch: Images a forward pass.
+        workers: Processes that read them.
         rank: This process, which takes every `world`-th example.
         world: Number of processes.
         progress: Called with the number of images done after each batch.
@@ -136,10 +138,12 @@ def count(
     # The few logits of an image of one class are copied once a batch: image by image a GPU waits.
     counted = torch.device("cpu" if benchmark.task == "classification" else device)
     tallies = [new_tally(benchmark, counted) for _ in range(candidates)]
-    indices = range(rank, len(examples), world)
-    for start in range(0, len(indices), batch):
+    batches = in_order(examples, range(rank, len(examples), world), batch, workers)
+    while True:
         with timed("read"):
-            items = [examples[index] for index in indices[start : start + batch]]
+            items = next(batches, None)
+        if items is None:
+            return tallies
         looked: dict[int, list[Tensor]] = {}
         for places in _by_size(items):
             with timed("predict"), torch.no_grad():
@@ -147,14 +151,13 @@ def count(
                 answers = [logits.float().to(counted) for logits in predict(images)]
                 looked |= {place: [a[row] for a in answers] for row, place in enumerate(places)}
         for place, (_, target) in enumerate(items):
-            truth = torch.as_tensor(target, device=counted)
+            truth = torch.as_tensor(target).to(counted)
             for tally, logits in zip(tallies, looked.pop(place), strict=True):
                 with timed("predict"):
                     guess = predicted(logits, truth)
                 with timed("score"):
                     tally.update(logits, guess, truth)
         progress(len(items))
-    return tallies
 
 
 def _by_size(items: Sequence[Item]) -> Iterator[list[int]]:

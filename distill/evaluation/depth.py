@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.benchmarks import Examples
-from distill.data import as_float
+from distill.data import as_float, in_order
 from distill.errors import UserError
 from distill.evaluation.backbones import Backbone
 from distill.evaluation.linear import LinearProbe
@@ -119,7 +119,7 @@ def measure(
     *,
     device: torch.device | str,
     batch: int,
-    progress: Callable[[int], object] = lambda images: None,
+    workers: int = 0,
 ) -> list[list[DepthScores]]:
     """The scores of every image, for several predictors at once that share their features.
 
@@ -128,21 +128,19 @@ def measure(
         examples: Images (3, H, W) uint8 of one size; depths of any, which guesses are resized to.
         device: Where images go.
         batch: Images a pass.
-        progress: Called with the number of images after each pass.
+        workers: Processes that read them.
 
     Returns:
         A list a predictor.
     """
     found: list[list[DepthScores]] = []
-    for start in range(0, len(examples), batch):
-        items = [examples[i] for i in range(start, min(start + batch, len(examples)))]
+    for items in in_order(examples, range(len(examples)), batch, workers):
         with torch.no_grad():
             guesses = predict(as_float(torch.stack([image for image, _ in items]).to(device)))
         found = found or [[] for _ in guesses]
         for scores, depths in zip(found, guesses, strict=True):
             for row, (_, target) in enumerate(items):
-                truth = torch.as_tensor(target, device=device)
+                truth = torch.as_tensor(target).to(device)
                 guess = at_resolution(depths[row : row + 1], (truth.shape[0], truth.shape[1]))
                 scores.append(depth_scores(guess[0], truth))
-        progress(len(items))
     return found

@@ -157,7 +157,7 @@ def _on_cpu(program: Callable[[Timed], None]) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         record.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     held, running = 0, ""
     peaks: dict[str, int] = defaultdict(int)
     for event in sorted(events, key=lambda event: float(event.get("ts", 0.0))):

@@ -100,7 +100,8 @@ def depth(subject: Subject, config: RunConfig, accelerator: Accelerator) -> Outc
             loss=scale_invariant_loss,
             progress=lambda images: progress.update(images, {}),
         )
-    predict = partial(measure, probe, device=device, batch=options.batch)
+    workers = config.data.workers
+    predict = partial(measure, probe, device=device, batch=options.batch, workers=workers)
     tried = predict(Resized(benchmark.depths("val"), size, masks=False))
     found = [mean_scores(each, benchmark.name).rmse for each in tried]
     best = min(range(len(found)), key=found.__getitem__)

@@ -19,7 +19,15 @@ from distill import seeding
 from distill.benchmarks import Benchmark
 from distill.build import TrainingSet
 from distill.config import EvaluateConfig, PairConfig, RunConfig
-from distill.data import Augmented, Resized, StepSampler, as_float, choose_labelled, loader
+from distill.data import (
+    Augmented,
+    Resized,
+    StepSampler,
+    as_float,
+    choose_labelled,
+    in_order,
+    loader,
+)
 from distill.deployment.folder import load_student
 from distill.deployment.runtimes import load_predictor
 from distill.errors import UserError
@@ -202,6 +210,7 @@ def fit_linear(
         candidates=len(options.lrs),
         device=device,
         batch=options.batch,
+        workers=config.data.workers,
     )
     metric = metric_of(benchmark)
     found = [tally.scores()[metric] for tally in tallies]
@@ -333,8 +342,7 @@ def _once(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every labelled image as it is, with its class."""
     examples, batch = data.labelled.examples, config.evaluate.batch
-    for start in range(0, len(data.labelled_indices), batch):
-        items = [examples[index] for index in data.labelled_indices[start : start + batch]]
+    for items in in_order(examples, data.labelled_indices, batch, config.data.workers):
         known = [item for item in items if item[1] != data.benchmark.ignore_index]
         if known:
             images = as_float(torch.stack([image for image, _ in known]).to(device))

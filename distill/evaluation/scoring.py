@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from distill.evaluation.counting import Tally, count
 from distill.evaluation.inference import Predictor, several_looks
 from distill.evaluation.landmarks import LandmarkTally
 from distill.tasks import traits
+from distill.tracking import Progress
 from distill.training.clock import Clock
 
 
@@ -109,17 +111,23 @@ def score(
         scales=options.scales,
     )
     clock = Clock(accelerator.device)
-    (tally,) = count(
-        lambda images: [looks(images)],
-        examples,
-        benchmark,
-        device=accelerator.device,
-        # The logits of windows are as large as the image: of a batch they would fill the memory.
-        batch=1 if options.window else options.batch,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        timed=clock,
-    )
+    # The logits of windows are as large as the image: of a batch they would fill the memory.
+    batch = 1 if options.window else options.batch
+    world, main = accelerator.num_processes, accelerator.is_main_process
+    steps = math.ceil(math.ceil(len(examples) / world) / batch)
+    with Progress("scoring", steps, show=main, last=False) as progress:
+        (tally,) = count(
+            lambda images: [looks(images)],
+            examples,
+            benchmark,
+            device=accelerator.device,
+            batch=batch,
+            workers=config.data.workers,
+            rank=accelerator.process_index,
+            world=world,
+            progress=lambda images: progress.update(images, {}),
+            timed=clock,
+        )
     with clock("score"):
         device = accelerator.device
         scores = tally.scores(lambda counts: accelerator.reduce(counts.to(device), "sum"))

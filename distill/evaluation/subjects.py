@@ -13,7 +13,7 @@ from timm.models import load_state_dict
 from distill.build import build_teacher
 from distill.config import RunConfig, StudentConfig
 from distill.deployment.folder import load_backbone, read_card, student_folder
-from distill.errors import UserError, blame
+from distill.errors import UserError, blame, one_line
 from distill.evaluation.backbones import (
     SCRATCH,
     Backbone,
@@ -128,7 +128,7 @@ def _try_scales(
             if scale != 1:
                 backbone.maps(torch.zeros(1, 3, *scaled(size, scale), device=device))
         except (AssertionError, RuntimeError, ValueError) as error:  # networks know all three
-            line = " ".join(str(error).split())[:200]
+            line = one_line(error, 200)
             raise UserError(f"{subject.text} at evaluate.scales {scale:g}: {line}") from error
 
 

@@ -13,8 +13,8 @@ from distill import checkpoint
 from distill.benchmarks import Examples
 from distill.build import TrainingSet, build_distiller, build_training_set
 from distill.config import RunConfig
-from distill.data import Resized, as_float
-from distill.errors import UserError, blame
+from distill.data import Resized, as_float, in_order
+from distill.errors import UserError, blame, one_line
 from distill.studies.comparison import FinishedRun
 from distill.tasks import traits
 from distill.training.distiller import Distiller
@@ -81,7 +81,7 @@ def load_policy(
     try:
         built.load_state_dict(state["policy"])
     except (RuntimeError, ValueError, KeyError) as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         raise UserError(
             f"{checkpoint_path(run.folder, arm)}: its policy cannot be built again: {line}"
         ) from error
@@ -121,7 +121,7 @@ def recall_choices(run: FinishedRun, arm: str, config: RunConfig) -> Choices:
     try:
         distiller.student.load_state_dict(weights)
     except RuntimeError as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         raise UserError(f"{checkpoint_path(run.folder, arm)}: another student: {line}") from error
     contexts, shares = _look(distiller.eval(), examples, data, config.evaluate.batch)
     policy = load_policy(run, arm, state, distiller.context_size)
@@ -156,8 +156,7 @@ def _look(
 ) -> tuple[Tensor, Tensor]:
     """Contexts (N, D), and shares of the classes (N, L)."""
     contexts, shares = [], []
-    for start in range(0, len(examples), batch):
-        items = [examples[i] for i in range(start, min(start + batch, len(examples)))]
+    for items in in_order(examples, range(len(examples)), batch):
         images = as_float(torch.stack([image for image, _ in items]))
         _, maps = distiller.student(images, labelled=0)
         contexts.append(distiller.contexts(images, maps))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,8 +52,8 @@ def train_arm(
     stream = batches(trainer)
     # A short run that ends with labels alone shows its policy all the same.
     taught = train.steps - train.finetune_steps
-    shown = {train.steps, taught}
-    with Progress(trainer.arm, train.steps, trainer.step, show=main) as progress:
+    shown, told = {train.steps, taught}, (trainer.arm, train.steps, trainer.step)
+    with closing(log) if log else nullcontext(), Progress(*told, show=main) as progress:
         while trainer.step < train.steps:
             began = time.monotonic()
             trainer.clock = trainer.parts if trainer.step % TIMED == TIMED - 1 else untimed
@@ -81,8 +82,6 @@ def train_arm(
                 raise Interrupted(
                     f"stopped at step {trainer.step} of {train.steps} ({trainer.arm})"
                 )
-    if log:
-        log.close()
     trainer.accelerator.wait_for_everyone()
     total = sum(trainer.parts.seconds.values())
     return {part: seconds / total for part, seconds in trainer.parts.seconds.items()}

@@ -1,5 +1,6 @@
 """Batches are a pure function of seed and step."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -15,6 +16,7 @@ from distill.data import (
     StepSampler,
     choose_labelled,
     fingerprint,
+    in_order,
     loader,
 )
 from distill.errors import UserError
@@ -57,6 +59,28 @@ def equal(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> boo
 
 def test_batches_are_bit_equal_with_and_without_workers() -> None:
     assert equal(batches(workers=0), batches(workers=2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_examples_come_in_order_as_they_are(workers: int) -> None:
+    examples = Blocks(5)
+    parts = list(in_order(examples, [3, 0, 4], batch=2, workers=workers))
+    assert [len(items) for items in parts] == [2, 1]
+    for (image, mask), index in zip(itertools.chain(*parts), [3, 0, 4], strict=True):
+        expected = examples[index]
+        assert torch.equal(image, expected[0])
+        assert torch.equal(torch.as_tensor(mask), torch.as_tensor(expected[1]))
+
+
+class Damaged(Blocks):
+    def __getitem__(self, index: int) -> Item:
+        raise UserError(f"{index}.png: does not decode")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_in_a_worker_is_told_as_one_of_this_process(workers: int) -> None:
+    with pytest.raises(UserError, match=r"^3\.png: does not decode$"):
+        next(in_order(Damaged(5), [3], batch=1, workers=workers))
 
 
 def test_resumed_batches_equal_those_of_an_uninterrupted_run() -> None:

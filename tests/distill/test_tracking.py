@@ -131,6 +131,13 @@ def test_plain_lines_come_now_and_then_with_the_time_left(monkeypatch: pytest.Mo
     assert stream.getvalue() == "a 17/20: 0 images/s, ETA 00:36\n"
 
 
+def test_what_is_soon_done_may_go_without_a_line() -> None:
+    stream = io.StringIO()
+    with Progress("scoring", 1, stream=stream, last=False) as progress:
+        progress.update(10, {})
+    assert stream.getvalue() == ""
+
+
 def test_a_terminal_sees_a_bar() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

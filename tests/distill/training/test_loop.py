@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
 from torch import Tensor
 
 from distill import checkpoint
 from distill.build import build_accelerator, build_training_set
 from distill.config import Arm, RunConfig
-from distill.errors import UserError
+from distill.errors import Interrupted, UserError
 from distill.tracking import StopSignal, read_metrics
 from distill.training.loop import batches, checkpoint_path, train_arm
 from distill.training.trainer import Trainer
@@ -231,6 +234,23 @@ def test_a_policy_that_explodes_is_one_clear_line(
     line = r"distilled: policy, at step [0-4]: its probabilities are not finite any more; try a sm"
     with pytest.raises(UserError, match=line):
         train(trainer, tmp_path)
+
+
+def test_what_was_logged_before_ctrl_c_is_in_tensorboard(load: Load, tmp_path: Path) -> None:
+    trainer, stop = build(load("train.log_every=1")), StopSignal()
+    checkpoint_path(tmp_path, trainer.arm).parent.mkdir(parents=True)
+    step = trainer.train_step
+
+    def asked(*batch: Any) -> Any:
+        stop.set = trainer.step == 1
+        return step(*batch)
+
+    trainer.train_step = asked  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="stopped at step 2 of 5"):
+        train_arm(trainer, tmp_path, stop, lambda trainer, log: None)
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "distilled"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/task")] == [1, 2]
 
 
 def test_images_are_counted_as_they_are_seen(load: Load, tmp_path: Path) -> None:
