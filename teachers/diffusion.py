@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -309,13 +310,22 @@ class DiffusionTeacher:
         family = self.family
         anatomy.check_image_size(size, family.multiple)
         with torch.device("meta"), torch.no_grad():
-            parts = family.build().eval().requires_grad_(False)
-            images = torch.empty(1, 3, *size)
-            first = torch.zeros(1, dtype=torch.int64, device="cpu")
-            times = family.noise_schedule.network_times(first).to("meta")
-            x = family.encode(parts, images)
-            return anatomy.trace(
-                parts["network"],
-                lambda: family.forward(parts, family.encode(parts, images), times, None),
-                lambda output: family.feature_map(output, x),
-            )
+            try:
+                parts = family.build().eval().requires_grad_(False)
+                images = torch.empty(1, 3, *size)
+                first = torch.zeros(1, dtype=torch.int64, device="cpu")
+                times = family.noise_schedule.network_times(first).to("meta")
+                x = family.encode(parts, images)
+                return anatomy.trace(
+                    parts["network"],
+                    lambda: family.forward(parts, family.encode(parts, images), times, None),
+                    lambda output: family.feature_map(output, x),
+                )
+            except ValueError:
+                raise
+            except Exception as error:  # a config may be wrong in any way at all
+                raise ValueError(
+                    f"{family.name}: its configs do not fit together, or no image of "
+                    f"{size[0]}x{size[1]} ({type(error).__name__}: "
+                    f"{textwrap.shorten(str(error), 200)})"
+                ) from error

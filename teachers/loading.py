@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import diffusers
 import torch
 from diffusers import ModelMixin, SchedulerMixin
-from diffusers.utils import logging as chatter
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -101,7 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; give {LOCAL_FOLDER}")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -283,8 +282,12 @@ def weights_hash(module: nn.Module) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep diffusers' log lines and progress bars off the terminal: what matters is raised."""
+def quiet(chatter: Any = diffusers.utils.logging) -> Iterator[None]:
+    """Keep a library's log lines and progress bars off the terminal: what matters is raised.
+
+    Args:
+        chatter: `utils.logging` of diffusers or transformers.
+    """
     verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
     chatter.set_verbosity(chatter.CRITICAL)
     chatter.disable_progress_bar()

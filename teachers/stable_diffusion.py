@@ -182,7 +182,7 @@ class TextUNet:
         if not isinstance(output, Tensor) or output.ndim != 3:
             return output
         height, width = x.shape[-2:]
-        while height * width > output.shape[1]:  # each level but the last one halves
+        while height * width > max(1, output.shape[1]):  # each level but the last one halves
             height, width = (height + 1) // 2, (width + 1) // 2
         if height * width != output.shape[1]:
             return output  # tokens of the text

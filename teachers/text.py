@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ def prompt_length(pipeline: Path, encoders: int) -> int:
 
     Raises:
         OSError: a folder or a file of them is missing.
+        ValueError: a file of them is damaged.
     """
     for suffix in ("", "_2")[:encoders]:
         loading.read_json(pipeline / f"text_encoder{suffix}" / "config.json")
@@ -60,10 +60,16 @@ def prompt_length(pipeline: Path, encoders: int) -> int:
                 f"no vocabulary in {folder}: it should hold vocab.json and merges.txt, or "
                 "tokenizer.json"
             )
-    config = loading.read_json(pipeline / "tokenizer" / "tokenizer_config.json")
-    longest = loading.read_json(pipeline / "text_encoder" / "config.json")
-    # A tokenizer that knows no limit says so by an absurd one.
-    return int(min(config.get("model_max_length", 77), longest.get("max_position_embeddings", 77)))
+    lengths = []
+    for file, key in (
+        ("tokenizer/tokenizer_config.json", "model_max_length"),
+        ("text_encoder/config.json", "max_position_embeddings"),
+    ):
+        length = loading.read_json(pipeline / file).get(key, 77)
+        if not isinstance(length, int | float) or length < 1:
+            raise ValueError(f"{pipeline / file}: {key} must be a number, not {length!r}")
+        lengths.append(length)
+    return int(min(lengths))  # a tokenizer that knows no limit says so by an absurd one
 
 
 def embed(pipeline: Path, prompts: Sequence[str], encoders: int) -> Prompts:
@@ -123,8 +129,10 @@ def _token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
 def _load_encoder(folder: Path, kind: Any) -> Any:
     """A text encoder in float32, all of its weights from the file."""
     weights, variant = loading.find_weights(folder, "model.safetensors", "pytorch_model.bin")
+    from transformers.utils import logging as chatter
+
     try:
-        with _quiet():
+        with loading.quiet(chatter):
             encoder, report = kind.from_pretrained(
                 folder,
                 local_files_only=True,
@@ -144,19 +152,3 @@ def _load_encoder(folder: Path, kind: Any) -> Any:
         )
     loading.check_finite(encoder, folder)
     return encoder.float().eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' log lines and progress bars off the terminal: what matters is raised."""
-    from transformers.utils import logging as chatter
-
-    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    chatter.set_verbosity(chatter.CRITICAL)
-    chatter.disable_progress_bar()
-    try:
-        yield
-    finally:
-        chatter.set_verbosity(verbosity)
-        if bars:
-            chatter.enable_progress_bar()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.errors import UserError
 from distill.pretraining.config import TeacherTrainConfig
 from distill.pretraining.judge import Losses, Probe
 from distill.recipe import to_yaml
@@ -94,6 +95,9 @@ def teacher_card(
         processes: How many trained together.
         losses: At each noise level, or why there are none.
         probe: Its scores, or why there are none.
+
+    Raises:
+        UserError: The log is lost.
     """
     # Where its maker kept data and runs tells nobody anything.
     data = dataclasses.replace(config.data, root=None)
@@ -102,6 +106,11 @@ def teacher_card(
         begun = Path(begun).name
     recipe = dataclasses.replace(config, data=data, output="runs", init_from=begun)
     rows = read_metrics(folder)
+    if not rows:
+        raise UserError(
+            f"{folder / 'metrics.jsonl'} has no rows: the teacher is whole in "
+            f"{folder / 'pipeline'}, but how its training went can no longer be told in a card"
+        )
     curve = means([row["loss/denoising"] for row in rows])
     return CARD.format(
         name=config.name,

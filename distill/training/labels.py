@@ -40,11 +40,12 @@ def check_labels(config: TeacherConfig, teacher: Teacher, classes: int, image: T
     }
     if not config.labels:
         for where, given in {"": config.options, **options}.items():
-            if given.get("class_prompts"):
-                raise UserError(
-                    f"teacher.options.{where}class_prompts: only a label chooses one of them; set "
-                    "teacher.labels=true, or leave them out"
-                )
+            for key in ("class_prompts", "class_labels"):
+                if given.get(key):
+                    raise UserError(
+                        f"teacher.options.{where}{key}: the teacher is told no labels; set "
+                        "teacher.labels=true, or leave it out"
+                    )
         return
     teachers = getattr(teacher, "members", {"": teacher}).values()
     families = [getattr(one, "family", None) for one in teachers]

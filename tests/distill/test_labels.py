@@ -131,11 +131,10 @@ def test_prompts_that_no_label_would_choose_are_refused(
 ) -> None:
     teacher = build_teacher(load(*tones))
     monkeypatch.setattr("distill.training.trainer.build_teacher", lambda *arguments: teacher)
-    config = load(*tones, "teacher.options={class_prompts: [red, green, blue]}")
-    with pytest.raises(
-        UserError, match=r"^teacher\.options\.class_prompts: .* teacher\.labels=true"
-    ):
-        Trainer(config, "distilled", build_training_set(config.data), build_accelerator("cpu"))
+    for key, value in (("class_prompts", "[red, green, blue]"), ("class_labels", "true")):
+        config = load(*tones, f"teacher.options={{{key}: {value}}}")
+        with pytest.raises(UserError, match=rf"^teacher\.options\.{key}: .* teacher\.labels=true"):
+            Trainer(config, "distilled", build_training_set(config.data), build_accelerator("cpu"))
 
 
 def ensemble_of(folder: Path, **options: Any) -> str:

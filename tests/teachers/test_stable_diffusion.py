@@ -324,6 +324,15 @@ def test_a_tokenizer_without_a_limit_reads_what_its_encoder_reads(
     fails(folder, ValueError, r"has 14 tokens, .* reads 11", prompt="abcdefabcdef")
 
 
+def test_configs_that_do_not_fit_together_are_one_line(copied: Any) -> None:
+    folder = copied("sd1")
+    edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=None)
+    fails(folder, ValueError, r"tokenizer_config.json: model_max_length must be a number, not None")
+    edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=11)
+    edit(folder / "unet" / "config.json", attention_head_dim=3)
+    fails(folder, ValueError, r"its configs do not fit together, or no image of 32x32 \(")
+
+
 def test_prompts_that_are_none_are_refused(paths: dict[str, str]) -> None:
     path = paths["sd1"]
     fails(path, ValueError, r"class_prompts \[\] must be a list with a prompt", class_prompts=[])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,17 @@ def test_the_card_tells_how_the_training_went_and_how_good_the_teacher_is(finish
 def test_the_loss_curve_is_one_of_tenmeans() -> None:
     assert means([*range(25)]) == [0.5, 3, 5.5, 8, 10.5, 13, 15.5, 18, 20.5, 23]
     assert means([2.0, 4.0]) == [2, 4]
+
+
+def test_a_run_that_lost_its_log_has_no_card_to_write(
+    recipe: Path, refuse: Callable[..., str]
+) -> None:
+    words = ["teacher", "train", str(recipe), "steps=1", "samples=0"]
+    assert main(words) == 0
+    log = recipe.parent / "runs" / "ddpm" / "metrics.jsonl"
+    log.unlink()
+    line = refuse(*words, "--resume")
+    assert line.startswith(f"{log} has no rows: the teacher is whole in ")
 
 
 def test_a_teacher_of_images_without_labels_is_not_probed(recipe: Path, tmp_path: Path) -> None:
