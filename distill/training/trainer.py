@@ -366,8 +366,7 @@ class Trainer:
             self.looked = state.get("looked", 0)  # older checkpoints have not counted
             self.parts.seconds.update(state.get("parts", {}))
         except (RuntimeError, ValueError, KeyError) as error:
-            line = one_line(error)
             raise UserError(
-                f"{source} is of another architecture: {line[:200]}; resume with the recipe that "
-                "the run began with"
+                f"{source} is of another architecture: {one_line(error, 200)}; resume with the "
+                "recipe that the run began with"
             ) from error
