@@ -19,8 +19,7 @@ from distill.augmentation import augmentation
 from distill.benchmarks import IGNORE_INDEX, Benchmark, Examples
 from distill.config import DataConfig, PairConfig, RunConfig
 from distill.data import Augmented, InMemory, Resized, choose_labelled, fingerprint
-from distill.errors import UserError, blame, nearest
-from distill.recipe import problem_line
+from distill.errors import UserError, blame, nearest, problem_line
 from distill.registry import resolve
 from distill.tasks import traits
 from distill.training.distiller import Distiller, Match

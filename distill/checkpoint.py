@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
-from distill.errors import UserError, one_line
+from distill.errors import UserError, one_line, problem_line
 
 FORMAT = "diffusion-distill checkpoint"
 VERSION = 1
@@ -72,11 +73,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         file.write(text.encode())
 
 
-def read_json(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
+def read_json(
+    path: str | os.PathLike[str], *keys: str, kind: type[Any] | None = None
+) -> dict[str, Any]:
     """The object in a JSON file of a run.
 
+    Args:
+        path: the file.
+        keys: what it must have.
+        kind: a pydantic model, or another type that pydantic knows, which it must fit.
+
     Raises:
-        UserError: the file is missing or damaged, or no object with these keys.
+        UserError: the file is missing or damaged, or no such object.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -87,6 +95,12 @@ def read_json(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: it holds no JSON object")
     if lacking := [key for key in keys if key not in content]:
         raise UserError(f"{path} is damaged: it has no {lacking[0]!r}")
+    if kind is not None:
+        try:
+            TypeAdapter(kind).validate_python(content)
+        except ValidationError as error:
+            problem = problem_line(error.errors(include_url=False)[0])
+            raise UserError(f"{path} is damaged: {problem}") from error
     return content
 
 

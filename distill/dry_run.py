@@ -107,9 +107,9 @@ def _prepare(config: RunConfig) -> tuple[RunConfig, TrainingSet, Examples, Accel
 
 
 def _step_seconds(trainer: Trainer) -> float:
-    """Seconds of a step: the second of two, as the first pays for warming up."""
+    """Seconds of a step: the second of two if there are, as the first pays for warming up."""
     stream = batches(trainer)
-    for _ in range(2):
+    for _ in range(min(2, trainer.config.train.steps)):
         batch = next(stream)
         began = time.monotonic()
         trainer.train_step(*batch)

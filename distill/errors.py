@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from pydantic_core import ErrorDetails
+
 
 class UserError(Exception):
     """What a user can mend. Its text is one line: what is wrong, where, what would be right."""
@@ -41,3 +43,22 @@ def blame(where: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise UserError(f"{where}: {one_line(error)}") from error
+
+
+def problem_line(problem: ErrorDetails, below: str = "") -> str:
+    """What pydantic found wrong: the key, of the section `below`, and what it got."""
+    key = ".".join(filter(None, [below, *map(str, key_path(problem))]))
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing"
+    if not key:  # of the whole
+        return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
+    if "Sequence" in problem["msg"]:  # as Python has it; users write YAML
+        return f"{key}: a list, such as [{problem['input']}], not {problem['input']!r:.80}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key}: {message}, got {problem['input']!r:.80}"
+
+
+def key_path(problem: ErrorDetails) -> list[int | str]:
+    """Keys and indices, without the names of a union's members."""
+    kinds = ("tuple[int, int]", "tuple", "int", "str")
+    return [part for part in problem["loc"] if part not in kinds]

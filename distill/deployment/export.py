@@ -177,7 +177,7 @@ def _of_run(path: Path, arm: str, overrides: Sequence[str]) -> Source:
     if arm not in made.train.arms:
         raise UserError(f"--arm {arm}: {path} has {', '.join(made.train.arms)}")
     saved = checkpoint_path(path, arm)
-    state = checkpoint.load(saved)
+    state = checkpoint.load(saved, "step", "teacher", "average")
     provenance = {"arm": arm, "step": state["step"], "teacher": state["teacher"] or None}
     card = _card_of_run(path, made, config)
     card = dataclasses.replace(card, provenance={**card.provenance, **provenance})
@@ -188,7 +188,7 @@ def _of_run(path: Path, arm: str, overrides: Sequence[str]) -> Source:
         line = one_line(error, 200)
         raise UserError(f"{saved} does not fit the student of {recipe}: {line}") from error
     result = saved.with_name("result.json")  # written at the end of training
-    scores = checkpoint.read_json(result)["scores"] if result.exists() else {}
+    scores = checkpoint.read_json(result, "scores")["scores"] if result.exists() else {}
     return Source(student.eval(), card, config, scores, path)
 
 

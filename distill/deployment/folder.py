@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import timm.models
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +28,10 @@ HEAD = "head.safetensors"
 WEIGHTS = "model.safetensors"
 
 
+Pair = Annotated[Sequence[int], Field(min_length=2, max_length=2)]
+Colour = Annotated[Sequence[int], Field(min_length=3, max_length=3)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudentCard:
     """An exported student: the arguments of `Student`, its classes, and where it came from."""
@@ -34,14 +39,14 @@ class StudentCard:
     model: str
     classes: int
     dense: bool
-    image_size: Sequence[int]
+    image_size: Pair
     layers: Sequence[str]
     head: str
     head_layers: Sequence[str]
-    input_size: Sequence[int]
+    input_size: Pair
     kwargs: dict[str, Any]
     class_names: Sequence[str]
-    palette: Sequence[Sequence[int]] = ()
+    palette: Sequence[Colour] = ()
     """The RGB colour of each class; empty in cards of older versions."""
     ignore_index: int = IGNORE_INDEX
     task: Task | None = None
@@ -128,10 +133,16 @@ def untrained(card: StudentCard, folder: Path) -> Student:
 
 def read_card(folder: Path) -> StudentCard:
     """The card of an exported student."""
+    path = folder / CARD
+    content = checkpoint.read_json(path, kind=StudentCard)
     try:
-        return StudentCard(**json.loads((folder / CARD).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / CARD} is not the card of an exported student") from error
+        card = StudentCard(**content)
+    except TypeError as error:
+        raise UserError(f"{path} is of another version of distill: {one_line(error)}") from error
+    for key, least in (("class_names", card.classes), ("palette", 0)):
+        if len(getattr(card, key)) not in (least, card.classes):
+            raise UserError(f"{path} is damaged: {key} has not {card.classes} entries, as classes")
+    return card
 
 
 def student_folder(path: str | Path) -> Path:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from distill import checkpoint
 from distill.config import RunConfig
 from distill.errors import UserError, blame
@@ -100,17 +102,25 @@ def _plan(
     }
 
 
+class _Result(BaseModel):
+    """What `distill evaluate --out` writes, as far as it is read here."""
+
+    subject: str
+    protocol: str
+    benchmark: str
+    split: str
+    metric: str
+    size: tuple[int, int]
+    figures: dict[str, float]
+    intervals: dict[str, Interval] = {}
+    recipe: dict[str, Any]
+
+
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a result: {error}") from error
-    needed = ("subject", "protocol", "benchmark", "split", "metric", "size", "figures", "recipe")
-    missing = [key for key in needed if not isinstance(result, dict) or key not in result]
-    if missing:
-        raise UserError(
-            f"{path} is no result of `distill evaluate --out`: it has no {missing[0]!r}"
-        )
+        result = checkpoint.read_json(path, kind=_Result)
+    except UserError as error:
+        raise UserError(f"{error}; name a result of `distill evaluate --out`") from error
     refuse_foreign(build_config(RunConfig, result["recipe"], where=str(path)), overrides, path)
     refuse_file(parse_subject(result["subject"]))
     return result

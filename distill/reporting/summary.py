@@ -18,7 +18,6 @@ from distill.deployment.folder import usage
 from distill.evaluation.metrics import TITLES, in_points, worth
 from distill.reporting import plots
 from distill.studies.comparison import (
-    METRICS,
     Group,
     compare_groups,
     figures,
@@ -27,6 +26,7 @@ from distill.studies.comparison import (
     taught_arm,
 )
 from distill.studies.intervals import Interval
+from distill.studies.records import METRICS, read_result
 from distill.tracking import read_metrics
 from rl_policy.summary import policy_summary
 
@@ -36,8 +36,7 @@ EVEN = 0.98  # this share of the timesteps is effective: a fifth above chance st
 def summarise(config: RunConfig, folder: Path, benchmark: Benchmark) -> dict[str, Any]:
     """Write summary.json, curves.png and policy.png from what the arms left in the folder."""
     results: dict[Arm, dict[str, Any]] = {
-        arm: checkpoint.read_json(folder / "checkpoints" / arm / "result.json")
-        for arm in config.train.arms
+        arm: read_result(folder / "checkpoints" / arm / "result.json") for arm in config.train.arms
     }
     rows = read_metrics(folder)
     plots.curves(folder / "curves.png", rows)

@@ -7,23 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from distill import checkpoint
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.evaluation.metrics import worth
 from distill.recipe import flat, load_config, to_tree
 from distill.studies.intervals import interval
-from distill.tasks import TASKS
+from distill.studies.records import METRICS, read_result, read_summary
 from distill.tracking import read_metrics
 from distill.training.loop import checkpoint_path
 
 Name = TypeVar("Name", bound=str)
-
-METRICS = {task: traits.metric for task, traits in TASKS.items()}
-SUMMARY = ("task", "benchmark", "split", "metrics", "policy", "wall_seconds")
-"""Keys that a run's summary.json is not without."""
-RESULT = ("scores", "seconds", "images_per_second", "commit", "hardware")
-"""Keys that an arm's result.json is not without."""
 
 # What two runs of one recipe may differ in: the seeds, names and places, and how fast it went.
 NOT_THE_RECIPE = frozenset(
@@ -138,9 +131,9 @@ def read_run(folder: str | Path) -> FinishedRun:
     run = Path(folder)
     if not (run / "summary.json").is_file():
         raise UserError(f"{run} has no summary.json: name a run folder that is finished")
-    summary = checkpoint.read_json(run / "summary.json", *SUMMARY)
+    summary = read_summary(run)
     results = {
-        arm: checkpoint.read_json(checkpoint_path(run, arm).with_name("result.json"), *RESULT)
+        arm: read_result(checkpoint_path(run, arm).with_name("result.json"))
         for arm in summary["metrics"]
     }
     return FinishedRun(

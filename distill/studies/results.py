@@ -16,8 +16,9 @@ from distill.config import Arm, RunConfig
 from distill.errors import UserError, one_line
 from distill.evaluation.metrics import LOWER_IS_BETTER, TITLES, in_points
 from distill.reporting import charts
-from distill.studies.comparison import METRICS, estimate, gains, main_arm, spoken
+from distill.studies.comparison import estimate, gains, main_arm, spoken
 from distill.studies.intervals import Interval
+from distill.studies.records import METRICS, is_score, read_result, read_summary
 from distill.studies.study import Cell, Study, run_folder
 from distill.training.loop import checkpoint_path
 
@@ -123,6 +124,8 @@ def kept_scores(study: Study, file: str) -> Scores:
             for place, seed in enumerate(row["seeds"]):
                 # older files lack some
                 mine = {of: row[name][place] for name, of in COLUMNS.items() if name in row}
+                if not is_score(about["metric"], mine["value"]):
+                    raise ValueError(f"{mine['value']!r} of arm {arm} is no {about['metric']}")
                 mine |= about | made | {"run_seconds": mine["seconds"]}
                 scores[Cell(arm, seed)] = Score(**mine)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -157,15 +160,14 @@ def kept_scores(study: Study, file: str) -> Scores:
 def _read_score(run: RunConfig, arm: Arm) -> Score:
     folder = run_folder(run)
     try:
-        summary = checkpoint.read_json(folder / "summary.json")
-        path = checkpoint_path(folder, arm).with_name("result.json")
-        result = checkpoint.read_json(path)
+        summary = read_summary(folder)
+        result = read_result(checkpoint_path(folder, arm).with_name("result.json"))
         metric = METRICS[summary["task"]]
         return Score(
             summary["benchmark"],
             summary["split"],
             metric,
-            result["scores"][metric],
+            summary["metrics"][arm][metric],
             result["seconds"],
             result["images_per_second"],
             (result["commit"],),
@@ -179,7 +181,7 @@ def _read_score(run: RunConfig, arm: Arm) -> Score:
             else None,
             result.get("teacher") if arm == "distilled" else None,  # random ones are of the seed
         )
-    except (UserError, TypeError, KeyError) as error:
+    except (UserError, KeyError) as error:
         raise UserError(
             f"{folder} is no whole run ({one_line(error)}); remove that folder to train it again"
         ) from error

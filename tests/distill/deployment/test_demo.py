@@ -204,7 +204,7 @@ def test_a_classifier_tells_classes_with_probabilities(
     student = Student("test_resnet", classes=3, dense=False, image_size=(32, 32)).eval()
     card = dataclasses.replace(
         read_card(finished_run / "student"), classes=3, dense=False, kwargs={}, layers=(),
-        head_layers=(), class_names=("cat", "dog", "cow"),
+        head_layers=(), class_names=("cat", "dog", "cow"), palette=(),
     )  # fmt: skip
     export_student(student, card, tmp_path / "classifier")
     model = open_model(str(tmp_path / "classifier"))

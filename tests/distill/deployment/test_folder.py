@@ -279,7 +279,7 @@ def test_a_damaged_export_names_the_file(exported: Path, tmp_path: Path) -> None
     for name, pattern in (
         ("model.safetensors", "model.safetensors is missing or broken"),
         ("head.safetensors", "head.safetensors is missing or broken"),
-        ("student.json", "student.json is not the card of an exported student"),
+        ("student.json", "student.json is missing or damaged: "),
     ):
         broken = tmp_path / name
         shutil.copytree(exported, broken)
@@ -308,6 +308,25 @@ def test_a_card_of_what_is_not_installed_names_the_card(exported: Path, tmp_path
     card = json.loads((folder / "student.json").read_text())
     (folder / "student.json").write_text(json.dumps(card | {"model": "test_resnett"}))
     with pytest.raises(UserError, match=r"student\.json: timm has no model 'test_resnett'"):
+        load_student(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"class_names": ["a"]}, "class_names has not 7 entries, as classes"),
+        ({"palette": [[1, 2]]}, "palette.0: value should have at least 3 items"),
+        ({"provenance": [1]}, "provenance: input should be a valid dictionary"),
+        ({"image_size": "x"}, "image_size: "),
+    ],
+)
+def test_a_card_that_was_edited_wrongly_is_named(
+    exported: Path, tmp_path: Path, change: dict[str, Any], line: str
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "other"))
+    card = json.loads((folder / "student.json").read_text())
+    (folder / "student.json").write_text(json.dumps(card | change))
+    with pytest.raises(UserError, match=rf"^{folder}/student\.json is damaged: {line}"):
         load_student(folder)
 
 

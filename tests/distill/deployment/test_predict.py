@@ -100,7 +100,7 @@ def test_classes_and_probabilities_go_into_tables(
     student = Student("test_resnet", classes=3, dense=False, image_size=(32, 32)).eval()
     card = dataclasses.replace(
         read_card(exported), classes=3, dense=False, kwargs={}, layers=(), head_layers=(),
-        class_names=("cat", "dog, wet", "cow"),
+        class_names=("cat", "dog, wet", "cow"), palette=(),
     )  # fmt: skip
     export_student(student, card, tmp_path / "classifier")
     images = sorted(map(str, pictures.rglob("*.*g")))

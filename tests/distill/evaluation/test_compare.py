@@ -31,6 +31,24 @@ def result_of(subject: str, out: Path) -> Path:
     return out
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"subject": 5}, "subject: input should be a valid string"),
+        ({"size": "x"}, "size: input should be a valid tuple"),
+        ({"figures": {"miou": "x"}}, "figures.miou: input should be a valid number"),
+    ],
+)
+def test_a_result_that_was_edited_wrongly_is_named(
+    finished_run: Path, tmp_path: Path, refuse: Callable[..., str], change: Any, line: str
+) -> None:
+    written = result_of(str(finished_run), tmp_path / "a.json")
+    written.write_text(json.dumps(json.loads(written.read_text()) | change))
+    told = refuse("compare", written, finished_run, *SMALL, *QUICK)
+    assert told.startswith(f"{written} is damaged: {line}")
+    assert told.endswith("; name a result of `distill evaluate --out`")
+
+
 def test_results_and_subjects_stand_in_one_table(
     teacher_folder: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,8 +192,9 @@ def test_mistakes_are_one_line(
     (tmp_path / "e.json").write_text(json.dumps(result | {"images": "x"}))
     line = refuse("compare", good, tmp_path / "e.json")
     assert "e.json was scored on other images (data.root=None) than" in line
-    assert "c.json is no result" in refuse("compare", good, tmp_path / "c.json")
-    assert "d.json cannot be read" in refuse("compare", good, tmp_path / "d.json")
+    line = refuse("compare", good, tmp_path / "c.json")
+    assert "c.json is damaged: subject is missing; name a result of" in line
+    assert "d.json is missing or damaged" in refuse("compare", good, tmp_path / "d.json")
     assert "is no folder to write to" in refuse("compare", good, good, "--out", good)
     assert "no exported student" in refuse("compare", good, tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -265,7 +265,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(refuse, finished_run, words, l
             "jsonl, line 1 is damaged",
         ),
         ("metrics.jsonl", b"\xff\xfe\n[1]\n", "metrics.jsonl, line 1 is damaged; put a copy"),
-        ("summary.json", b'{"metrics": {}}', "summary.json is damaged: it has no 'task'"),
+        ("summary.json", b'{"metrics": {}}', "summary.json is damaged: task is missing"),
         ("summary.json", b'{"metrics"', "summary.json is missing or damaged: "),
         ("checkpoints/scratch/result.json", None, "scratch/result.json is missing or damaged: "),
         ("checkpoints/scratch/result.json", b"[]", "result.json is damaged: it holds no JSON obj"),
@@ -284,6 +284,34 @@ def test_a_damaged_run_names_the_file(
     else:
         assert main(["report", str(run)]) == 0
         assert "has no row in the log" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "line"),
+    [
+        ("summary.json", {"task": "x"}, "task: input should be 'segmentation', "),
+        ("summary.json", {"metrics": {}}, "metrics: dictionary should have at least 1 item"),
+        ("summary.json", {"metrics": [1]}, "metrics: input should be a valid dictionary"),
+        ("summary.json", {"metrics": {"scratch": {"miou": "high"}}}, "metrics.scratch.miou is a"),
+        ("summary.json", {"metrics": {"scratch": {"miou": 9}}}, "metrics.scratch.miou is a score"),
+        ("summary.json", {"policy": {}}, "policy.timesteps is missing"),
+        ("summary.json", {"wall_seconds": "x"}, "wall_seconds: input should be a valid number"),
+        ("checkpoints/scratch/result.json", {"scores": []}, "scores: input should be a valid dict"),
+        ("checkpoints/scratch/result.json", {"hardware": 5}, "hardware: input should be a valid s"),
+        (
+            "checkpoints/distilled/result.json",
+            {"noise_floor": {"mean": {"a": 1}}},
+            "noise_floor: value error, every pair of mean has a row in bins",
+        ),
+    ],
+)
+def test_a_run_file_that_was_edited_wrongly_is_named(
+    refuse: Any, finished_run: Path, tmp_path: Path, file: str, change: Any, line: str
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    (run / file).write_text(json.dumps(json.loads((run / file).read_text()) | change))
+    told = refuse("report", run)
+    assert told.startswith(f"{run / file} is damaged: {line}")
 
 
 def test_a_probe_without_a_page_is_refused(refuse, finished_run, tmp_path):

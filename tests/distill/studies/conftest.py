@@ -15,6 +15,7 @@ from distill.training.loop import checkpoint_path
 
 Write = Callable[..., Path]
 
+BINS = {"timesteps": [0, 100], "noise_fraction": [0.0, 0.1]}
 ARMS = [
     {"name": "scratch", "overrides": ["train.arms=[scratch]"]},
     {"name": "a2c"},
@@ -51,9 +52,9 @@ def fake_runs(study: Study, scores: dict[tuple[str, int], float]) -> None:
             "images_per_second": 50.0,
             "commit": "c0ffee",
             "hardware": "a machine",
-            "policy": {"timesteps": [0, 100]} if arm == "a2c" else None,
+            "policy": BINS if arm == "a2c" else None,
         }
-        policy = {"timesteps": [0, 100], "probabilities": [0.25, 0.75]} if arm == "a2c" else None
+        policy = {"name": arm, **BINS, "probabilities": [0.25, 0.75]} if arm == "a2c" else None
         summary = {"task": "segmentation", "benchmark": "shapes", "split": "test"}
         summary |= {"metrics": {take: {"miou": score}}, "policy": policy}
         path = checkpoint_path(folder, take).with_name("result.json")

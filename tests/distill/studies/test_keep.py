@@ -80,6 +80,11 @@ def test_scores_of_other_settings_or_of_no_study_are_refused(
     line = refuse(*refused, "train.lr=0.5")
     assert f"--keep: {file} is of another recipe: train.lr was 0.001, and is 0.5 now" in line
     assert main([*refused, "train.log_every=3", "name=other"]) == 0  # changes no score
+    results = json.loads(file.read_text())
+    for value in (float("nan"), 99.0, "high", None):
+        results["arms"]["scratch"]["values"] = [value]
+        file.write_text(json.dumps(results))
+        assert f"{value!r} of arm scratch is no miou" in refuse(*refused)
     for content in ("[]", "{", '{"arms": 1}'):
         file.write_text(content)
         assert f"--keep: {file} is no JSON of a sweep" in refuse(*refused)

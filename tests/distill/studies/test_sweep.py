@@ -148,6 +148,25 @@ def test_seeds_of_another_teacher_at_the_same_path_are_refused(
     assert not run_folder(study.cells[Cell("a2c", 1)]).exists()
 
 
+@pytest.mark.parametrize("change", [{"seconds": "x"}, {"hardware": 5}, {"scores": None}])
+def test_a_run_with_wrong_results_is_named(
+    write: Write, refuse: Refuse, change: dict[str, Any]
+) -> None:
+    path = write()
+    study = load_study(path)
+    fake_runs(study, {("scratch", 0): 0.5})
+    folder = run_folder(study.cells[Cell("scratch", 0)])
+    file = checkpoint_path(folder, "scratch").with_name("result.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    line = refuse("sweep", str(path), "--dry-run")
+    assert line.startswith(f"{folder} is no whole run ({file} is damaged: {next(iter(change))}: ")
+
+
+def test_a_run_of_one_step_is_tried_too(write: Write) -> None:
+    path = write(overrides=["train.arms=[distilled]", "train.steps=1"])
+    assert main(["sweep", str(path), "--dry-run"]) == 0
+
+
 # Training it
 
 
