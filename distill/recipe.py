@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 from distill.config import RunConfig
-from distill.errors import UserError, nearest, one_line
+from distill.errors import UserError, key_path, nearest, one_line, problem_line
 from distill.pretraining.config import TeacherTrainConfig
 from distill.registry import is_own
 
@@ -133,15 +132,19 @@ class Difference(NamedTuple):
 
 
 def first_difference(
-    before: RunConfig | TeacherTrainConfig, now: RunConfig | TeacherTrainConfig
+    before: RunConfig | TeacherTrainConfig,
+    now: RunConfig | TeacherTrainConfig,
+    places: Container[str] = (),
 ) -> Difference | None:
-    """The first key in which two recipes differ; None if there is none.
+    """The first key in which two recipes differ, `places` aside; None if there is none.
 
     `device`, and how many files may be unreadable, change nothing of what a run computes.
     """
     old, new = flat(to_tree(before)), flat(to_tree(now))
     for key in old | new:
-        if key not in ("device", "data.options.skip") and old.get(key) != new.get(key):
+        if key in ("device", "data.options.skip") or key in places:
+            continue
+        if old.get(key) != new.get(key):
             return Difference(key, old.get(key), new.get(key))
     return None
 
@@ -234,28 +237,13 @@ def _child(node: Any, name: str, override: str) -> Any:
 def _first_problem(kind: type[Any], error: ValidationError) -> str:
     """One line for the first thing that is wrong: key, what it got, what would be right."""
     problem = error.errors(include_url=False)[0]
-    location = _location(problem)
+    location = key_path(problem)
     key = ".".join(map(str, location))
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         section, _, name = key.rpartition(".")
         known = _keys(kind, location[:-1])
         return f"unknown key {key!r}; {nearest(name, known, section and f'{section}.')}"
     return problem_line(problem)
-
-
-def problem_line(problem: ErrorDetails, below: str = "") -> str:
-    """What pydantic found wrong: the key, of the section `below`, and what it got."""
-    key = ".".join(filter(None, [below, *map(str, _location(problem))]))
-    if problem["type"] in ("missing", "missing_argument"):
-        return f"{key} is missing"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{key}: {message}, got {problem['input']!r:.80}"
-
-
-def _location(problem: ErrorDetails) -> list[int | str]:
-    """Keys and indices, without the names of a union's members."""
-    kinds = ("tuple[int, int]", "tuple", "int", "str")
-    return [part for part in problem["loc"] if part not in kinds]
 
 
 def _keys(kind: type[Any], location: Sequence[int | str]) -> list[str]:

@@ -41,7 +41,7 @@ from distill.tracking import (
 )
 from distill.training.fit import check_schedule, fit_batch, with_batch
 from distill.training.loop import checkpoint_path, train_arm
-from distill.training.trainer import Trainer
+from distill.training.trainer import Trainer, check_recipe
 from students.student import Student
 
 SHOWN = 8  # images in predictions.png
@@ -70,6 +70,10 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         validation = held_out_examples(config, data.benchmark, data.size, "val")
     results = {arm: folder / "checkpoints" / arm / "result.json" for arm in config.train.arms}
     left = [arm for arm in config.train.arms if not (resume and results[arm].exists())]
+    for arm in config.train.arms:
+        path = checkpoint_path(folder, arm)
+        if resume and path.exists():
+            check_recipe(config, checkpoint.load(path, "config"), path)
     # The first is built before there is a folder: its mistakes leave none behind. So are, one at a
     # time, those whose feature caches may be stale or find no room.
     for arm in left[1:]:

@@ -22,7 +22,7 @@ from distill.config import Arm, RunConfig
 from distill.deployment.folder import load_backbone
 from distill.errors import UserError, blame, one_line
 from distill.precision import autocast
-from distill.recipe import to_tree
+from distill.recipe import build_config, first_difference, to_tree
 from distill.training.batch import Batch
 from distill.training.clock import Clock, Timed, untimed
 from distill.training.distiller import Losses, merge
@@ -35,6 +35,8 @@ from distill.training.optim import build_optimizer, freeze_backbone, stage_lr_fa
 from distill.training.policies import build_policy
 from students.student import Student
 
+PLACES = ("name", "output", "data.root")
+"""What may be edited in the config.yaml of a run that was moved."""
 REMEDY = "a smaller train.lr, or train.precision=no"
 
 
@@ -43,6 +45,17 @@ class Phase(NamedTuple):
 
     teach: bool
     task_weight: float
+
+
+def check_recipe(config: RunConfig, state: Mapping[str, Any], source: Path) -> None:
+    """Refuse a checkpoint of another recipe: the run's config.yaml was edited. Raises UserError."""
+    # Built anew, so that a key which is younger than the file stands at its default.
+    written = build_config(RunConfig, state["config"], where=str(source))
+    if changed := first_difference(written, config, PLACES):
+        raise UserError(
+            f"resume: {changed.key} is {changed.before!r} in {source} and {changed.now!r} in the "
+            "run's config.yaml; put that back, or start a new run (student.init_from takes weights)"
+        )
 
 
 class Trainer:
@@ -353,6 +366,7 @@ class Trainer:
         for what, mine in self._origin.items():
             if state.get(what) != mine:
                 raise UserError(f"{source}: the {what} is not the one this run began with")
+        check_recipe(self.config, state, source)
         try:
             self.distiller.load_state_dict(state["distiller"])
             self.average.module.load_state_dict(state["average"])

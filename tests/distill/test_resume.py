@@ -199,16 +199,6 @@ def test_resume_refuses_another_recipe(stopped_run: Path, refuse: Refuse) -> Non
         assert "new run (student.init_from takes weights)" in line
 
 
-def test_resume_refuses_a_checkpoint_of_another_architecture(
-    stopped_run: Path, refuse: Refuse
-) -> None:
-    config = stopped_run / "config.yaml"
-    config.write_text(config.read_text().replace("bins: 4", "bins: 5"))
-    line = refuse("train", config, "--resume")
-    assert "last.pt is of another architecture" in line
-    assert line.endswith("resume with the recipe that the run began with")
-
-
 def test_resume_refuses_a_truncated_and_a_foreign_checkpoint(
     stopped_run: Path, refuse: Refuse
 ) -> None:
@@ -225,7 +215,26 @@ def test_resume_refuses_a_truncated_and_a_foreign_checkpoint(
     assert "last.pt was not written by distill" in line
     checkpoint.save(path, {"unet": {}})
     line = refuse("train", stopped_run / "config.yaml", "--resume")
-    assert "last.pt: the arm is not the one this run began with" in line
+    assert "last.pt is a checkpoint of something else: it has no 'config'" in line
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_recipe_that_was_edited_in_the_run_folder_is_refused(
+    finished_run: Path, tmp_path: Path, refuse: Refuse, finished: bool
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "runs" / "tiny"))
+    if not finished:
+        for path in [run / "summary.json", *run.glob("checkpoints/*/result.json")]:
+            path.unlink()
+    recipe = run / "config.yaml"
+    tree = yaml.safe_load(recipe.read_text()) | {"output": str(run.parent)}
+    tree["train"]["lr"] = 0.5
+    recipe.write_text(yaml.safe_dump(tree))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    line = refuse("train", recipe, "--resume")
+    assert line.startswith("resume: train.lr is 0.001 in ")
+    assert "last.pt and 0.5 in the run's config.yaml; put that back" in line
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on(
