@@ -163,11 +163,13 @@ def _read_score(run: RunConfig, arm: Arm) -> Score:
         summary = read_summary(folder)
         result = read_result(checkpoint_path(folder, arm).with_name("result.json"))
         metric = METRICS[summary["task"]]
+        if not is_score(metric, score := result["scores"][metric]):
+            raise UserError(f"{score!r} of {arm} is no {metric}")
         return Score(
             summary["benchmark"],
             summary["split"],
             metric,
-            summary["metrics"][arm][metric],
+            score,
             result["seconds"],
             result["images_per_second"],
             (result["commit"],),

@@ -55,8 +55,9 @@ def test_a_command_that_a_run_folder_names_is_not_run(
 ) -> None:
     name_code(run, benchmark="os:system", root="echo pwned > canary", options={})
     result = {"subject": "received", "recipe": yaml.safe_load((run / "config.yaml").read_text())}
-    known = ("protocol", "benchmark", "split", "metric", "size", "figures")
-    Path("result.json").write_text(json.dumps(dict.fromkeys(known) | result))
+    known = dict.fromkeys(("protocol", "benchmark", "split", "metric"), "any")
+    known |= {"size": [32, 32], "figures": {}}
+    Path("result.json").write_text(json.dumps(known | result))
     before = sorted(Path().iterdir())
     line = refuse(*words)
     assert "its recipe has data.benchmark=os:system, which is no file of yours" in line

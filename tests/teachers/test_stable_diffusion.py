@@ -328,9 +328,9 @@ def test_configs_that_do_not_fit_together_are_one_line(copied: Any) -> None:
     folder = copied("sd1")
     edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=None)
     fails(folder, ValueError, r"tokenizer_config.json: model_max_length must be a number, not None")
-    edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=11)
-    edit(folder / "unet" / "config.json", attention_head_dim=3)
-    fails(folder, ValueError, r"its configs do not fit together, or no image of 32x32 \(")
+    folder = copied("sdxl")
+    edit(folder / "unet" / "config.json", projection_class_embeddings_input_dim=5)
+    fails(folder, ValueError, r"its configs do not fit together, or no image of 8x8 \(")
 
 
 def test_prompts_that_are_none_are_refused(paths: dict[str, str]) -> None:
