@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from distill.build import TrainingSet
-from distill.caching.cache import FeatureCache, Plan, Stored, check_origin
+from distill.caching.cache import FeatureCache, Plan, Stored
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
 from distill.training.distiller import Distiller
@@ -120,20 +120,6 @@ def cached_examples(config: RunConfig, data: TrainingSet) -> list[int]:
     return sorted({*data.labelled_indices, *unlabelled})
 
 
-def check_cache(
-    config: RunConfig,
-    arm: Arm,
-    data: TrainingSet,
-    teacher: Teacher,
-    timesteps: Tensor,
-    plan: Plan,
-    accelerator: Accelerator,
-) -> None:
-    """Raises UserError if an arm's feature cache is there and of other features."""
-    origin = _origin(config, data, teacher, timesteps, plan, accelerator)
-    check_origin(_folder(config, arm), origin)
-
-
 def open_cache(
     config: RunConfig,
     arm: Arm,
@@ -146,23 +132,24 @@ def open_cache(
     """An arm's feature cache; see `FeatureCache`. Runs that differ in their seed share it."""
     batch = (config.train.batch + config.train.unlabelled_batch) // accelerator.num_processes
     return FeatureCache(
-        _folder(config, arm),
+        cache_folder(config, arm),
         teacher,
         plan,
         examples=np.array(cached_examples(config, data)),
         timesteps=timesteps,
-        origin=_origin(config, data, teacher, timesteps, plan, accelerator),
+        origin=cache_origin(config, data, teacher, timesteps, plan, accelerator),
         chunk=min(8 if accelerator.device.type == "cpu" else 64, batch),
     )
 
 
-def _folder(config: RunConfig, arm: Arm) -> Path:
+def cache_folder(config: RunConfig, arm: Arm) -> Path:
+    """Where the feature cache of an arm lies."""
     assert config.teacher.cache is not None
     name = arm if arm == "distilled" else f"{arm}{config.seed}"  # whose weights the seed decides
     return Path(config.teacher.cache) / name
 
 
-def _origin(
+def cache_origin(
     config: RunConfig,
     data: TrainingSet,
     teacher: Teacher,

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from distill import seeding
 from distill.build import TrainingSet, build_distiller, build_teacher
-from distill.caching.cache import FeatureCache, Plan
-from distill.caching.plan import check_cache, open_cache, plan_cache
+from distill.caching.cache import FeatureCache, Plan, check_origin
+from distill.caching.plan import cache_folder, cache_origin, open_cache, plan_cache
 from distill.config import Arm, RunConfig
 from distill.deployment.folder import load_backbone
 from distill.errors import UserError, blame, one_line
@@ -137,8 +137,9 @@ class Trainer:
         """Raises UserError if the recipe's feature cache is there and holds other features."""
         if self.plan is not None:
             assert self.teacher is not None
-            parts = self.config, self.arm, self.data, self.teacher, self.timesteps, self.plan
-            check_cache(*parts, self.accelerator)
+            parts = self.config, self.data, self.teacher, self.timesteps, self.plan
+            origin = cache_origin(*parts, self.accelerator)
+            check_origin(cache_folder(self.config, self.arm), origin)
 
     def open_cache(self) -> None:
         """Find or make the folder of the feature cache that the recipe asks for, if it does.
