@@ -21,7 +21,7 @@ from distill.build import (
     in_order,
     typed_options,
 )
-from distill.config import RunConfig
+from distill.config import Arm, RunConfig
 from distill.costs.flops import teacher_flops
 from distill.data import Draw
 from distill.errors import UserError, blame
@@ -76,23 +76,23 @@ class Trial(NamedTuple):
 
     seconds: float
     """Of training all its arms, estimated."""
-    teachers: dict[str, str]
+    teachers: dict[Arm, str]
     """The fingerprint of each arm's teacher."""
 
 
 def try_recipe(config: RunConfig) -> Trial:
     """Check a recipe as `dry_run` does."""
     config, data, _, accelerator = _prepare(config)
-    found = Trial(0.0, {})
+    seconds, teachers = 0.0, {}
     for arm in config.train.arms:
         trainer = Trainer(config, arm, data, accelerator)
         trainer.check_cache()
-        found = found._replace(seconds=found.seconds + config.train.steps * _step_seconds(trainer))
+        seconds += config.train.steps * _step_seconds(trainer)
         if trainer.teacher is not None:
-            found.teachers[arm] = trainer.teacher.fingerprint
+            teachers[arm] = trainer.teacher.fingerprint
         del trainer
         accelerator.free_memory()  # it holds on to every model that it prepared
-    return found
+    return Trial(seconds, teachers)
 
 
 def _prepare(config: RunConfig) -> tuple[RunConfig, TrainingSet, Examples, Accelerator]:

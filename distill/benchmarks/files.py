@@ -70,7 +70,7 @@ def is_cut(image: ImageFile.ImageFile) -> bool:
         return False
     codec, _, _, args = image.tile[0]
     raw, *more = args if isinstance(args, tuple) else (args,)
-    return ";16" in str(raw) or (codec == "ppm" and more[0] > 255)
+    return ";16" in str(raw) or (codec.startswith("ppm") and max(more, default=0) > 255)
 
 
 def _orientation(image: Image.Image) -> int:

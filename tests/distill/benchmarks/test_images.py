@@ -130,7 +130,8 @@ def test_colours_of_sixteen_bits_are_refused(
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     deep_png(elsewhere / "deep.png")
     (elsewhere / "deep.ppm").write_bytes(b"P6\n2 2\n65535\n" + 24 * b"\x12")
-    for file in (elsewhere / "deep.png", elsewhere / "deep.ppm"):
+    (elsewhere / "plain.ppm").write_bytes(b"P3\n2 2\n4095\n" + 12 * b"300 ")
+    for file in sorted(elsewhere.iterdir()):
         with pytest.raises(UserError, match=f"{file}: has colours of 16 bits; convert it to 8-bit"):
             read_image(file)
         with pytest.raises(UserError, match="has colours of 16 bits"):
@@ -138,6 +139,14 @@ def test_colours_of_sixteen_bits_are_refused(
         shutil.copy(file, root / "0.png")
         with pytest.raises(UserError, match=f"{root / '0.png'}: has colours of 16 bits; 1 of 10"):
             Images(str(root))
+
+
+def test_plain_bitmaps_are_read(root: Path) -> None:
+    (root / "bits.pgm").write_bytes(b"P1\n2 2\n1 0 0 1\n")
+    (root / "levels.pgm").write_bytes(b"P2\n2 2\n255\n0 9 9 0\n")
+    assert read_image(root / "bits.pgm")[0].tolist() == [[0, 255], [255, 0]]
+    assert read_image(root / "levels.pgm")[0].tolist() == [[0, 9], [9, 0]]
+    assert len(Images(str(root)).dataset("train")) == 12
 
 
 def test_links_to_folders_are_followed_and_nothing_is_read_twice(
