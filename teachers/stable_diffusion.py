@@ -122,28 +122,44 @@ class TextUNet:
                 "conditioned as in Stable Diffusion 1.x, 2.x or SDXL"
             )
 
+    def _text_widths(self) -> dict[str, int]:
+        """Channels that the UNet takes of a prompt, by the encoders that give them."""
+        widths = {"text_encoder": self.config["cross_attention_dim"]}
+        if self.is_sdxl:
+            widths = {"text_encoder and text_encoder_2": self.config["cross_attention_dim"]}
+            # what the time_ids leave of the embedding's input
+            pooled = self.config["projection_class_embeddings_input_dim"]
+            widths["text_encoder_2, pooled"] = pooled - 6 * self.config["addition_time_embed_dim"]
+        return widths
+
+    def _check_text(self, prompts: text.Prompts) -> None:
+        """Raises ValueError where the text encoders are those of another UNet."""
+        for (encoder, width), given in zip(
+            self._text_widths().items(), prompts.buffers(), strict=True
+        ):
+            if given.shape[-1] != width:
+                raise ValueError(
+                    f"{self.root}: {encoder} gives {given.shape[-1]} channels and unet/config.json "
+                    f"takes {width}; they belong to two pipelines"
+                )
+
     def build(self) -> nn.ModuleDict:
         """The UNet, the autoencoder, and zeros for the prompts."""
-        pooled = None
-        if self.is_sdxl:  # what the time_ids leave of the embedding's input
-            width = self.config["projection_class_embeddings_input_dim"]
-            pooled = torch.zeros(
-                len(self.prompts), width - 6 * self.config["addition_time_embed_dim"]
-            )
-        tokens = torch.zeros(
-            len(self.prompts), self.prompt_length, self.config["cross_attention_dim"]
-        )
+        width, *pooled = self._text_widths().values()
+        count = len(self.prompts)
+        tokens = torch.zeros(count, self.prompt_length, width)
         return nn.ModuleDict(
             {
                 "network": UNet2DConditionModel.from_config(self.config),
                 "vae": AutoencoderKL.from_config(self.vae_config),
-                "prompts": text.Prompts(tokens, pooled),
+                "prompts": text.Prompts(tokens, torch.zeros(count, *pooled) if pooled else None),
             }
         )
 
     def load(self, random_weights: int | None) -> nn.ModuleDict:
         """The same with trained weights and embedded prompts; only the UNet's may be fresh."""
         prompts = text.embed(self.root, self.prompts, encoders=1 + self.is_sdxl)
+        self._check_text(prompts)
         if self.empty_is_zeros:
             empty = torch.tensor([not prompt for prompt in self.prompts])
             for embedded in prompts.buffers():

@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from teachers import loading
 
+MARK = re.compile(r"<.+>|\[.+\]")  # of begin, end, padding: no part of a word
 CHUNK = 32  # prompts that go through an encoder at once, where there are a thousand classes
 
 
@@ -52,23 +53,25 @@ def prompt_length(pipeline: Path, encoders: int) -> int:
         folder = pipeline / f"tokenizer{suffix}"
         loading.read_json(folder / "tokenizer_config.json")
         # transformers would go on with three tokens for all words
-        alone = (folder / "tokenizer.json").is_file()
-        if not alone and not all(
-            (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-        ):
+        if (folder / "tokenizer.json").is_file():
+            loading.read_json(folder / "tokenizer.json")
+        elif all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+            _check_merges(folder)
+        else:
             raise FileNotFoundError(
                 f"no vocabulary in {folder}: it should hold vocab.json and merges.txt, or "
                 "tokenizer.json"
             )
     lengths = []
-    for file, key in (
-        ("tokenizer/tokenizer_config.json", "model_max_length"),
-        ("text_encoder/config.json", "max_position_embeddings"),
-    ):
-        length = loading.read_json(pipeline / file).get(key, 77)
-        if not isinstance(length, int | float) or length < 1:
-            raise ValueError(f"{pipeline / file}: {key} must be a number, not {length!r}")
-        lengths.append(length)
+    for suffix in ("", "_2")[:encoders]:
+        for file, key in (
+            (f"tokenizer{suffix}/tokenizer_config.json", "model_max_length"),
+            (f"text_encoder{suffix}/config.json", "max_position_embeddings"),
+        ):
+            length = loading.read_json(pipeline / file).get(key, 77)
+            if not isinstance(length, int | float) or length < 1:
+                raise ValueError(f"{pipeline / file}: {key} must be a number, not {length!r}")
+            lengths.append(length)
     return int(min(lengths))  # a tokenizer that knows no limit says so by an absurd one
 
 
@@ -97,11 +100,10 @@ def embed(pipeline: Path, prompts: Sequence[str], encoders: int) -> Prompts:
     sides: list[Tensor] = []
     pooled: list[Tensor] = []
     for suffix, kind in list(zip(("", "_2"), kinds, strict=True))[:encoders]:
-        folder = pipeline / f"tokenizer{suffix}"
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokens = _token_ids(pipeline / f"tokenizer{suffix}", prompts, length)
         encoder = _load_encoder(pipeline / f"text_encoder{suffix}", kind)
         rows = []
-        for ids in torch.split(_token_ids(tokenizer, prompts, length), CHUNK):
+        for ids in torch.split(tokens, CHUNK):
             with torch.no_grad():
                 output = encoder(ids, output_hidden_states=True)
             rows.append(output.last_hidden_state if encoders == 1 else output.hidden_states[-2])
@@ -111,19 +113,45 @@ def embed(pipeline: Path, prompts: Sequence[str], encoders: int) -> Prompts:
     return Prompts(torch.cat(sides, dim=-1), torch.cat(pooled) if pooled else None)
 
 
-def _token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+def _token_ids(folder: Path, prompts: Sequence[str], length: int) -> Tensor:
     """(P, L) int64, each prompt between its marks and padded."""
-    for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
-        if len(ids) > length:
+    from transformers import CLIPTokenizer
+    from transformers.utils import logging as chatter
+
+    try:
+        with loading.quiet(chatter):
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            padded = tokenizer(list(prompts), padding="max_length", max_length=length)
+        ids = [torch.tensor(row, dtype=torch.int64) for row in padded.input_ids]
+    except Exception as error:  # its files may be wrong in any way at all
+        raise ValueError(
+            f"{folder} does not hold a CLIPTokenizer ({textwrap.shorten(str(error), 200)})"
+        ) from error
+    for prompt, row in zip(prompts, ids, strict=True):
+        if len(row) > length:
             raise ValueError(
-                f"prompt {textwrap.shorten(prompt, 60)!r} has {len(ids)} tokens, its marks "
+                f"prompt {textwrap.shorten(prompt, 60)!r} has {len(row)} tokens, its marks "
                 f"included; the text encoder reads {length}"
             )
-    padded = tokenizer(
-        list(prompts), padding="max_length", max_length=length, return_tensors="pt"
-    ).input_ids
-    assert isinstance(padded, Tensor)
-    return padded
+    return torch.stack(ids)
+
+
+def _check_merges(folder: Path) -> None:
+    """Raises ValueError where words would fall into other tokens than those of the vocabulary, as
+    merges.txt is cut: transformers would go on without a word."""
+    path = folder / "merges.txt"
+    pairs = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    made = {"".join(pair) for pair in pairs}
+    lost = [
+        token
+        for token in loading.read_json(folder / "vocab.json")
+        if len(token.removesuffix("</w>")) > 1 and token not in made and not MARK.fullmatch(token)
+    ]
+    if lost:
+        raise ValueError(
+            f"{path} does not lead to {len(lost)} tokens of vocab.json beside it, such as "
+            f"{lost[0]!r}; copy both again"
+        )
 
 
 def _load_encoder(folder: Path, kind: Any) -> Any:
@@ -140,7 +168,7 @@ def _load_encoder(folder: Path, kind: Any) -> Any:
                 use_safetensors=".safetensors" in weights.name,
                 variant=variant,
             )
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # its files may be wrong in any way at all
         raise ValueError(
             f"{folder} does not hold a {kind.__name__} with its weights "
             f"({textwrap.shorten(str(error), 200)})"

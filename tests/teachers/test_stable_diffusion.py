@@ -296,6 +296,50 @@ def test_missing_vocabulary_is_named(copied: Any) -> None:
     fails(folder, FileNotFoundError, r"no vocabulary in .*/tokenizer: .* vocab\.json and merges")
 
 
+def test_damaged_text_files_are_one_line(copied: Any) -> None:
+    def broken(name: str, content: str, pattern: str) -> None:
+        folder = copied("sd1")
+        shutil.rmtree(folder / "tokenizer")
+        pipelines.write_tokenizer(folder / "tokenizer")
+        (folder / name).write_text(content)
+        fails(folder, ValueError, pattern)
+
+    broken("tokenizer/vocab.json", '{"a": 0, "b"', r"tokenizer/vocab\.json is not JSON")
+    broken("tokenizer/vocab.json", "{}", r"/tokenizer does not hold a CLIPTokenizer \(")
+    broken("tokenizer/tokenizer.json", "", r"tokenizer/tokenizer\.json is not JSON")
+    broken("tokenizer/tokenizer.json", "{}", r"/tokenizer does not hold a CLIPTokenizer \(")
+    for cut in ("", "#version: 0.2\n"):  # prompts would fall into other tokens
+        pattern = r"merges\.txt does not lead to 1 tokens of vocab\.json .* such as 'at</w>'"
+        broken("tokenizer/merges.txt", cut, pattern)
+    for wrong in ({"hidden_size": "x"}, {"num_attention_heads": 0}, {"num_hidden_layers": None}):
+        folder = copied("sd1")
+        edit(folder / "text_encoder" / "config.json", **wrong)
+        fails(folder, ValueError, r"/text_encoder does not hold a CLIPTextModel with its weights")
+
+
+def test_text_encoders_of_another_unet_are_refused(copied: Any) -> None:
+    import transformers
+
+    config = transformers.CLIPTextConfig.from_pretrained(copied("sd1") / "text_encoder")
+    config.hidden_size = config.intermediate_size = 12
+    folder = copied("sd1")
+    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    fails(folder, ValueError, r"text_encoder gives 12 channels and unet/config\.json takes 8; they")
+    folder = copied("sdxl")
+    config.hidden_size, config.projection_dim = 8, 44
+    other = transformers.CLIPTextModelWithProjection(config)
+    other.save_pretrained(folder / "text_encoder_2")
+    fails(
+        folder, ValueError, r"text_encoder_2, pooled gives 44 channels and unet/config\.json takes"
+    )
+
+
+def test_prompts_are_as_long_as_the_shorter_of_two_encoders_reads(copied: Any) -> None:
+    folder = copied("sdxl")
+    edit(folder / "tokenizer_2" / "tokenizer_config.json", model_max_length=7)
+    assert TextUNet(str(folder)).prompt_length == 7
+
+
 def test_missing_and_broken_text_weights_are_named(copied: Any) -> None:
     folder = copied("sd1")
     weights = folder / "text_encoder" / "model.safetensors"
