@@ -37,7 +37,9 @@ def build_unet(
     """
     levels = len(block_out_channels)
     if not levels or any(channels < 8 or channels % 8 for channels in block_out_channels):
-        raise ValueError(f"block_out_channels {list(block_out_channels)} must be multiples of 8")
+        raise ValueError(
+            f"block_out_channels {list(block_out_channels)} must be multiples of 8, one or more"
+        )
     if layers_per_block < 1:
         raise ValueError(f"layers_per_block {layers_per_block} must be at least 1")
     for level in attention_levels:

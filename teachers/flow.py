@@ -111,7 +111,8 @@ class FlowTransformer:
         """Run the transformer.
 
         Raises:
-            ValueError: SD3, for images with more positions than it knows.
+            ValueError: an image with as many patches as the text has tokens, or, of SD3, with more
+                positions than it knows.
         """
         grid, most = self._grid(x), self.config.get("pos_embed_max_size")
         if most and max(grid) > most:
@@ -119,6 +120,12 @@ class FlowTransformer:
             raise ValueError(
                 f"an image of {height}x{width} is larger than the {side}x{side} that this teacher "
                 "has positions for"
+            )
+        if math.prod(grid) == self.text_length:
+            height, width = (self.multiple * count for count in grid)
+            raise ValueError(
+                f"an image of {height}x{width} has {self.text_length} patches, as many as the text "
+                "has tokens, so that this teacher's maps could be of either; choose another size"
             )
         text = {
             "encoder_hidden_states": x.new_zeros(
@@ -159,10 +166,11 @@ class FlowTransformer:
 
 def _architecture(index: Path) -> Any:
     """The class of the pipeline's transformer, by its model_index.json."""
-    _, name = loading.read_json(index).get("transformer") or (None, None)
+    given = loading.read_json(index).get("transformer")
     known = {architecture.__name__: architecture for architecture in TEXT_LENGTH}
-    if name not in known:
-        raise ValueError(
-            f"{index} names {name or 'no'} transformer; here it must be a {' or a '.join(known)}"
-        )
-    return known[name]
+    for name, architecture in known.items():
+        if given == ["diffusers", name]:
+            return architecture
+    raise ValueError(
+        f"{index}: transformer is {given!r}; here it must be a {' or a '.join(known)} of diffusers"
+    )

@@ -172,9 +172,12 @@ def read(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way at all
-        reason = textwrap.shorten(str(error), 200)
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
         raise ValueError(f"{path} is damaged, or holds more than tensors ({reason})") from error
-    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(x, Tensor) and x.layout == torch.strided
+        for name, x in state.items()
+    ):
         raise ValueError(f"{path} is no state dict; save the weights alone: model.state_dict()")
     tensors = dict(state)
     consume_prefix_in_state_dict_if_present(tensors, "module.")  # of DistributedDataParallel

@@ -213,7 +213,7 @@ def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{weights} is truncated, or does not fit config.json beside it; copy both again "
             f"({textwrap.shorten(str(error), 200)})"

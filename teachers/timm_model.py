@@ -25,7 +25,15 @@ from teachers.noise import NoiseSchedule
 from teachers.tap import first_tensor
 
 LOCAL_FOLDER = "'local-dir:FOLDER', a folder written by timm.models.save_for_hf"
-UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, AttributeError, SafetensorError)
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+)
 
 
 def timm_model(
@@ -71,6 +79,7 @@ class TimmModel:
         except UNREADABLE as error:
             raise _unreadable("config", path, error) from error
         config: dict[str, Any] = self.arguments["pretrained_cfg"]
+        _check_input(path, config)
         if image_size is None and config.get("fixed_input_size"):
             self.arguments["dynamic_img_size"] = True
         self.path, self.name = path, Path(path.split(":")[-1]).name
@@ -88,7 +97,8 @@ class TimmModel:
                     f"{path!r} takes images of one size alone, so image_size must be given; "
                     f"its own is {config['input_size'][-1]}"
                 ) from error
-            raise ValueError(f"{path!r} does not take {dict(kwargs)}: {error}") from error
+            given = dict(kwargs) or "the model_args of its config.json"
+            raise ValueError(f"{path!r} does not take {given}: {error}") from error
         if getattr(network, "in_chans", 3) != 3 or not getattr(network, "feature_info", None):
             raise ValueError(f"{path!r} does not turn RGB images into feature maps; choose another")
         self.image_size: int | tuple[int, int] | None = anatomy.height_width(
@@ -148,6 +158,19 @@ class TimmModel:
         if first == last:
             last = self.channels_last
         return output.permute(0, 3, 1, 2) if last else output
+
+
+def _check_input(path: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError where a config does not say how RGB images are to be handed in."""
+    for key, least in (("mean", -math.inf), ("std", 0), ("input_size", 0)):
+        numbers = config.get(key)
+        if (
+            not isinstance(numbers, list | tuple)
+            or len(numbers) != 3
+            or not all(isinstance(x, int | float) and least < x < math.inf for x in numbers)
+        ):
+            wanted = "three numbers" + (" above 0" if least == 0 else "")
+            raise ValueError(f"the config of {path!r}: {key} must be {wanted}, not {numbers!r}")
 
 
 def _unreadable(what: str, path: str, error: Exception) -> OSError:

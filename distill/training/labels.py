@@ -49,7 +49,14 @@ def check_labels(config: TeacherConfig, teacher: Teacher, classes: int, image: T
         return
     teachers = getattr(teacher, "members", {"": teacher}).values()
     families = [getattr(one, "family", None) for one in teachers]
-    if all(family is not None and not family.classes for family in families):
+    known = {family.classes for family in families if family is not None and family.classes}
+    if other := known - {classes}:
+        raise UserError(
+            f"teacher.labels: the teacher has a condition for each of {other.pop()} classes, and "
+            f"the data have {classes}; give as many (teacher.options.class_prompts), or leave it "
+            "false"
+        )
+    if not known and None not in families:
         raise UserError(
             f"teacher.labels: {teacher.name} has no condition a class "
             "(stable_diffusion: teacher.options.class_prompts); leave it false"

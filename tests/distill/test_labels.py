@@ -79,7 +79,7 @@ def test_labels_are_shown_in_training_and_never_in_evaluation(
     data = build_training_set(config.data)
     with pytest.raises(UserError, match=r"teacher\.labels: tiny has no condition a class"):
         Trainer(config, "distilled", data, build_accelerator("cpu"))
-    monkeypatch.setattr("distill.training.trainer.build_teacher", teacher_of(classes=3))
+    monkeypatch.setattr("distill.training.trainer.build_teacher", teacher_of(classes=2))
     trainer = Trainer(config, "distilled", data, build_accelerator("cpu"))
     teacher: Any = trainer.teacher
     shown: list[list[int] | None] = []
@@ -117,12 +117,14 @@ def test_without_being_asked_for_labels_stay_hidden(load: Load, tones: list[str]
     assert set(seen) == {3}  # images, timesteps, generator
 
 
-def test_a_class_that_the_teacher_has_not_is_refused(
-    load: Load, tones: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_teacher_of_other_classes_is_refused(
+    load: Load, tones: list[str], monkeypatch: pytest.MonkeyPatch, classes: int
 ) -> None:
     config = load(*tones, "teacher.labels=true")
-    monkeypatch.setattr("distill.training.trainer.build_teacher", teacher_of(classes=1))
-    with pytest.raises(UserError, match=r"^teacher\.labels: label 1 is not one of the .* 0\.\.0$"):
+    monkeypatch.setattr("distill.training.trainer.build_teacher", teacher_of(classes=classes))
+    words = rf"^teacher\.labels: .* condition for each of {classes} classes, and the data have 2;"
+    with pytest.raises(UserError, match=words):
         Trainer(config, "distilled", build_training_set(config.data), build_accelerator("cpu"))
 
 

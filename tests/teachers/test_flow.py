@@ -173,10 +173,12 @@ def test_other_pipelines_are_refused(copied: Any, tmp_path: Path) -> None:
     folder = copied("sd3")
     index = folder / "model_index.json"
     edit(index, transformer=["diffusers", "PixArtTransformer2DModel"])
-    pattern = r"names PixArtTransformer2DModel transformer; .* a SD3Tr\w+ or a FluxTr\w+$"
+    pattern = r"'PixArtTransformer2DModel'\]; here it .* a SD3Tr\w+ or a FluxTr\w+ of diffusers$"
     fails(folder, ValueError, pattern)
-    edit(index, transformer=None)
-    fails(folder, ValueError, r"model_index\.json names no transformer; here it must be")
+    for wrong in (None, 7, "SD3Transformer2DModel"):
+        edit(index, transformer=wrong)
+        pattern = rf"model_index\.json: transformer is {wrong!r}; here it must be"
+        fails(folder, ValueError, pattern)
     index.unlink()
     fails(folder, FileNotFoundError, r"there is no .*/model_index\.json; give a local folder")
 
@@ -204,4 +206,6 @@ def test_unknown_layer_and_image_that_does_not_fit_are_refused(paths: dict[str, 
     path = paths["sd3"]
     fails(path, ValueError, r"mean 'transformer_blocks\.1'\?", layers=("transformer_block.1",))
     fails(path, ValueError, r"18x16 does not fit .* reduces by 4; 16x16", image_size=(18, 16))
+    # 16 by 32 patches: which tokens are the image's could not be told from their number
+    fails(paths["dev"], ValueError, r"64x128 has 512 patches, as many as", image_size=(64, 128))
     fails(path, ValueError, r"68x68 is larger than the 64x64 that this teacher", image_size=68)

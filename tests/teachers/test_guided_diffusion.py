@@ -323,6 +323,8 @@ def test_damaged_missing_and_dangerous_files_are_refused(state, tmp_path):
     path = save({"weight": Touch()}, tmp_path)
     refused(ValueError, "is damaged, or holds more than tensors", path)
     assert not (tmp_path / "ran").exists()
+    for wrong in ({3: torch.zeros(1)}, {"weight": torch.zeros(2, 2).to_sparse()}):
+        refused(ValueError, "is no state dict; save the weights alone", save(wrong, tmp_path))
     whole = Path(save(state, tmp_path)).read_bytes()
     for kept in (0, 100, len(whole) // 2):
         for name in ("short.pt", "short.safetensors"):

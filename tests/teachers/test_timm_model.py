@@ -188,6 +188,19 @@ def test_broken_folders_are_one_line(folder: Path, tmp_path: Path) -> None:
     fails(r"norm\.bias holds values that are not finite", ValueError)
     weights.unlink()
     fails("the weights of .*No suitable checkpoints")
+    config = json.loads((broken / "config.json").read_text())
+    for key, wrong, words in (
+        ("mean", "x", "mean must be three numbers, not 'x'"),
+        ("std", [0, 0, 0], r"std must be three numbers above 0, not \[0, 0, 0\]"),
+        ("input_size", None, "input_size must be three numbers above 0, not None"),
+    ):
+        changed = config | {"pretrained_cfg": config["pretrained_cfg"] | {key: wrong}}
+        (broken / "config.json").write_text(json.dumps(changed))
+        fails(f"the config of .*broken': {words}", ValueError)
+    (broken / "config.json").write_text(json.dumps(config | {"model_args": {"foo": 1}}))
+    fails("broken' does not take the model_args of its config.json: .*'foo'", ValueError)
+    (broken / "config.json").write_text("[]")
+    fails("the config of .*broken' cannot be had")
     (broken / "config.json").write_text("{")
     fails("the config of .*broken' cannot be had")
 
