@@ -17,6 +17,8 @@ from distill.pretraining.config import TeacherTrainConfig
 from distill.registry import is_own
 
 Config = TypeVar("Config")
+PLACES = ("name", "output", "data.root")
+"""What may be edited in the config.yaml of a run that was moved."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -147,6 +149,29 @@ def first_difference(
         if old.get(key) != new.get(key):
             return Difference(key, old.get(key), new.get(key))
     return None
+
+
+def check_recipe(
+    config: RunConfig | TeacherTrainConfig, written: Mapping[str, Any], source: Path
+) -> None:
+    """Refuse a checkpoint of another recipe: the run's config.yaml was edited, in more than the
+    `PLACES` of a run that was moved.
+
+    Args:
+        config: The recipe.
+        written: The tree that the checkpoint holds.
+        source: The checkpoint.
+
+    Raises:
+        UserError: The first key that differs.
+    """
+    # Built anew, so that a key which is younger than the file stands at its default.
+    before = build_config(type(config), written, where=str(source))
+    if changed := first_difference(before, config, PLACES):
+        raise UserError(
+            f"resume: {changed.key} is {changed.before!r} in {source} and {changed.now!r} now; put "
+            "that back, or start a new run (init_from takes weights)"
+        )
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

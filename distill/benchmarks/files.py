@@ -203,8 +203,8 @@ def image_files(folder: Path) -> dict[str, Path]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files below a folder, in the order of their paths; links to folders are followed, and
-    what several of them lead to comes once."""
+    """All files below a folder, in the order of their paths, and no pipes or devices; links to
+    folders are followed, and what several of them lead to comes once."""
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
@@ -213,7 +213,8 @@ def files_below(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         found += [Path(place, name) for name in names]
-    return sorted(found)
+    # a link that leads nowhere is a file that does not open
+    return sorted(path for path in found if path.is_file() or path.is_symlink())
 
 
 def images_below(folder: Path) -> list[Path]:

@@ -33,7 +33,7 @@ from distill.pretraining.card import teacher_card
 from distill.pretraining.config import DiffusionConfig, TeacherTrainConfig, UNetConfig
 from distill.pretraining.judge import judge_features, judge_losses
 from distill.pretraining.pipeline import save_pipeline
-from distill.recipe import build_config, first_difference, to_tree, to_yaml
+from distill.recipe import check_recipe, to_tree, to_yaml
 from distill.tracking import (
     Progress,
     RunLog,
@@ -105,6 +105,8 @@ class TeacherTraining:
         That it was finite shows a step later on a GPU, but always before a checkpoint.
         """
         config = self.config
+        # For what draws from torch's default generator: the dropout of a network that was given.
+        torch.manual_seed(seeding.derive_seed(config.seed, "network", 1 + self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * lr_factor("cosine", self.step, config.steps, config.warmup)
         noise = seeding.generator(
@@ -163,13 +165,7 @@ class TeacherTraining:
         }
 
     def load_state(self, state: dict[str, Any], source: Path) -> None:
-        # Built anew, so that a key which is younger than the file stands at its default.
-        written = build_config(TeacherTrainConfig, state.get("config", {}), where=str(source))
-        if changed := first_difference(written, self.config):
-            raise UserError(
-                f"resume: {changed.key} is {changed.before!r} in {source} and {changed.now!r} now; "
-                "go on with the run's own config.yaml"
-            )
+        check_recipe(self.config, state.get("config", {}), source)
         if state.get("data", self.fingerprint) != self.fingerprint:  # older files do not say
             raise UserError(f"{source}: the training images are not those this run began with")
         self.unet.load_state_dict(state["unet"])

@@ -68,6 +68,5 @@ class Late:
 def not_finite(step: int, what: str, remedy: str, where: str = "") -> UserError:
     """What to say of a step at which something is not finite, once that cannot be saved."""
     return UserError(
-        f"{where}the {what} is not finite at step {step}; the last checkpoint is intact; "
-        f"try {remedy}"
+        f"{where}the {what} is not finite at step {step}; start a new run (name=...) with {remedy}"
     )

@@ -27,7 +27,7 @@ from distill.evaluation.backbones import predictor
 from distill.evaluation.counting import predicted
 from distill.evaluation.pictures import Shown
 from distill.evaluation.scoring import held_out_examples
-from distill.recipe import first_difference, load_config, to_tree, to_yaml
+from distill.recipe import check_recipe, first_difference, load_config, to_tree, to_yaml
 from distill.reporting.summary import summarise
 from distill.studies.comparison import main_arm
 from distill.tasks import traits
@@ -41,7 +41,7 @@ from distill.tracking import (
 )
 from distill.training.fit import check_schedule, fit_batch, with_batch
 from distill.training.loop import checkpoint_path, train_arm
-from distill.training.trainer import Trainer, check_recipe
+from distill.training.trainer import Trainer
 from students.student import Student
 
 SHOWN = 8  # images in predictions.png
@@ -73,7 +73,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     for arm in config.train.arms:
         path = checkpoint_path(folder, arm)
         if resume and path.exists():
-            check_recipe(config, checkpoint.load(path, "config"), path)
+            check_recipe(config, checkpoint.load(path, "config")["config"], path)
     # The first is built before there is a folder: its mistakes leave none behind. So are, one at a
     # time, those whose feature caches may be stale or find no room.
     for arm in left[1:]:
@@ -103,7 +103,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
                 parts = train_arm(trainer, folder, stop, observe)
             except Interrupted as error:
                 raise Interrupted(f"{error}; go on with --resume") from None
-            except UserError:
+            except Exception:  # code of one's own may raise anything
                 if accelerator.is_main_process and not begun:
                     _remove_if_bare(folder)
                 raise

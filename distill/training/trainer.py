@@ -22,7 +22,7 @@ from distill.config import Arm, RunConfig
 from distill.deployment.folder import load_backbone
 from distill.errors import UserError, blame, one_line
 from distill.precision import autocast
-from distill.recipe import build_config, first_difference, to_tree
+from distill.recipe import check_recipe, to_tree
 from distill.training.batch import Batch
 from distill.training.clock import Clock, Timed, untimed
 from distill.training.distiller import Losses, merge
@@ -34,9 +34,8 @@ from distill.training.lesson import Lesson, choose, mixture
 from distill.training.optim import build_optimizer, freeze_backbone, stage_lr_factor
 from distill.training.policies import build_policy
 from students.student import Student
+from teachers.protocol import Teacher
 
-PLACES = ("name", "output", "data.root")
-"""What may be edited in the config.yaml of a run that was moved."""
 REMEDY = "a smaller train.lr, or train.precision=no"
 
 
@@ -47,15 +46,15 @@ class Phase(NamedTuple):
     task_weight: float
 
 
-def check_recipe(config: RunConfig, state: Mapping[str, Any], source: Path) -> None:
-    """Refuse a checkpoint of another recipe: the run's config.yaml was edited. Raises UserError."""
-    # Built anew, so that a key which is younger than the file stands at its default.
-    written = build_config(RunConfig, state["config"], where=str(source))
-    if changed := first_difference(written, config, PLACES):
-        raise UserError(
-            f"resume: {changed.key} is {changed.before!r} in {source} and {changed.now!r} in the "
-            "run's config.yaml; put that back, or start a new run (student.init_from takes weights)"
-        )
+def check_maps(teacher: Teacher, maps: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless these are a teacher's maps of one image, as it says they are."""
+    for layer in teacher.layers:
+        x, channels = maps.get(layer), teacher.channels[layer]
+        if x is None or x.ndim != 4 or x.shape[:2] != (1, channels):
+            kind = "nothing" if x is None else tuple(x.shape)
+            raise ValueError(
+                f"{teacher.name} gives {kind} for layer {layer!r}, not a map (1, {channels}, h, w)"
+            )
 
 
 class Trainer:
@@ -91,6 +90,8 @@ class Trainer:
             first = torch.zeros(1, dtype=torch.int64)
             with blame("data.size, or teacher.image_size"):  # a size that does not fit shows here
                 maps = self.teacher.features(image, first)
+            with blame(f"teacher.name: {config.teacher.name}"):
+                check_maps(self.teacher, maps)
             check_labels(config.teacher, self.teacher, data.benchmark.num_classes, image)
         # Every arm starts from the same student.
         torch.manual_seed(seeding.derive_seed(config.seed, "network"))
@@ -367,7 +368,7 @@ class Trainer:
         for what, mine in self._origin.items():
             if state.get(what) != mine:
                 raise UserError(f"{source}: the {what} is not the one this run began with")
-        check_recipe(self.config, state, source)
+        check_recipe(self.config, state["config"], source)
         try:
             self.distiller.load_state_dict(state["distiller"])
             self.average.module.load_state_dict(state["average"])

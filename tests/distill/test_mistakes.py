@@ -189,7 +189,7 @@ def test_a_teacher_that_leaves_float16_is_said_to(
     tensors = load_file(weights)
     save_file(tensors | {"conv_in.weight": 1e6 * tensors["conv_in.weight"]}, weights)
     large = [f"teacher.path={tmp_path / 'large'}", "teacher.dtype=float16"]
-    assert "is not finite at step 0; the last checkpoint is intact; try teacher.dtype=bfloat16" in (
+    assert "is not finite at step 0; start a new run (name=...) with teacher.dtype=bfloat16" in (
         refuse("train", recipe, *large)
     )
     cache = ["data.augment=none", f"teacher.cache={tmp_path / 'cache'}"]
@@ -222,8 +222,8 @@ def test_a_loss_that_is_not_finite_is_one_line_and_the_run_can_go_on(
     monkeypatch.syspath_prepend(recipe.parent)
     arguments = ["train", str(recipe), "pairs.0.loss=own_wild:wild", "train.arms=[distilled]"]
     assert refuse(*arguments) == (
-        "distilled: the feature loss is not finite at step 3; the last checkpoint is intact; "
-        "try a smaller train.lr, or train.precision=no"
+        "distilled: the feature loss is not finite at step 3; start a new run (name=...) "
+        "with a smaller train.lr, or train.precision=no"
     )
     run = recipe.parent / "runs" / "tiny"
     assert checkpoint.load(checkpoint_path(run, "distilled"))["step"] == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +71,7 @@ def test_resume_refuses_another_recipe_and_a_broken_checkpoint(
     for change in ("lr=1.0", "unet.block_out_channels=[8, 24]"):
         line = refuse("teacher", "train", recipe, change, "--resume")
         assert line.startswith(f"resume: {change.split('=')[0]}")
-        assert "now; go on with the run's own config.yaml" in line
+        assert "now; put that back, or start a new run (init_from takes weights)" in line
     with monkeypatch.context() as patch:  # as of a folder that has other images by now
         patch.setattr("distill.pretraining.teach.fingerprint", lambda examples: "other")
         line = refuse("teacher", "train", recipe, "--resume")
@@ -83,6 +84,13 @@ def test_resume_refuses_another_recipe_and_a_broken_checkpoint(
 
 
 # Damaged images
+
+
+def test_pipes_and_devices_are_no_images(recipe: Path, tmp_path: Path) -> None:
+    photos(tmp_path)
+    os.mkfifo(tmp_path / "photos" / "pipe.png")
+    data = f"data={{benchmark: images, root: {tmp_path / 'photos'}, size: 32}}"
+    assert main(["teacher", "train", str(recipe), "steps=1", "samples=0", data]) == 0
 
 
 def test_a_broken_image_is_named(recipe: Path, refuse: Refuse, tmp_path: Path) -> None:
@@ -135,7 +143,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
     assert main(["teacher", "train", str(recipe), *wild]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "the loss is not finite at step " in line
-    assert line.endswith("the last checkpoint is intact; try a smaller lr, or precision=no")
+    assert line.endswith("start a new run (name=...) with a smaller lr, or precision=no")
     state = checkpoint.load(recipe.parent / "runs" / "ddpm" / "checkpoints" / "last.pt")
     assert f"at step {state['step']};" in line
 

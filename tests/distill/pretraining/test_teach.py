@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
@@ -238,6 +238,45 @@ def test_an_interrupted_and_resumed_teacher_equals_an_uninterrupted_one(
     weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
     assert (run / weights).read_bytes() == (finished / weights).read_bytes()
     assert (run / "samples.png").read_bytes() == (finished / "samples.png").read_bytes()
+
+
+def test_a_resumed_teacher_draws_the_same_dropout(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "dropped"
+    UNet2DModel(
+        sample_size=32,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=8,
+        dropout=0.5,
+    ).save_pretrained(source / "unet")
+    DDPMScheduler().save_pretrained(source / "scheduler")
+    command = ["teacher", "train", str(recipe), "unet={}", f"init_from={source}", "samples=0"]
+    assert main([*command, "name=whole"]) == 0
+    interrupt(monkeypatch, 3)
+    assert main([*command, "name=parts"]) == 130
+    monkeypatch.undo()
+    assert main([*command, "name=parts", "--resume"]) == 0
+    runs = [recipe.parent / "runs" / name for name in ("whole", "parts")]
+    states = [checkpoint.load(run / "checkpoints" / "last.pt") for run in runs]
+    torch.testing.assert_close(*(state["unet"] for state in states), rtol=0, atol=0)
+
+
+def test_a_teacher_that_was_moved_is_resumed(
+    recipe: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    interrupt(monkeypatch, 2)
+    assert main(["teacher", "train", str(recipe)]) == 130
+    monkeypatch.undo()
+    moved = tmp_path / "elsewhere" / "mine"
+    moved.parent.mkdir()
+    (recipe.parent / "runs" / "ddpm").rename(moved)
+    places = ["name=mine", f"output={moved.parent}"]
+    assert main(["teacher", "train", str(moved / "config.yaml"), *places, "--resume"]) == 0
+    states = [checkpoint.load(run / "checkpoints" / "last.pt") for run in (moved, finished)]
+    torch.testing.assert_close(*(state["unet"] for state in states), rtol=0, atol=0)
 
 
 def test_a_checkpoint_of_before_a_key_was_there_is_resumed(

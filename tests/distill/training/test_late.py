@@ -24,8 +24,8 @@ def test_what_is_not_finite_is_named_with_its_step(value: float) -> None:
     with pytest.raises(UserError) as error:
         late.read_finite("a smaller lr", where="scratch: ")
     assert str(error.value) == (
-        "scratch: the feature loss is not finite at step 7; the last checkpoint is intact; "
-        "try a smaller lr"
+        "scratch: the feature loss is not finite at step 7; start a new run (name=...) "
+        "with a smaller lr"
     )
 
 
