@@ -26,8 +26,7 @@ EXAMPLES = """examples:
 """
 SUBJECT = (
     "a run folder or an exported student; timm:NAME, timm:NAME:scratch or timm:NAME:WEIGHTS; "
-    "teacher:PATH,layers=LAYER+LAYER,timestep=T,family=NAME; layers= for the others too; with "
-    "--protocol own FILE.onnx or FILE.pt2"
+    "teacher:PATH,layers=LAYER+LAYER,timestep=T,family=NAME; layers= for the others too"
 )
 
 
@@ -97,7 +96,11 @@ def _evaluate(verbs: Verbs) -> None:
     evaluate = verbs.add_parser(
         "evaluate", help="score a student, a timm model or a teacher on a benchmark"
     )
-    evaluate.add_argument("subject", metavar="SUBJECT", help=SUBJECT)
+    evaluate.add_argument(
+        "subject",
+        metavar="SUBJECT",
+        help=f"{SUBJECT}; with --protocol own also FILE.onnx or FILE.pt2",
+    )
     _add_protocol(evaluate)
     evaluate.add_argument(
         "--out", metavar="JSON", help="where the scores go, with pictures beside (default: none)"

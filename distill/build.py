@@ -19,8 +19,8 @@ from distill.augmentation import augmentation
 from distill.benchmarks import IGNORE_INDEX, Benchmark, Examples
 from distill.config import DataConfig, PairConfig, RunConfig
 from distill.data import Augmented, InMemory, Resized, choose_labelled, fingerprint
-from distill.errors import UserError, blame, nearest, problem_line
-from distill.registry import resolve
+from distill.errors import UserError, blame, nearest, one_line, problem_line
+from distill.registry import lacks, resolve
 from distill.tasks import traits
 from distill.training.distiller import Distiller, Match
 from distill.training.losses import FeatureLoss
@@ -45,7 +45,41 @@ def build_accelerator(device: str) -> Accelerator:
 def build_benchmark(data: DataConfig) -> Benchmark:
     """The benchmark that `data` names."""
     benchmark: Benchmark = open_data(data, "benchmarks")
+    if ":" in data.benchmark:
+        _check_own(benchmark, data.benchmark)
     return benchmark
+
+
+def _check_own(benchmark: Benchmark, name: str) -> None:
+    """Refuse an outsider's benchmark whose attributes or first example are not of the protocol."""
+    if lacking := lacks(benchmark, Benchmark):
+        raise UserError(
+            f"data.benchmark: {name} gives no benchmark: it has no {lacking} "
+            "(distill/benchmarks/__init__.py)"
+        )
+    examples = benchmark.dataset("train")
+    try:
+        if not len(examples):
+            return
+        image, target = examples[0]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"data.benchmark: dataset('train') of {name} gives no pairs of image and target by "
+            f"their number: {one_line(error)}"
+        ) from error
+    kind = f"{tuple(image.shape)} {image.dtype}" if isinstance(image, Tensor) else type(image)
+    if not (isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3) or (
+        image.dtype != torch.uint8
+    ):
+        raise UserError(
+            f"data.benchmark: images of {name} must be tensors (3, H, W) of torch.uint8, not {kind}"
+        )
+    classes = [*range(benchmark.num_classes), benchmark.ignore_index]
+    if benchmark.task == "classification" and target not in classes:
+        raise UserError(
+            f"data.benchmark: {name} has a target {target!r:.80}, not a class from 0 to "
+            f"{benchmark.num_classes - 1}"
+        )
 
 
 def open_data(data: DataConfig, table: str) -> Any:
@@ -227,6 +261,11 @@ def build_teacher(
         if not options:
             raise
         raise UserError(f"teacher.options: {teacher.name} with {options}: {error}") from error
+    if lacking := lacks(built, Teacher):
+        raise UserError(
+            f"teacher.name: {teacher.name} gives no teacher: it has no {lacking} "
+            "(teachers/protocol.py)"
+        )
     return built
 
 

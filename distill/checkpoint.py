@@ -7,16 +7,21 @@ import io
 import json
 import os
 import tempfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from types import NoneType
+from typing import IO, Any, cast
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from distill.errors import UserError, one_line, problem_line
 
+PLAIN = frozenset({int, float, bool, str, bytes, NoneType})
+CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set, torch.Size})
 FORMAT = "diffusion-distill checkpoint"
 VERSION = 1
 
@@ -29,13 +34,30 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
             `torch.load(weights_only=True)` gives back. Arrays of numpy are not among them.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written; the previous file is intact.
+        UserError: the disk is full, or the folder cannot be written, or the state holds something
+            else; the previous file is intact.
     """
+    _refuse_others(state, "")
     # through memory: torch's zip writer turns a full disk into an unrelated RuntimeError
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, "state": state}, buffer)
     with replacing(Path(path)) as file:
         file.write(buffer.getbuffer())
+
+
+def _refuse_others(value: object, key: str) -> None:
+    """Raises UserError that names the first entry which could not be read back."""
+    if isinstance(value, Tensor) or type(value) in PLAIN:
+        return
+    if type(value) not in CONTAINERS:
+        kind = f"{type(value).__module__}.{type(value).__name__}"
+        raise UserError(
+            f"a checkpoint's {key} is a {kind}, which could not be read back; state_dict() must "
+            "hold tensors, numbers, strings, and lists and dicts of them"
+        )
+    entries: Any = value.items() if isinstance(value, dict) else enumerate(cast(Any, value))
+    for name, entry in entries:
+        _refuse_others(entry, f"{key}.{name}" if key else str(name))
 
 
 def load(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:

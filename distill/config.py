@@ -30,7 +30,7 @@ def _once(names: list[str]) -> list[str]:
 def _below(name: str) -> str:
     parts = Path(name).parts
     if not parts or ".." in parts or Path(name).is_absolute():
-        raise ValueError("a folder below output")
+        raise ValueError("must be a folder below output, without ..")
     return name
 
 
@@ -249,7 +249,9 @@ class PolicyConfig:
 class TrainConfig:
     """The loop: schedule, budget, optimiser."""
 
-    arms: list[Arm] = Field(default=["distilled", "scratch"], min_length=1)
+    arms: Annotated[list[Arm], AfterValidator(_once)] = Field(
+        default=["distilled", "scratch"], min_length=1
+    )
     """What is trained, one after the other, with equal seeds, data order and budget."""
     schedule: Literal["joint", "distill_then_finetune"] = "joint"
     """Task and feature loss together, or, as the paper, first the features and then the task."""

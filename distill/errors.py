@@ -56,11 +56,12 @@ def problem_line(problem: ErrorDetails, below: str = "") -> str:
         return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
     if "Sequence" in problem["msg"]:  # as Python has it; users write YAML
         return f"{key}: a list, such as [{problem['input']}], not {problem['input']!r:.80}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return f"{key}: {message}, got {problem['input']!r:.80}"
 
 
 def key_path(problem: ErrorDetails) -> list[int | str]:
     """Keys and indices, without the names of a union's members."""
-    kinds = ("tuple[int, int]", "tuple", "int", "str")
+    kinds = ("tuple[int, int]", "tuple", "int", "str", "[key]")
     return [part for part in problem["loc"] if part not in kinds]

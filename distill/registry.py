@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import sysconfig
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ TABLES: dict[str, dict[str, str]] = {
 }
 
 
+_own: set[str] = set()
+"""Files that names of a recipe brought in."""
+
+
+def own_place(error: BaseException) -> str | None:
+    """FILE:LINE of the outsider's code that an error came out of, or of what that called; None if
+    there is none in its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename in _own]
+    return places[-1] if places else None
+
+
 def resolve(table: str, name: str, key: str) -> Any:
     """What a name stands for. An outsider's `module:attribute` works wherever a name does.
 
@@ -106,14 +119,23 @@ def resolve(table: str, name: str, key: str) -> Any:
         _search_here()
     try:
         imported = importlib.import_module(module)
-    except Exception as error:  # a file of one's own can fail in any way at all
-        raise UserError(f"{key}: {target!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # a file of one's own can fail in any way at all
+        raise UserError(f"{key}: {target!r} cannot be imported: {error!r}") from error
+    file = getattr(imported, "__file__", None) or "no file"
     if not hasattr(imported, attribute):
-        raise UserError(f"{key}: module {module!r} has no {attribute!r}")
+        raise UserError(f"{key}: module {module!r} ({file}) has no {attribute!r}")
     found = getattr(imported, attribute)
+    if ":" in name:
+        _own.update({file, getattr(getattr(found, "__code__", None), "co_filename", file)})
     if not callable(found):
         raise UserError(f"{key}: {target!r} is no class and no function")
     return found
+
+
+def lacks(found: object, protocol: type[Any]) -> str:
+    """The members of a protocol that an object has not, listed; empty if it has them all."""
+    members = [name for name in vars(protocol) if not name.startswith("_")]
+    return ", ".join(name for name in members if not hasattr(found, name))
 
 
 def is_own(name: str, received: Path) -> bool:

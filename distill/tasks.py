@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.benchmarks import Benchmark, Task
-from distill.errors import UserError
+from distill.errors import UserError, nearest
 
 
 class Traits(NamedTuple):
@@ -42,6 +42,11 @@ def traits(benchmark: Benchmark) -> Traits:
         raise UserError(
             f"data.benchmark: {benchmark.name!r} has no labels, so that no student can be scored; "
             "use it for `distill teacher train`"
+        )
+    if benchmark.task not in TASKS:
+        raise UserError(
+            f"data.benchmark: {benchmark.name!r} has the task {benchmark.task!r}; "
+            f"{nearest(str(benchmark.task), TASKS)}"
         )
     return TASKS[benchmark.task]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,11 @@ def open_run_folder(folder: Path, resume: bool, other: str = "name=") -> None:
         empty = not any(folder.iterdir())
     except OSError as error:
         raise UserError(f"run folder {folder} cannot be made: {error.strerror}") from error
+    if resume:  # what a run that was killed left half written
+        for left in folder.rglob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        for left in folder.glob(".*-*/"):
+            shutil.rmtree(left)
     if not resume and not empty:
         raise UserError(f"run folder {folder} exists; go on with --resume, or give another {other}")
 
@@ -91,8 +97,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            rows.append({"arm": row["arm"], "step": row["step"], **row})
+            rows.append(_row(json.loads(line)))
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):
                 raise UserError(
@@ -100,6 +105,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
                     "the line"
                 ) from error
     return rows
+
+
+def _row(content: Any) -> dict[str, Any]:
+    """A row of the log. Raises ValueError, TypeError or KeyError where it is none."""
+    row = {"arm": content["arm"], "step": content["step"], **content}
+    kinds = {"arm": str, "step": int}
+    for name, value in row.items():
+        entries = value if isinstance(value, list) else [value]
+        if not all(isinstance(x, kinds.get(name, int | float | None)) for x in entries):
+            raise ValueError(f"{name} is {value!r}")
+    return row
 
 
 class Progress:

@@ -58,7 +58,10 @@ def create(
         ) from error
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
         _refuse_unknown(policy, options)
-    return policy(*facts, **told, **options)
+    try:
+        return policy(*facts, **told, **options)
+    except TypeError as error:
+        raise ValueError(f"{policy} cannot be built as policies are: {error}") from error
 
 
 def _refuse_unknown(policy: Callable[..., Any], options: Iterable[str]) -> None:

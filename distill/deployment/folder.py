@@ -175,9 +175,9 @@ def load_backbone(student: Student, path: str | Path) -> None:
     try:
         student.backbone.load_state_dict(kept)
     except RuntimeError as error:
-        line = one_line(error, 200)
         raise UserError(
-            f"student.init_from: {folder} holds {read_card(folder).model!r}: {line}"
+            f"student.init_from: {folder} is a {read_card(folder).model!r}, which does not fit "
+            f"student.model: {one_line(error, 200)}..."
         ) from error
 
 

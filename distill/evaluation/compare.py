@@ -57,8 +57,11 @@ def compare(
     Raises:
         UserError: A mistake; other images are refused before anything is fitted.
     """
-    if len(subjects) < 2 or batch < 1 or rounds < 1:
-        raise UserError("compare: name two results or subjects or more; one image and round each")
+    if len(subjects) < 2:
+        raise UserError(f"compare: name two results or subjects or more, not {len(subjects)}")
+    for option, number in (("--batch", batch), ("--rounds", rounds)):
+        if number < 1:
+            raise UserError(f"{option}: at least 1, not {number}")
     if out is not None:
         _check_folder(Path(out))
     given = {word: _read(Path(word), overrides) for word in subjects if word.endswith(".json")}

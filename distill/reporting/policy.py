@@ -64,7 +64,14 @@ def policy(groups: Sequence[Group], configs: Mapping[str, RunConfig], pictures: 
 
 def history(run: FinishedRun) -> list[dict[str, Any]]:
     """The rows of the log in which the policy's distribution stands."""
-    return [row for row in run.rows if row["arm"] == run.taught and "probabilities" in row]
+    rows = [row for row in run.rows if row["arm"] == run.taught and "probabilities" in row]
+    count = len(run.summary["policy"]["timesteps"])
+    if wrong := [row["step"] for row in rows if len(row["probabilities"]) != count]:
+        raise UserError(
+            f"{run.folder / 'metrics.jsonl'}: the row of step {wrong[0]} has not {count} "
+            "probabilities; put a copy of the file there, or remove the line"
+        )
+    return rows
 
 
 def _over_training(groups: Sequence[Group], group: Group, pictures: Path) -> list[Block]:

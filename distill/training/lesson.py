@@ -56,13 +56,41 @@ def choose(
         context: (B, D) float32, what it sees.
         generator: Its randomness.
         progress: Share of the policy's steps that are done.
+
+    Raises:
+        ValueError: It answers something else than its protocol says.
     """
+    images, count = len(context), len(timesteps)
     if not isinstance(policy, MixingPolicy):
         bins = policy.act(context, generator, progress)
+        _check(bins, "act", (images,), torch.int64)
+        if len(wrong := bins[(bins < 0) | (bins >= count)]):
+            raise ValueError(f"act chose bin {int(wrong[0])} of 0 to {count - 1}")
         return Choice(bins, timesteps[bins])
     weights = policy.mix(context, progress)
+    _check(weights, "mix", (images, count), torch.float32)
     mean = (weights @ timesteps.float()).round().long()
     return Choice((mean[:, None] - timesteps).abs().argmin(dim=1), mean, weights)
+
+
+def check_probabilities(policy: TimestepPolicy | MixingPolicy, context: Tensor, count: int) -> None:
+    """Raises ValueError where the distribution of a policy over its `count` bins is none.
+
+    Args:
+        context: (B, D) float32, what it sees.
+    """
+    found = policy.probabilities(context)
+    _check(found, "probabilities", (len(context), count), torch.float32)
+    if not bool(found.isfinite().all()):
+        raise ValueError("probabilities answered numbers that are not finite")
+
+
+def _check(found: object, method: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raises ValueError unless a policy's method answered a tensor of that kind."""
+    if isinstance(found, Tensor) and found.shape == shape and found.dtype == dtype:
+        return
+    kind = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else repr(found)
+    raise ValueError(f"{method} must answer a tensor {shape} of {dtype}, not {kind:.80}")
 
 
 def mixture(weights: Tensor, at: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, Tensor]:

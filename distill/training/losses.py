@@ -103,7 +103,8 @@ class FeatureLoss(nn.Module):
             (B,) float32, computed in float32 (but the projector) whatever autocast says.
 
         Raises:
-            UserError: If the batch is too small for the measure.
+            UserError: If the batch is too small for the measure, or it answers something else than
+                a number an image, with a gradient.
         """
         maps = [student_maps] if isinstance(student_maps, Tensor) else student_maps
         if len(maps[0]) < self.measure.smallest_batch:
@@ -124,7 +125,16 @@ class FeatureLoss(nn.Module):
                 if self.training:
                     self.scale.update(target.flatten(end_dim=2))
                 target = self.scale(target).movedim(-1, 1)
-            return self.measure(student.float(), target, **self.options)
+            found: Tensor = self.measure(student.float(), target, **self.options)
+        if getattr(found, "shape", None) != target.shape[:1]:
+            kind = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
+            raise UserError(
+                f"feature loss {self.name!r} must answer a number an image, "
+                f"{tuple(target.shape[:1])}, not {kind!s:.80}"
+            )
+        if torch.is_grad_enabled() and student.requires_grad and not found.requires_grad:
+            raise UserError(f"feature loss {self.name!r} has no gradient to the student's map")
+        return found
 
     @torch.no_grad()
     def noise_floor(self, student_map: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -198,7 +208,15 @@ def _checked(
     options: Mapping[str, float], name: str, function: Callable[..., Tensor]
 ) -> dict[str, float]:
     """The options, if the function has them, and numbers where its defaults are."""
-    parameters = inspect.signature(function).parameters.values()
+    signature = inspect.signature(function)
+    try:
+        signature.bind("student map", "teacher map")
+    except TypeError as error:
+        raise UserError(
+            f"loss: {name} cannot be called as losses are, with a student's and a teacher's map: "
+            f"{error}"
+        ) from error
+    parameters = signature.parameters.values()
     known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     for option, value in options.items():
         if option not in known:

@@ -11,8 +11,9 @@ from distill import checkpoint
 from distill.benchmarks import Benchmark, notice
 from distill.config import RunConfig
 from distill.errors import UserError, blame, nearest
-from distill.registry import TABLES, resolve
+from distill.registry import TABLES, lacks, resolve
 from distill.tasks import traits
+from distill.training.lesson import check_probabilities
 from rl_policy.bins import timestep_bins
 from rl_policy.label_free import LabelFreeReward
 from rl_policy.options import OptionError, create
@@ -151,6 +152,14 @@ def policy_over(
             raise UserError(f"policy.options.{error}") from error
     if isinstance(built, MixingPolicy) and not mixes(config):
         raise UserError(f"policy.name: {policy.name} mixes timesteps; name its class, MODULE:CLASS")
+    if (lacking := lacks(built, TimestepPolicy)) and not isinstance(built, MixingPolicy):
+        raise UserError(
+            f"policy.name: {policy.name} gives no policy: it has no {lacking} "
+            "(rl_policy/protocol.py)"
+        )
+    with blame(f"policy.name: {policy.name}"):
+        seen = torch.zeros(1, context_size + policy.progress)
+        check_probabilities(built, seen, len(timesteps))
     if not policy.progress:
         return built
     if isinstance(built, MixingPolicy):

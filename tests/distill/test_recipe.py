@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -98,15 +99,16 @@ def test_a_value_of_the_wrong_type_names_key_and_value(kind: Any, key: str, hint
     ("change", "reason"),
     [
         ("pairs.0.student=[layer2, layer3, layer2]", "layer2 once, not 2 times"),
+        ("train.arms=[scratch, scratch]", "scratch once, not 2 times"),
         ("data.patch_scale=[2, 1]", "the smallest and then the largest"),
-        ("name=../up", "a folder below output"),
-        ("name=/up", "a folder below output"),
-        ("name=''", "a folder below output"),
+        ("name=../up", "must be a folder below output, without .."),
+        ("name=/up", "must be a folder below output, without .."),
+        ("name=''", "must be a folder below output, without .."),
         ("evaluate.labels=[1/0]", "a number of images, a share such as 1/16, or all"),
     ],
 )
 def test_values_that_make_no_sense_say_why(recipe: Path, change: str, reason: str) -> None:
-    with pytest.raises(UserError, match=f"value error, {reason}, got "):
+    with pytest.raises(UserError, match=f": {re.escape(reason)}, got "):
         load_config(RunConfig, recipe, [change])
 
 

@@ -233,7 +233,7 @@ def test_a_recipe_that_was_edited_in_the_run_folder_is_refused(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     line = refuse("train", recipe, "--resume")
     assert line.startswith("resume: train.lr is 0.001 in ")
-    assert "last.pt and 0.5 in the run's config.yaml; put that back" in line
+    assert "last.pt and 0.5 now; put that back" in line
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -255,3 +255,13 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on(
     monkeypatch.undo()
     assert main(["train", str(recipe), "--resume"]) == 0
     assert_same_end(run, finished_run)
+
+
+def test_what_a_killed_run_left_half_written_is_removed(stopped_run: Path) -> None:
+    left = stopped_run / "checkpoints" / "distilled" / ".last.pt.123.tmp"
+    left.write_bytes(b"half")
+    folder = stopped_run / ".student-abcdefgh"
+    (folder / "new").mkdir(parents=True)
+    assert main(["train", str(stopped_run / "config.yaml"), "--resume"]) == 0
+    assert not left.exists()
+    assert not folder.exists()

@@ -205,7 +205,7 @@ def test_mistakes_are_one_line(
     )
     for wrong in ("half", "5/4", "0"):
         line = refused(capsys, finished_run, f"evaluate.labels=[{wrong}]")
-        assert "evaluate.labels.0: value error, a number of images, a share such as 1/16" in line
+        assert "evaluate.labels.0: a number of images, a share such as 1/16" in line
     assert "there is no folder /none" in refused(
         capsys, finished_run, "data={benchmark: folder, root: /none, options: {num_classes: 7}}"
     )

@@ -265,6 +265,16 @@ def test_a_mistake_is_one_line_and_writes_nothing(refuse, finished_run, words, l
             "jsonl, line 1 is damaged",
         ),
         ("metrics.jsonl", b"\xff\xfe\n[1]\n", "metrics.jsonl, line 1 is damaged; put a copy"),
+        (
+            "metrics.jsonl",
+            b'{"arm": "distilled", "step": 1, "loss/task": "q"}\n{"arm": "distilled", "step": 2}\n',
+            "metrics.jsonl, line 1 is damaged; put a copy",
+        ),
+        (
+            "metrics.jsonl",
+            b'{"arm": "distilled", "step": 1, "probabilities": [0.5]}\n',
+            "metrics.jsonl: the row of step 1 has not ",
+        ),
         ("summary.json", b'{"metrics": {}}', "summary.json is damaged: task is missing"),
         ("summary.json", b'{"metrics"', "summary.json is missing or damaged: "),
         ("checkpoints/scratch/result.json", None, "scratch/result.json is missing or damaged: "),
@@ -301,7 +311,7 @@ def test_a_damaged_run_names_the_file(
         (
             "checkpoints/distilled/result.json",
             {"noise_floor": {"mean": {"a": 1}}},
-            "noise_floor: value error, every pair of mean has a row in bins",
+            "noise_floor: every pair of mean has a row in bins",
         ),
     ],
 )

@@ -1,0 +1,228 @@
+"""Policies, losses, teachers and benchmarks of one's own that are broken, each in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distill import checkpoint
+from distill.cli import main
+from distill.errors import UserError
+
+Refuse = Callable[..., str]
+
+PARTS = """
+import torch
+from rl_policy.simple import Uniform
+from teachers.diffusers_unet import diffusers_unet
+
+
+class Raises(Uniform):
+    def act(self, context, generator, progress):
+        raise RuntimeError("no way")
+
+
+class Far(Uniform):
+    def act(self, context, generator, progress):
+        return torch.full((len(context),), 99)
+
+
+class Below(Uniform):
+    def act(self, context, generator, progress):
+        return torch.full((len(context),), -1)
+
+
+class Wide(Uniform):
+    def act(self, context, generator, progress):
+        return torch.zeros(len(context), 3, dtype=torch.int64)
+
+
+class Nothing(Uniform):
+    def act(self, context, generator, progress):
+        return None
+
+
+class NoNumbers(Uniform):
+    def probabilities(self, context):
+        return torch.full((len(context), self.bins), torch.nan)
+
+
+class Flat(Uniform):
+    def probabilities(self, context):
+        return torch.ones(3)
+
+
+class Bare:
+    def __init__(self, context_size, bins, batch, seed):
+        pass
+
+
+class Unkept(Uniform):
+    def state_dict(self):
+        return {"memory": [object()]}
+
+
+def failing(student, teacher):
+    raise KeyError("key")
+
+
+def mean(student, teacher):
+    return (student - teacher).square().mean()
+
+
+def nothing(student, teacher):
+    return None
+
+
+def detached(student, teacher):
+    return (student - teacher).square().mean(dim=(1, 2, 3)).detach()
+
+
+def alone(student):
+    return student.mean(dim=(1, 2, 3))
+
+
+def no_teacher(path, **view):
+    return object()
+
+
+def changed(change, path, view):
+    teacher = diffusers_unet(path, **view)
+    features = teacher.features
+    teacher.features = lambda *given: change(features(*given))
+    return teacher
+
+
+def forgetful(path, **view):
+    return changed(lambda maps: {}, path, view)
+
+
+def narrow(path, **view):
+    return changed(lambda maps: {name: x[:, :5] for name, x in maps.items()}, path, view)
+
+
+class Data:
+    name, task, ignore_index, num_classes = "data", "classification", 255, 2
+    class_names, palette = ("a", "b"), None
+    example = torch.zeros(3, 32, 32, dtype=torch.uint8), 1
+
+    def __init__(self, root):
+        pass
+
+    def dataset(self, split):
+        return [self.example] * 40
+
+
+class NoNames(Data):
+    class_names = property()
+
+
+class Dancing(Data):
+    task = "dancing"
+
+
+class NoData(Data):
+    def dataset(self, split):
+        return None
+
+
+class Grey(Data):
+    example = torch.zeros(1, 32, 32, dtype=torch.uint8), 1
+
+
+class Floating(Data):
+    example = torch.zeros(3, 32, 32), 1
+
+
+class Third(Data):
+    example = torch.zeros(3, 32, 32, dtype=torch.uint8), 2
+
+
+class Unpaired(Data):
+    example = torch.zeros(3, 32, 32, dtype=torch.uint8)
+"""
+
+
+@pytest.fixture
+def parts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The recipe, its broken parts beside it."""
+    (recipe.parent / "broken_parts.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(recipe.parent)
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("key", "part", "words"),
+    [
+        ("policy.name", "Raises", "broken_parts.py:9: RuntimeError: no way"),
+        ("policy.name", "Far", "distilled: policy, at step 0: act chose bin 99 of 0 to "),
+        ("policy.name", "Below", "act chose bin -1 of 0 to "),
+        ("policy.name", "Wide", ", 3) torch.int64"),
+        ("policy.name", "Nothing", "of torch.int64, not None"),
+        ("policy.name", "NoNumbers", "broken_parts:NoNumbers: probabilities answered numbers that"),
+        ("policy.name", "Flat", "of torch.float32, not (3,) torch.float32"),
+        ("policy.name", "Bare", "gives no policy: it has no act, learn, probabilities, state_dict"),
+        ("pairs.0.loss", "failing", "KeyError: 'key'"),
+        ("pairs.0.loss", "mean", "'broken_parts:mean' must answer a number an image, ("),
+        ("pairs.0.loss", "nothing", "must answer a number an image, "),
+        ("pairs.0.loss", "detached", "has no gradient to the student's map"),
+        (
+            "pairs.0.loss",
+            "alone",
+            "pairs.0.loss: broken_parts:alone cannot be called as losses are",
+        ),
+        ("teacher.name", "no_teacher", "broken_parts:no_teacher gives no teacher: it has no name"),
+        ("teacher.name", "forgetful", "broken_parts:forgetful: tiny gives nothing for layer"),
+        ("teacher.name", "narrow", "broken_parts:narrow: tiny gives (1, 5, "),
+        ("data.benchmark", "NoNames", "gives no benchmark: it has no class_names"),
+        ("data.benchmark", "Dancing", "'data' has the task 'dancing'; choose from classification"),
+        ("data.benchmark", "NoData", "gives no pairs of image and target by their number: "),
+        ("data.benchmark", "Grey", "of torch.uint8, not (1, 32, 32) torch.uint8"),
+        ("data.benchmark", "Floating", "of torch.uint8, not (3, 32, 32) torch.float32"),
+        ("data.benchmark", "Third", "has a target 2, not a class from 0 to 1"),
+        ("data.benchmark", "Unpaired", "gives no pairs of image and target by their number: "),
+    ],
+)
+def test_a_broken_part_is_one_line_and_leaves_nothing(
+    parts: Path, refuse: Refuse, key: str, part: str, words: str
+) -> None:
+    options = ["data.options={}"] if key == "data.benchmark" else []
+    line = refuse("train", parts, f"{key}=broken_parts:{part}", "train.arms=[distilled]", *options)
+    assert words in line
+    assert not (parts.parent / "runs" / "tiny").exists()
+
+
+def test_what_is_no_part_at_all_is_one_line(parts: Path, refuse: Refuse) -> None:
+    assert "cannot be built as policies are" in refuse("train", parts, "policy.name=os.path:join")
+    assert "posixpath" in refuse("train", parts, "pairs.0.loss=os.path:join")
+    (parts.parent / "leaving_part.py").write_text("raise SystemExit(3)")
+    line = refuse("train", parts, "pairs.0.loss=leaving_part:loss")
+    assert line == "pairs.0.loss: 'leaving_part:loss' cannot be imported: SystemExit(3)"
+    line = refuse("train", parts, "pairs.0.loss=json:missing")
+    assert "module 'json' (" in line
+    assert line.endswith("json/__init__.py) has no 'missing'")
+
+
+def test_a_state_that_could_not_be_read_back_keeps_the_checkpoint(
+    parts: Path, refuse: Refuse, tmp_path: Path
+) -> None:
+    line = refuse("train", parts, "policy.name=broken_parts:Unkept", "train.arms=[distilled]")
+    assert line.startswith("a checkpoint's policy.memory.0 is a builtins.object, which could not")
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"step": 1})
+    with pytest.raises(UserError, match=r"a checkpoint's step is a builtins\.object"):
+        checkpoint.save(path, {"step": object()})
+    assert checkpoint.load(path) == {"step": 1}
+
+
+def test_a_mistake_of_ours_is_not_blamed_on_others(
+    parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setattr("distill.training.run.train_arm", broken)
+    with pytest.raises(AssertionError, match="ours"):
+        main(["train", str(parts), "policy.name=broken_parts:Unkept"])
