@@ -45,13 +45,18 @@ def build_accelerator(device: str) -> Accelerator:
 def build_benchmark(data: DataConfig) -> Benchmark:
     """The benchmark that `data` names."""
     benchmark: Benchmark = open_data(data, "benchmarks")
-    if ":" in data.benchmark:
-        _check_own(benchmark, data.benchmark)
     return benchmark
 
 
-def _check_own(benchmark: Benchmark, name: str) -> None:
-    """Refuse an outsider's benchmark whose attributes or first example are not of the protocol."""
+def _training_split(benchmark: Benchmark, name: str) -> Examples:
+    """The training split; of an outsider's benchmark its attributes and first example are checked.
+
+    Args:
+        benchmark: Which.
+        name: What the recipe calls it.
+    """
+    if ":" not in name:
+        return benchmark.dataset("train")
     if lacking := lacks(benchmark, Benchmark):
         raise UserError(
             f"data.benchmark: {name} gives no benchmark: it has no {lacking} "
@@ -60,7 +65,7 @@ def _check_own(benchmark: Benchmark, name: str) -> None:
     examples = benchmark.dataset("train")
     try:
         if not len(examples):
-            return
+            return examples
         image, target = examples[0]
     except (TypeError, ValueError) as error:
         raise UserError(
@@ -75,11 +80,12 @@ def _check_own(benchmark: Benchmark, name: str) -> None:
             f"data.benchmark: images of {name} must be tensors (3, H, W) of torch.uint8, not {kind}"
         )
     classes = [*range(benchmark.num_classes), benchmark.ignore_index]
-    if benchmark.task == "classification" and target not in classes:
+    if isinstance(target, int) and target not in classes:
         raise UserError(
             f"data.benchmark: {name} has a target {target!r:.80}, not a class from 0 to "
             f"{benchmark.num_classes - 1}"
         )
+    return examples
 
 
 def open_data(data: DataConfig, table: str) -> Any:
@@ -104,7 +110,7 @@ def check_options(
     known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(given)
     for option in options:
         if option not in known:
-            near = nearest(option, known, f"{key}.") if known else "there are none"
+            near = nearest(option, known, f"{key}.") if known else f"there are none ({key}={{}})"
             raise UserError(f"unknown key '{key}.{option}'; {near}")
 
 
@@ -205,7 +211,7 @@ def build_training_set(data: DataConfig) -> TrainingSet:
             "data.augment: patch is for `distill teacher train`: students are scored on whole "
             "images, so that they must see things as large as there; use crop"
         )
-    examples = benchmark.dataset("train")
+    examples = _training_split(benchmark, data.benchmark)
     size = image_size(data, examples)
     count = len(examples) if data.labelled is None else data.labelled
     targets = getattr(examples, "targets", None)

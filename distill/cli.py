@@ -27,21 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, say, wherever something is written
-        print(f"distill: error: {own_line(error)}", file=sys.stderr)
+        print(f"distill: error: {_own_line(error)}", file=sys.stderr)
         return 2
     except Exception as error:
         if own_place(error) is None:
             raise
-        print(f"distill: error: {own_line(error)}", file=sys.stderr)
+        print(f"distill: error: {_own_line(error)}", file=sys.stderr)
         return 2
 
 
-def own_line(error: Exception) -> str:
+def _own_line(error: Exception) -> str:
     """What an error says, and where, if it is of code that a recipe named."""
     place = own_place(error)
-    return (
-        one_line(error) if place is None else f"{place}: {type(error).__name__}: " + one_line(error)
-    )
+    where = "" if place is None else f"{place}: {type(error).__name__}: "
+    return where + one_line(error)
 
 
 def _train(options: argparse.Namespace) -> int:

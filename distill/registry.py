@@ -120,10 +120,12 @@ def resolve(table: str, name: str, key: str) -> Any:
     try:
         imported = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # a file of one's own can fail in any way at all
-        raise UserError(f"{key}: {target!r} cannot be imported: {error!r}") from error
+        raise UserError(
+            f"{key}: {target!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     file = getattr(imported, "__file__", None) or "no file"
     if not hasattr(imported, attribute):
-        raise UserError(f"{key}: module {module!r} ({file}) has no {attribute!r}")
+        raise UserError(f"{key}: module {module!r} has no {attribute!r} ({file})")
     found = getattr(imported, attribute)
     if ":" in name:
         _own.update({file, getattr(getattr(found, "__code__", None), "co_filename", file)})

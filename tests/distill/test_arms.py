@@ -202,7 +202,9 @@ def test_init_from_another_architecture_names_both(load: Load, finished_run: Pat
         f"student.init_from={finished_run}",
         "pairs.0.student=blocks.3",
     )
-    with pytest.raises(UserError, match=r"student\.init_from: .* holds 'test_resnet'"):
+    with pytest.raises(
+        UserError, match=r"student\.init_from: .* is a 'test_resnet', which does not fit student"
+    ):
         build(other)
 
 

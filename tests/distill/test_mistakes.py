@@ -47,7 +47,7 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
             "train.accumulate=3",
             "train.batch: 4 images of a process do not divide into train.accumulate=3 parts",
         ),
-        ("data.benchmark=camvid", "unknown key 'data.options.size'; there are none"),
+        ("data.benchmark=camvid", "'data.options.size'; there are none (data.options={})"),
         ("data.benchmark=nothing:Here", "data.benchmark: 'nothing:Here' cannot be imported"),
         (
             "data.benchmark=distill.training.losses:Here",
@@ -174,7 +174,8 @@ def test_an_own_file_that_fails_says_why(
     (recipe.parent / "own_broken.py").write_text("import torch\ntorch.nothing_such\n")
     monkeypatch.syspath_prepend(recipe.parent)
     line = refuse("train", recipe, "pairs.0.loss=own_broken:loss")
-    assert line.startswith("pairs.0.loss: 'own_broken:loss' cannot be imported: module 'torch' has")
+    words = "'own_broken:loss' cannot be imported: AttributeError: module 'torch' has"
+    assert line.startswith(f"pairs.0.loss: {words}")
 
 
 def test_a_teacher_that_leaves_float16_is_said_to(

@@ -40,7 +40,12 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def copied(paths: dict[str, str], tmp_path: Path) -> Any:
     """A pipeline of one's own, to break."""
-    return lambda name: Path(shutil.copytree(paths[name], tmp_path / name))
+
+    def copy(name: str) -> Path:
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        return Path(shutil.copytree(paths[name], tmp_path / name))
+
+    return copy
 
 
 def build(path: Path | str, **settings: Any) -> Any:
