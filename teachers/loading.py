@@ -48,12 +48,17 @@ def pipeline_folder(
 
     Raises:
         OSError: no such folder, or the hub cannot give it.
+        ValueError: a revision of a folder.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if folder.exists() or not HUB_ID.fullmatch(path):
             raise FileNotFoundError(f"{path!r} is not a folder; give {LOCAL_FOLDER}, or a hub id")
         folder = download(path, revision, components)
+    elif revision is not None:
+        raise ValueError(
+            f"revision {revision!r} is for a hub id, and {path!r} is a folder here; leave it out"
+        )
     return folder.resolve()
 
 

@@ -156,6 +156,10 @@ def test_empty_folder_says_what_to_give(tmp_path):
     )
 
 
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    fails(tmp_path, ValueError, "revision 'v9' is for a hub id, and .* leave it out", revision="v9")
+
+
 def test_unreachable_hub_says_to_give_a_folder(monkeypatch):
     def offline(*args, **kwargs):
         raise LocalEntryNotFoundError("ConnectError: name not known\nsecond line")
