@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from distill.arguments import parse, without_overrides
 from distill.errors import Interrupted, UserError, one_line
-from distill.registry import TABLES, own_place
+from distill.registry import TABLES, own_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,20 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, say, wherever something is written
-        print(f"distill: error: {_own_line(error)}", file=sys.stderr)
+        print(f"distill: error: {own_error(error) or one_line(error)}", file=sys.stderr)
         return 2
     except Exception as error:
-        if own_place(error) is None:
+        line = own_error(error)
+        if line is None:  # a mistake of ours
             raise
-        print(f"distill: error: {_own_line(error)}", file=sys.stderr)
+        print(f"distill: error: {line}", file=sys.stderr)
         return 2
-
-
-def _own_line(error: Exception) -> str:
-    """What an error says, and where, if it is of code that a recipe named."""
-    place = own_place(error)
-    where = "" if place is None else f"{place}: {type(error).__name__}: "
-    return where + one_line(error)
 
 
 def _train(options: argparse.Namespace) -> int:

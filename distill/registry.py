@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from distill.errors import UserError, nearest
+from distill.errors import UserError, nearest, one_line
 
 TABLES: dict[str, dict[str, str]] = {
     "teachers": {
@@ -91,12 +91,12 @@ _own: set[str] = set()
 """Files that names of a recipe brought in."""
 
 
-def own_place(error: BaseException) -> str | None:
-    """FILE:LINE of the outsider's code that an error came out of, or of what that called; None if
-    there is none in its traceback."""
+def own_error(error: Exception) -> str | None:
+    """What an error that came out of an outsider's code says, and at which of its lines that was;
+    None if its traceback has none of them."""
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename in _own]
-    return places[-1] if places else None
+    return f"{places[-1]}: {type(error).__name__}: {one_line(error)}" if places else None
 
 
 def resolve(table: str, name: str, key: str) -> Any:

@@ -14,6 +14,7 @@ from distill.config import RunConfig
 from distill.dry_run import Trial, try_recipe
 from distill.errors import Interrupted, UserError
 from distill.recipe import first_difference, load_config
+from distill.registry import own_error
 from distill.studies.results import (
     Scores,
     check_teachers,
@@ -147,6 +148,11 @@ def _train(config: RunConfig) -> None:
         raise Interrupted(f"stopped in {folder}, which is saved; {GOES_ON}") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
+    except Exception as error:
+        problem = own_error(error)
+        if problem is None:  # a mistake of ours
+            raise
+        raise UserError(f"{folder}: {problem}") from error
 
 
 def _try_recipes(study: Study, cells: Iterable[Cell], scores: Scores) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,16 +248,30 @@ WILD = """
 def wild(student, teacher):
     return (student - teacher).square().mean(dim=(1, 2, 3)) * float("nan")
 """
+FAILING = """
+def wild(student, teacher):
+    raise RuntimeError("no way")
+"""
 
 
-def test_a_run_that_diverges_does_not_stop_the_others(
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (WILD, "distilled: the feature loss is not finite at step 0"),
+        (FAILING, "{place}: RuntimeError: no way"),
+    ],
+)
+def test_a_run_that_fails_does_not_stop_the_others(
     write: Write,
     recipe: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    own: str,
+    words: str,
 ) -> None:
-    # Two steps, with which recipes are tried, would find this one; others diverge later.
-    (recipe.parent / "own_later.py").write_text(WILD)
+    # Two steps, with which recipes are tried, would find this one; others fail later.
+    sys.modules.pop("own_later", None)
+    (recipe.parent / "own_later.py").write_text(own)
     monkeypatch.syspath_prepend(recipe.parent)
     monkeypatch.setattr(
         "distill.studies.sweep._try_recipes", lambda study, cells, scores: dict.fromkeys("abc", 1)
@@ -268,7 +283,7 @@ def test_a_run_that_diverges_does_not_stop_the_others(
     runs = recipe.parent / "runs" / "small"
     assert error.startswith(
         f"distill: error: study {study}: 1 of 2 runs failed, the others are done: {runs / 'a-0'}: "
-        "distilled: the feature loss is not finite at step 0"
+        + words.format(place=f"{recipe.parent / 'own_later.py'}:3")
     )
     assert list(json.loads((runs / "small.json").read_text())["arms"]) == ["b"]
 
