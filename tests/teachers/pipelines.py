@@ -33,6 +33,11 @@ def tiny_vae(**config: Any) -> AutoencoderKL:
     )
 
 
+def edit(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def write_tokenizer(folder: Path) -> Path:
     """CLIP's files, as they lie on the hub, for a vocabulary of letters and one pair."""
     letters = "abcdefghijklmnopqrstuvwxyz"

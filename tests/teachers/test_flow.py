@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,10 +56,6 @@ def fails(path: Path | str, kind: type[Exception], pattern: str, **settings: Any
     with pytest.raises(kind, match=pattern) as caught:
         flow(str(path), **{"layers": ("transformer_blocks.0",), **settings})
     assert "\n" not in str(caught.value).strip()
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def noised_latents(path: str) -> tuple[Tensor, Tensor]:
@@ -172,11 +167,11 @@ def test_random_weights_refresh_the_transformer_alone(paths: dict[str, str], nam
 def test_other_pipelines_are_refused(copied: Any, tmp_path: Path) -> None:
     folder = copied("sd3")
     index = folder / "model_index.json"
-    edit(index, transformer=["diffusers", "PixArtTransformer2DModel"])
+    pipelines.edit(index, transformer=["diffusers", "PixArtTransformer2DModel"])
     pattern = r"'PixArtTransformer2DModel'\]; here it .* a SD3Tr\w+ or a FluxTr\w+ of diffusers$"
     fails(folder, ValueError, pattern)
     for wrong in (None, 7, "SD3Transformer2DModel"):
-        edit(index, transformer=wrong)
+        pipelines.edit(index, transformer=wrong)
         pattern = rf"model_index\.json: transformer is {wrong!r}; here it must be"
         fails(folder, ValueError, pattern)
     index.unlink()
@@ -185,7 +180,7 @@ def test_other_pipelines_are_refused(copied: Any, tmp_path: Path) -> None:
 
 def test_flux_that_sees_more_than_the_latents_is_refused(copied: Any) -> None:
     folder = copied("dev")
-    edit(folder / "transformer" / "config.json", in_channels=32)
+    pipelines.edit(folder / "transformer" / "config.json", in_channels=32)
     fails(folder, ValueError, r"takes 32 channels and the autoencoder gives 16; .* latents alone")
 
 
