@@ -79,8 +79,8 @@ def _training_split(benchmark: Benchmark, name: str) -> Examples:
         raise UserError(
             f"data.benchmark: images of {name} must be tensors (3, H, W) of torch.uint8, not {kind}"
         )
-    classes = [*range(benchmark.num_classes), benchmark.ignore_index]
-    if isinstance(target, int) and target not in classes:
+    known = range(benchmark.num_classes)
+    if isinstance(target, int) and target not in known and target != benchmark.ignore_index:
         raise UserError(
             f"data.benchmark: {name} has a target {target!r:.80}, not a class from 0 to "
             f"{benchmark.num_classes - 1}"

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -135,6 +136,16 @@ def sync(path: Path) -> None:
     """Wait until a file that something else has written is on the disk."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `replacing` and `replacing_folder` left half written below a run's folder when
+    they were killed."""
+    for file in folder.rglob(".*.[0-9]*.tmp"):
+        file.unlink(missing_ok=True)
+    for scratch in folder.glob(".*-????????/"):
+        if (scratch / "new").is_dir() or (scratch / "old").is_dir():
+            shutil.rmtree(scratch)
 
 
 @contextmanager

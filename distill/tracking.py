@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from distill.checkpoint import write_text
+from distill.checkpoint import remove_leftovers, write_text
 from distill.errors import UserError
 
 
@@ -40,11 +39,8 @@ def open_run_folder(folder: Path, resume: bool, other: str = "name=") -> None:
         empty = not any(folder.iterdir())
     except OSError as error:
         raise UserError(f"run folder {folder} cannot be made: {error.strerror}") from error
-    if resume:  # what a run that was killed left half written
-        for left in folder.rglob(".*.tmp"):
-            left.unlink(missing_ok=True)
-        for left in folder.glob(".*-*/"):
-            shutil.rmtree(left)
+    if resume:
+        remove_leftovers(folder)
     if not resume and not empty:
         raise UserError(f"run folder {folder} exists; go on with --resume, or give another {other}")
 

@@ -97,8 +97,8 @@ class TimmModel:
                     f"{path!r} takes images of one size alone, so image_size must be given; "
                     f"its own is {config['input_size'][-1]}"
                 ) from error
-            given = dict(kwargs) or "the model_args of its config.json"
-            raise ValueError(f"{path!r} does not take {given}: {error}") from error
+            wrong = f"does not take {dict(kwargs)}" if kwargs else "cannot be built as configured"
+            raise ValueError(f"{path!r} {wrong}: {error}") from error
         if getattr(network, "in_chans", 3) != 3 or not getattr(network, "feature_info", None):
             raise ValueError(f"{path!r} does not turn RGB images into feature maps; choose another")
         self.image_size: int | tuple[int, int] | None = anatomy.height_width(

@@ -262,6 +262,9 @@ def test_what_a_killed_run_left_half_written_is_removed(stopped_run: Path) -> No
     left.write_bytes(b"half")
     folder = stopped_run / ".student-abcdefgh"
     (folder / "new").mkdir(parents=True)
+    own = stopped_run / ".my-notes000"
+    own.mkdir()
     assert main(["train", str(stopped_run / "config.yaml"), "--resume"]) == 0
     assert not left.exists()
     assert not folder.exists()
+    assert own.exists()
