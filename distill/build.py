@@ -20,6 +20,7 @@ from distill.benchmarks import IGNORE_INDEX, Benchmark, Examples
 from distill.config import DataConfig, PairConfig, RunConfig
 from distill.data import Augmented, InMemory, Resized, choose_labelled, fingerprint
 from distill.errors import UserError, blame, nearest, one_line, problem_line
+from distill.precision import warn_if_slow
 from distill.registry import lacks, resolve
 from distill.tasks import traits
 from distill.training.distiller import Distiller, Match
@@ -256,6 +257,9 @@ def build_teacher(
         "random_weights": teacher.random_weights if random_weights is None else random_weights,
         "compile": teacher.compile,
     }
+    if teacher.dtype == "bfloat16":
+        kind = build_accelerator(config.device).device.type
+        warn_if_slow("teacher.dtype=bfloat16", "teacher.dtype=float32", kind)
     if has_members(factory):
         given["factory_of"] = member_factory
     check_options(teacher.options, factory, "teacher.options", given)

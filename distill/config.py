@@ -21,6 +21,21 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Options = dict[str, Any]
 
 
+def fast_dtype() -> Literal["float32", "bfloat16"]:
+    """bfloat16 where the GPU, or without one the CPU, has instructions for it, else float32."""
+    import torch  # configs alone do without
+
+    from distill.precision import computes_bfloat16
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return "bfloat16" if computes_bfloat16(kind) else "float32"
+
+
+def fast_precision() -> Literal["bf16", "no"]:
+    """The same for autocast."""
+    return "bf16" if fast_dtype() == "bfloat16" else "no"
+
+
 def _once(names: list[str]) -> list[str]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"{min(twice)} once, not {names.count(min(twice))} times")
@@ -107,8 +122,9 @@ class TeacherConfig:
     """How many draws of the noise `average` takes; the teacher's cost grows with it."""
     image_size: HeightWidth | None = None
     """Images are resized to this for the teacher; by default they keep their size."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Precision of the teacher's forward pass."""
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default_factory=fast_dtype)
+    """Precision of the teacher's forward pass. By default bfloat16 where the GPU, or without one
+    the CPU, has instructions for it, and float32 elsewhere."""
     compile: bool = False
     """Compile the teacher with `torch.compile`; slow to start, faster on a GPU."""
     labels: bool = False
@@ -291,8 +307,8 @@ class TrainConfig:
     """Largest gradient norm; none for no clipping."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the student's moving average, which is what is scored and exported; 0 for none."""
-    precision: Literal["bf16", "no"] = "bf16"
-    """Autocast of the student."""
+    precision: Literal["bf16", "no"] = Field(default_factory=fast_precision)
+    """Autocast of the student. By default bf16 where `teacher.dtype` is bfloat16 by default."""
     channels_last: bool = True
     """Memory format of the student's images and weights."""
     log_every: Count = 10

@@ -199,7 +199,10 @@ def _pairs(trainer: Trainer) -> list[str]:
         )
     if (cost := teacher_flops(teacher, trainer.data.size)) is not None:
         used, whole = (count / 1e9 for count in cost)
-        lines.append(f"#   teacher: {used:.2f} of {whole:.2f} GFLOP an image, stops early")
+        lines.append(
+            f"#   teacher: {used:.2f} of {whole:.2f} GFLOP an image, stops early; "
+            f"{trainer.config.teacher.dtype}"
+        )
     if isinstance(trainer.policy, MixingPolicy):
         looks = len(trainer.timesteps)
         lines.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -19,10 +21,43 @@ HEAVY = 8
 """Weights for each number of the input from which a convolution trains faster as a product."""
 
 
+@functools.cache
+def computes_bfloat16(kind: str) -> bool:
+    """Whether the `cuda` or `cpu` here has instructions for it.
+
+    Without them it is imitated, on a CPU up to a hundred times slower than float32 is computed.
+    """
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # torch's own kernels, where it was built without oneDNN's, are slow whatever the CPU
+    kernels: Callable[[], bool] = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)
+    able = getattr(torch.cpu, "get_capabilities", lambda: None)()  # not in every version of torch
+    names = ("avx512_bf16", "amx_bf16", "bf16")
+    return kernels() and (able is None or any(able.get(name) for name in names))
+
+
+@functools.cache
+def warn_if_slow(asked: str, instead: str, kind: str) -> None:
+    """Tell, once, of bfloat16 that a recipe asks for where it is imitated.
+
+    Args:
+        asked, instead: `key=value`.
+        kind: `cuda` or `cpu`.
+    """
+    if not computes_bfloat16(kind):
+        what = "GPU" if kind == "cuda" else "CPU"
+        print(
+            f"{asked}: this {what} has no instructions for it; {instead} is many times as fast",
+            file=sys.stderr,
+        )
+
+
 @contextmanager
 def autocast(device: torch.device, precision: Literal["bf16", "no"]) -> Iterator[None]:
     """Forward passes compute in `precision` under it; on a CPU, where torch is slow, otherwise."""
     low = precision == "bf16"
+    if low:
+        warn_if_slow("precision=bf16", "precision=no", device.type)
     with torch.autocast(device.type, torch.bfloat16, enabled=low):
         if low and device.type == "cpu":
             with Replaced(INSTEAD):

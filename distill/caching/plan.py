@@ -18,6 +18,7 @@ from distill.build import TrainingSet
 from distill.caching.cache import FeatureCache, Plan, Stored
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
+from distill.precision import computes_bfloat16
 from distill.training.distiller import Distiller
 from teachers.arithmetic import FEATURES
 from teachers.protocol import Teacher
@@ -69,11 +70,11 @@ def plan_cache(
         for index, pair in enumerate(config.pairs)
         if not pair.pooled and _averaged(distiller, pair.teacher, could=True)
     ]
-    smaller = {
-        " ".join(pooled): plan._replace(layers=stored(dtype, could=True)),
-        "teacher.dtype=bfloat16": plan._replace(layers=stored(torch.bfloat16, could=False)),
-        "data.augment=none": plan._replace(flips=1),
-    }
+    smaller = {" ".join(pooled): plan._replace(layers=stored(dtype, could=True))}
+    if computes_bfloat16(next(iter(maps.values())).device.type):
+        half = plan._replace(layers=stored(torch.bfloat16, could=False))
+        smaller["teacher.dtype=bfloat16"] = half
+    smaller["data.augment=none"] = plan._replace(flips=1)
     share = min(1.0, teacher.cache_gb / plan.gb)
     if bins_left := int(bins * share):
         smaller[f"policy.bins={bins_left}"] = plan._replace(bins=bins_left)

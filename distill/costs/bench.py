@@ -59,8 +59,9 @@ def bench(
 ) -> str:
     """Time our step against the naive one at 32 px, with a UNet and a resnet18.
 
-    Ours: bfloat16, channels_last, the UNet left after the layer; once with a filled feature cache
-    too. Naive: float32, the complete UNet. Student, losses, policy and images are the same.
+    Ours: bfloat16 where the machine has it, channels_last, the UNet left after the layer; once with
+    a filled feature cache too. Naive: float32, the complete UNet. Student, losses, policy and
+    images are the same.
 
     Args:
         batch: Images a step.
@@ -117,7 +118,8 @@ def _figures(cases: Mapping[str, Case], rounds: int) -> dict[str, Any]:
     assert isinstance(ours.teacher, DiffusionTeacher)
     used, whole = ours.teacher.flops(32)
     student = _student_flops(cases["ours"]) / batch
-    peak = _product_rate(device)
+    dtype = ours.config.teacher.dtype
+    peak = _product_rate(device, getattr(torch, dtype))
     mine = parts["ours"]
     policy = mine["policy"] + _reward_seconds(ours, cases["ours"].batch)
     error = _feature_error(ours, naive, cases["ours"].batch)
@@ -136,6 +138,7 @@ def _figures(cases: Mapping[str, Case], rounds: int) -> dict[str, Any]:
         "share_of_peak_teacher": batch * used / mine["teacher"] / peak,
         "share_of_peak_student": batch * student / (mine["student"] + mine["backward"]) / peak,
         "peak_tflops": peak / 1e12,
+        "dtype": dtype,
         "teacher_gflop": used / 1e9,
         "naive_teacher_gflop": whole / 1e9,
         "student_gflop": student / 1e9,
@@ -173,7 +176,7 @@ def _table(figures: Mapping[str, Any], rounds: int) -> str:
             line(
                 "ours",
                 figures["images_per_second"],
-                f"bfloat16, {of_ours:.1f} GFLOP",
+                f"{figures['dtype']}, {of_ours:.1f} GFLOP",
                 figures["ratios"],
             ),
             line(
@@ -185,8 +188,8 @@ def _table(figures: Mapping[str, Any], rounds: int) -> str:
             f"  parts   {parts} ms",
             f"  policy  {figures['policy_share']:.1%} of our step: choosing, learning, reward head",
             f"  peak    {figures['share_of_peak']:.0%} of the {figures['peak_tflops']:.3g} TFLOP/s "
-            f"of bfloat16 products; teacher {figures['share_of_peak_teacher']:.0%}, student "
-            f"{figures['share_of_peak_student']:.0%}",
+            f"of {figures['dtype']} products; teacher {figures['share_of_peak_teacher']:.0%}, "
+            f"student {figures['share_of_peak_student']:.0%}",
             f"  memory  {memory} GiB at most so far",
             f"          {held} MiB while that part runs, beside the weights",
             f"  error   {figures['feature_error']:.2%} of the float32 features (relative L2)",
@@ -307,10 +310,10 @@ def _feature_error(ours: Trainer, naive: Trainer, batch: Batch) -> float:
     return float((mine - theirs).norm() / theirs.norm())
 
 
-def _product_rate(device: torch.device) -> float:
-    """Floating-point operations a second of a large bfloat16 matrix product, the best of ten."""
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product, the best of ten."""
     side = 8192 if device.type == "cuda" else 2048
-    x = torch.rand(side, side, device=device, dtype=torch.bfloat16)
+    x = torch.rand(side, side, device=device, dtype=dtype)
     return 2 * side**3 / min(_seconds(lambda: x @ x, device, 3) for _ in range(10))
 
 

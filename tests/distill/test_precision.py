@@ -1,11 +1,17 @@
 """Forward passes in bfloat16, and what of them stays in float32."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill import precision
+from distill.build import build_teacher
+from distill.config import RunConfig, TeacherConfig, TrainConfig
 from distill.precision import HEAVY, LONG, autocast
+from distill.pretraining.config import TeacherTrainConfig
 
 CPU = torch.device("cpu")
 
@@ -90,7 +96,7 @@ def test_convolutions_of_small_maps_are_products(
 
 @pytest.mark.parametrize("case", ["large map", "groups", "dilation", "same", "looked at"])
 def test_other_convolutions_are_left_to_torch(case: str) -> None:
-    x = torch.randn(1, 32, *((16, 16) if case == "large map" else (2, 2)))
+    x = torch.randn(1, 32, *((40, 40) if case == "large map" else (2, 2)))
     groups, dilation = 32 if case == "groups" else 1, 2 if case == "dilation" else 1
     padding = "same" if case == "same" else dilation
     weight = torch.randn(32 * 32, 32 // groups, 3, 3, requires_grad=case != "looked at")
@@ -105,3 +111,60 @@ def test_other_convolutions_are_left_to_torch(case: str) -> None:
             theirs = convolved()
 
     assert torch.equal(mine, theirs)
+    assert type(mine.grad_fn) is type(theirs.grad_fn)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_the_default_where_the_machine_computes_it(
+    monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(precision, "computes_bfloat16", lambda kind: fast)
+
+    assert TeacherConfig().dtype == ("bfloat16" if fast else "float32")
+    for config in (TrainConfig(), TeacherTrainConfig()):
+        assert config.precision == ("bf16" if fast else "no")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "able", "expected"),
+    [
+        (True, {"avx512_bf16": True}, True),
+        (True, {"avx512_f": True, "amx_bf16": False}, False),  # oneDNN would imitate it
+        (True, {"bf16": True}, True),
+        (False, {"bf16": True}, False),  # torch for macOS has no oneDNN
+        (True, None, True),
+    ],
+)
+def test_a_cpu_computes_bfloat16_with_instructions_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, kernels: bool, able: dict[str, bool] | None, expected: bool
+) -> None:
+    name = "_is_mkldnn_bf16_supported"
+    monkeypatch.setattr(torch.ops.mkldnn, name, lambda: kernels, raising=False)
+    if able is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+
+    assert precision.computes_bfloat16.__wrapped__("cpu") is expected
+
+
+def test_bfloat16_that_is_imitated_is_told_once(
+    load: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(precision, "computes_bfloat16", lambda kind: False)
+    precision.warn_if_slow.cache_clear()
+
+    for _ in range(2):
+        build_teacher(load("teacher.dtype=bfloat16"))
+        with autocast(CPU, "bf16"):
+            pass
+        build_teacher(load("teacher.dtype=float32"))
+
+    assert capsys.readouterr().err.splitlines() == [
+        "teacher.dtype=bfloat16: this CPU has no instructions for it; teacher.dtype=float32 is "
+        "many times as fast",
+        "precision=bf16: this CPU has no instructions for it; precision=no is many times as fast",
+    ]
+    precision.warn_if_slow.cache_clear()

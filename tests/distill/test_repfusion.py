@@ -247,8 +247,8 @@ def test_steps_are_those_of_the_method_written_out(
         entropy_weight = {0: 0.05}.get(step, 0.0)  # from 0.1 to 0 over half of the four steps
         terms = hand.terms(images, labels, t, entropy_weight)
         hand.step(terms, rate)
-        assert losses.feature.item() == pytest.approx(terms.feature.item(), rel=1e-6)
-        assert losses.reward_head.item() == pytest.approx(terms.mlp.mean().item(), rel=1e-6)
+        assert losses.feature.item() == pytest.approx(terms.feature.item(), rel=1e-5)
+        assert losses.reward_head.item() == pytest.approx(terms.mlp.mean().item(), rel=1e-5)
         assert losses.task == 0
         assert apart([losses.rewards["teacher_task"]], [-terms.mlp]) < 1e-6
         mine, theirs = policy_of(trainer).network.parameters(), hand.policy

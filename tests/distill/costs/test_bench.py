@@ -85,7 +85,8 @@ def test_the_table_tells_the_memory_of_every_part(
 
 
 def test_our_features_are_near_those_of_the_naive_way(figures: dict[str, float]) -> None:
-    assert 0 < figures["feature_error"] < 0.02
+    error = figures["feature_error"]
+    assert 0 < error < 0.02 if figures["dtype"] == "bfloat16" else error < 1e-4
 
 
 def test_the_naive_way_gives_the_same_features(teacher_folder: Path) -> None:
