@@ -36,8 +36,6 @@ from distill.training.policies import build_policy
 from students.student import Student
 from teachers.protocol import Teacher
 
-REMEDY = "a smaller train.lr, or train.precision=no"
-
 
 class Phase(NamedTuple):
     """What a step trains on."""
@@ -254,7 +252,8 @@ class Trainer:
         with self.clock("policy"), torch.autocast("cpu", enabled=False):  # it computes in float32
             seen = context.float().cpu()
             if not bool(seen.isfinite().all()):
-                raise not_finite(self.step, "student feature map", self._remedy, f"{self.arm}: ")
+                remedy = self._remedy(self.step)
+                raise not_finite(self.step, "student feature map", remedy, f"{self.arm}: ")
             draws = seeding.generator(seed, "policy", self.step, rank)
             with blame(f"{self.arm}: policy, at step {self.step}"):
                 choice = choose(self.policy, self.timesteps, seen, draws, self.progress)
@@ -315,7 +314,8 @@ class Trainer:
         with blame(f"{self.arm}: policy, at step {self.step - 1}"):
             learned = self.feedback.learn(self.progress)
         if not learned:
-            raise not_finite(self.step - 1, "reward", self._remedy, f"{self.arm}: ")
+            remedy = self._remedy(self.step - 1)
+            raise not_finite(self.step - 1, "reward", remedy, f"{self.arm}: ")
         self.figures |= self.feedback.figures
 
     @property
@@ -328,15 +328,21 @@ class Trainer:
         """Read the newest step's `figures`. Raises UserError if one of them is not finite."""
         if self._late is not None:
             late, self._late = self._late, None
-            self.figures = late.read_finite(self._remedy, where=f"{self.arm}: ")
+            self.figures = late.read_finite(self._remedy(late.step), where=f"{self.arm}: ")
             if self.feedback and "feature_loss" in self.figures:
                 self.figures |= self.feedback.figures
 
-    @property
-    def _remedy(self) -> str:
-        """What to try where something is not finite; float16 ends at 65504."""
-        half = self.teacher is not None and self.config.teacher.dtype == "float16"
-        return f"teacher.dtype=bfloat16, {REMEDY}" if half else REMEDY
+    def _remedy(self, step: int) -> str:
+        """What to try where something is not finite at a step: float16 ends at 65504, and at the
+        first nothing was learnt yet."""
+        tries = {
+            "teacher.dtype=bfloat16": self.teacher and self.config.teacher.dtype == "float16",
+            "a smaller train.lr": step > 0,
+            "train.precision=no": self.config.train.precision == "bf16",
+            "another loss, teacher or student": step == 0,
+        }
+        *first, last = (words for words, useful in tries.items() if useful)
+        return f"{', '.join(first)}, or {last}" if first else last
 
     @property
     def _origin(self) -> dict[str, str]:

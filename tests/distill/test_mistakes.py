@@ -209,6 +209,20 @@ def test_images_without_labels_are_no_benchmark_to_score(
     assert "use it for `distill teacher train`" in line
 
 
+def test_what_is_not_finite_at_once_is_not_blamed_on_the_learning_rate(
+    recipe: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipe.parent / "own_void.py").write_text(
+        "def void(student, teacher):\n"
+        "    return (student - teacher).mean(dim=(1, 2, 3)) * float('nan')\n"
+    )
+    monkeypatch.syspath_prepend(recipe.parent)
+    assert refuse("train", recipe, "pairs.0.loss=own_void:void") == (
+        "distilled: the feature loss is not finite at step 0; start a new run (name=...) with "
+        "another loss, teacher or student"
+    )
+
+
 def test_a_loss_that_is_not_finite_is_one_line_and_the_run_can_go_on(
     recipe: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +238,7 @@ def test_a_loss_that_is_not_finite_is_one_line_and_the_run_can_go_on(
     arguments = ["train", str(recipe), "pairs.0.loss=own_wild:wild", "train.arms=[distilled]"]
     assert refuse(*arguments) == (
         "distilled: the feature loss is not finite at step 3; start a new run (name=...) "
-        "with a smaller train.lr, or train.precision=no"
+        "with a smaller train.lr"
     )
     run = recipe.parent / "runs" / "tiny"
     assert checkpoint.load(checkpoint_path(run, "distilled"))["step"] == 2
