@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
@@ -19,7 +18,8 @@ from distill.augmentation import augmentation
 from distill.benchmarks import IGNORE_INDEX, Benchmark, Examples
 from distill.config import DataConfig, PairConfig, RunConfig
 from distill.data import Augmented, InMemory, Resized, choose_labelled, fingerprint
-from distill.errors import UserError, blame, nearest, one_line, problem_line
+from distill.errors import UserError, blame, one_line
+from distill.options import checked_options
 from distill.precision import warn_if_slow
 from distill.registry import lacks, resolve
 from distill.tasks import traits
@@ -92,50 +92,12 @@ def _training_split(benchmark: Benchmark, name: str) -> Examples:
 def open_data(data: DataConfig, table: str) -> Any:
     """What `data` names in a table of the registry."""
     factory = resolve(table, data.benchmark, "data.benchmark")
-    check_options(data.options, factory, "data.options")
-    options = typed_options(data.options, factory, "data.options")
+    options = checked_options(data.options, factory, "data.options")
     try:
         with blame("data"):
             return factory(data.root, **options)
     except TypeError as error:
         raise UserError(f"data.options: {data.benchmark} with {data.options}: {error}") from error
-
-
-def check_options(
-    options: Iterable[str], factory: Callable[..., Any], key: str, given: Iterable[str] = ()
-) -> None:
-    """Refuse options that `factory` does not take by keyword, or that are `given` to it anyway."""
-    parameters = inspect.signature(factory).parameters.values()
-    if not given and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return  # with `given` they are what its `**` takes
-    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(given)
-    for option in options:
-        if option not in known:
-            near = nearest(option, known, f"{key}.") if known else f"there are none ({key}={{}})"
-            raise UserError(f"unknown key '{key}.{option}'; {near}")
-
-
-def typed_options(
-    options: Mapping[str, Any], factory: Callable[..., Any], key: str
-) -> dict[str, Any]:
-    """The options as the types that `factory` is annotated with; a UserError of one that is none.
-
-    A type that pydantic does not know is left to the factory.
-    """
-    try:
-        hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
-    except (NameError, TypeError):  # imported for type checkers alone; or no plain function
-        hints = {}
-    found = {}
-    for name, value in options.items():
-        try:
-            found[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            raise UserError(problem_line(problem, f"{key}.{name}")) from error
-        except PydanticUserError:
-            found[name] = value
-    return found
 
 
 def image_size(data: DataConfig, examples: Examples) -> tuple[int, int]:
@@ -262,8 +224,7 @@ def build_teacher(
         warn_if_slow("teacher.dtype=bfloat16", "teacher.dtype=float32", kind)
     if has_members(factory):
         given["factory_of"] = member_factory
-    check_options(teacher.options, factory, "teacher.options", given)
-    options = typed_options(teacher.options, factory, "teacher.options")
+    options = checked_options(teacher.options, factory, "teacher.options", given)
     try:
         with blame("teacher"), blame_layer(asked):
             built: Teacher = factory(embedded(teacher.path), **given, **options)

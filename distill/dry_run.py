@@ -15,17 +15,16 @@ from distill.build import (
     TrainingSet,
     build_accelerator,
     build_training_set,
-    check_options,
     embedded,
     has_members,
     in_order,
-    typed_options,
 )
 from distill.config import Arm, RunConfig
 from distill.costs.flops import teacher_flops
 from distill.data import Draw
 from distill.errors import UserError, blame
 from distill.evaluation.scoring import held_out_examples
+from distill.options import checked_options
 from distill.pretraining.config import TeacherTrainConfig
 from distill.pretraining.teach import TeacherTraining
 from distill.recipe import apply_override, to_yaml
@@ -155,8 +154,7 @@ def teacher_layers(name: str, path: str, size: int | None, options: Sequence[str
     given: dict[str, Any] = {}
     for option in options:
         apply_override(given, option)
-    check_options(given, factory, "teacher.options", get_type_hints(View))
-    given = typed_options(given, factory, "teacher.options")
+    given = checked_options(given, factory, "teacher.options", get_type_hints(View))
     with blame("teacher"):
         sized = {} if size is None else {"image_size": size}
         teacher = factory(embedded(path), layers=(), **sized, **given)

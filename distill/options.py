@@ -1,0 +1,53 @@
+"""Options of what a recipe names, checked against what it takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_type_hints
+
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+from distill.errors import UserError, nearest, problem_line
+
+
+def checked_options(
+    options: Mapping[str, Any], factory: Callable[..., Any], key: str, given: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The options as the types that `factory` is annotated with.
+
+    A type that pydantic does not know is left to the factory, and so are, where nothing is `given`,
+    the names of one that takes any (`**`).
+
+    Args:
+        options: By name.
+        factory: Takes them by keyword.
+        key: Where the recipe has them.
+        given: Other keywords of the factory, which are no options.
+
+    Raises:
+        UserError: An option that it does not take, or of another type.
+    """
+    parameters = inspect.signature(factory).parameters.values()
+    if given or not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(given)
+        for option in options:
+            if option not in known:
+                near = (
+                    nearest(option, known, f"{key}.") if known else f"there are none ({key}={{}})"
+                )
+                raise UserError(f"unknown key '{key}.{option}'; {near}")
+    try:
+        hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except (NameError, TypeError):  # imported for type checkers alone; or no plain function
+        hints = {}
+    found = {}
+    for name, value in options.items():
+        try:
+            found[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise UserError(problem_line(problem, f"{key}.{name}")) from error
+        except PydanticUserError:
+            found[name] = value
+    return found
