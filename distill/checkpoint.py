@@ -132,6 +132,28 @@ def existing_parent(path: Path) -> Path:
     return next(place for place in path.absolute().parents if place.exists())
 
 
+def check_folder(option: str, folder: Path) -> None:
+    """Refuse, before the work, what cannot become a folder to write to; it is not made yet.
+
+    Args:
+        option: what named it, such as `--out`.
+        folder: there or not.
+    """
+    there = existing_parent(folder / "any")
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(
+            f"{option}: {folder} is no folder to write to: {there} is none; name another place"
+        )
+
+
+def check_json(option: str, file: Path) -> None:
+    """Refuse, before the work, what cannot become a JSON file of results."""
+    if file.suffix != ".json" or file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"{option}: {file} must be a .json file in a folder that exists")
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{option}: {file.parent} is a folder that you may not write to")
+
+
 def sync(path: Path) -> None:
     """Wait until a file that something else has written is on the disk."""
     with path.open("r+b") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def compare(
         if number < 1:
             raise UserError(f"{option}: at least 1, not {number}")
     if out is not None:
-        _check_folder(Path(out))
+        checkpoint.check_folder("--out", Path(out))
     given = {word: _read(Path(word), overrides) for word in subjects if word.endswith(".json")}
     planned = [
         given[word] if word in given else _plan(word, overrides, protocol, benchmark)
@@ -83,13 +82,6 @@ def compare(
     if out is not None:
         _write(Path(out), results, costs, rows, table, notes)
     return "\n".join([_title(results), "", table, "", *notes])
-
-
-def _check_folder(out: Path) -> None:
-    """Refuse what cannot become a folder; it is made when there is something to write."""
-    there = checkpoint.existing_parent(out / "table.md")
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out: {out} is no folder to write to: {there} is none")
 
 
 def _plan(
@@ -114,8 +106,9 @@ class _Result(BaseModel):
     split: str
     metric: str
     size: tuple[int, int]
-    figures: dict[str, float]
-    intervals: dict[str, Interval] = {}
+    figures: Annotated[dict[str, float], Field(min_length=1)]
+    intervals: dict[str, Interval | None] = {}
+    """None of a single choice of labels."""
     recipe: dict[str, Any]
 
 

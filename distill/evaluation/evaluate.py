@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -67,10 +66,8 @@ def rescore(
     Returns:
         The table to print.
     """
-    if out is not None and (Path(out).suffix != ".json" or not Path(out).parent.is_dir()):
-        raise UserError(f"--out: {out} must be a .json file in a folder that exists")
-    if out is not None and not os.access(Path(out).parent, os.W_OK):
-        raise UserError(f"--out: {Path(out).parent} is a folder that you may not write to")
+    if out is not None:
+        checkpoint.check_json("--out", Path(out))
     result, draw = evaluate_subject(text, overrides, protocol, benchmark)
     if out is not None:
         checkpoint.write_text(out, json.dumps(result, indent=2) + "\n")

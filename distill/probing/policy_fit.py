@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,8 @@ def fit(
     """
     if steps < 1 or batch < 1:
         raise UserError(f"--steps and --batch: at least 1, not {steps} and {batch}")
+    if out is not None:
+        checkpoint.check_json("--out", Path(out))
     with blame("--table"):
         rewards = ReplayTable.read(table)
     if rewards.images < 4:

@@ -83,17 +83,18 @@ def write_report(
         )
     if html is not None and Path(html).suffix not in (".html", ".htm"):
         raise UserError(f"--html: {html} is a page, such as report.html")
-    if out is not None and Path(out).suffix != ".json":
-        raise UserError(f"--out: {out} is for the figures, such as report.json; the page is --html")
+    if out is not None:
+        checkpoint.check_json("--out", Path(out))
+    for place in () if html is None else (Path(html).parent, _pictures(Path(html))):
+        checkpoint.check_folder("--html", place)
     configs = {} if html is None else _opened(groups, overrides)
     known = None if probe is None else _read_probe(probe, groups)
+    if html is not None:
+        _write_page(Path(html), groups, configs, known)
     text = compare(groups, out)
     if len(runs) == 1:
         text = report(groups[0].first.summary)
-    if html is not None:
-        _write_page(Path(html), groups, configs, known)
-        text += f"\n\npage written to {html}"
-    return text
+    return text if html is None else f"{text}\n\npage written to {html}"
 
 
 def _opened(groups: Sequence[Group], overrides: Sequence[str]) -> dict[str, RunConfig]:
@@ -133,15 +134,18 @@ def _read_probe(path: str, groups: Sequence[Group]) -> Probe:
     return Probe(folder, table, figures)
 
 
+def _pictures(page: Path) -> Path:
+    """Where the pictures of a page lie."""
+    return page.with_name(f"{page.stem}-pictures")
+
+
 def _write_page(
     page: Path, groups: Sequence[Group], configs: dict[str, RunConfig], probe: Probe | None
 ) -> None:
     """The pictures, then the page that holds them."""
-    pictures = page.with_name(f"{page.stem}-pictures")
-    try:
+    pictures = _pictures(page)
+    with blame("--html"):
         pictures.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--html: {pictures} cannot be made: {error.strerror}") from error
     sections = [
         results(groups, pictures),
         policy(groups, configs, pictures),

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from distill import checkpoint
 from distill.build import build_accelerator
 from distill.config import RunConfig
 from distill.dry_run import Trial, try_recipe
-from distill.errors import Interrupted, UserError
+from distill.errors import Interrupted, UserError, blame
 from distill.recipe import first_difference, load_config
 from distill.registry import own_error
 from distill.studies.results import (
@@ -68,6 +69,8 @@ def sweep(
     chosen = study.choose(only, seeds)
     if build_accelerator(next(iter(study.cells.values())).device).num_processes > 1:
         raise UserError("sweep trains in one process; start it without torchrun")
+    option, folder = ("--out", Path(out)) if out else ("output", study.folder)
+    checkpoint.check_folder(option, folder)
     _check_folders(study)
     kept = kept_scores(study, keep) if keep else {}
     scores = read_scores(study, kept)
@@ -76,11 +79,8 @@ def sweep(
     tried = _try_recipes(study, todo, scores)
     if dry_run:
         return _plan(study, chosen, runs, tried, scores)
-    folder = Path(out) if out else study.folder
-    try:
+    with blame(option):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be made: {error.strerror}") from error
     failed = []
     with stop_on_signals() as stop:
         for place, cell in enumerate(todo):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from distill import checkpoint
 from distill.cli import main
 from distill.evaluation import evaluate as verb
 from distill.evaluation import protocols
@@ -219,7 +220,11 @@ def test_a_folder_that_takes_no_scores_is_named_before_the_work(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(verb.os, "access", lambda path, mode: False)
+    monkeypatch.delattr(verb, "evaluate_subject")
+    (tmp_path / "b.json").mkdir()
+    line = refused(capsys, finished_run, "--out", tmp_path / "b.json")
+    assert f"--out: {tmp_path / 'b.json'} must be a .json file" in line
+    monkeypatch.setattr(checkpoint.os, "access", lambda path, mode: False)
     line = refused(capsys, finished_run, "--out", tmp_path / "a.json")
     assert f"{tmp_path} is a folder that you may not write to" in line
 

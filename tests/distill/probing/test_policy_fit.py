@@ -248,6 +248,16 @@ def test_the_policy_as_published_is_fitted_on_the_small_images_of_a_probes_table
     assert figures["mean"]["entropy"] > 0
 
 
+def test_a_place_that_takes_no_figures_is_named_before_the_work(
+    refuse: Refuse, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("distill.probing.policy_fit.train_policy")
+    (tmp_path / "folder.json").mkdir()
+    for out in (tmp_path / "none" / "fit.json", tmp_path / "folder.json"):
+        line = refuse("policy", "fit", "--table", planted, "--out", out)
+        assert line == f"--out: {out} must be a .json file in a folder that exists"
+
+
 def test_what_is_wrong_is_one_line(refuse: Refuse, planted: Path, tmp_path: Path) -> None:
     tiny = tmp_path / "tiny.safetensors"
     tiny.write_bytes(ReplayTable(contexts=noise(3, 1), rewards=noise(3, 2)).to_bytes())

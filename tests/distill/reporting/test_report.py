@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -322,6 +323,21 @@ def test_a_run_file_that_was_edited_wrongly_is_named(
     (run / file).write_text(json.dumps(json.loads((run / file).read_text()) | change))
     told = refuse("report", run)
     assert told.startswith(f"{run / file} is damaged: {line}")
+
+
+def test_a_page_that_cannot_be_written_is_named_before_the_figures_are(
+    refuse: Any, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures, access = tmp_path / "figures.json", os.access
+    monkeypatch.setattr(os, "access", lambda at, mode: at != finished_run and access(at, mode))
+    line = refuse("report", finished_run, "--out", figures)
+    assert line.startswith(f"--html: {finished_run} is no folder to write to")
+    assert line.endswith("; name another place")
+    (tmp_path / "page.html").mkdir()
+    assert "Is a directory" in refuse(
+        "report", finished_run, "--html", tmp_path / "page.html", "--out", figures
+    )
+    assert not figures.exists()
 
 
 def test_a_probe_without_a_page_is_refused(refuse, finished_run, tmp_path):

@@ -95,6 +95,21 @@ def test_all_recipes_are_tried_before_anything_is_trained(
     assert not (recipe.parent / "runs").exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_place_that_takes_no_results_is_named_before_any_recipe_is_tried(
+    write: Write, refuse: Refuse, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    study = write()
+    monkeypatch.delattr("distill.studies.sweep.try_recipe")
+    line = refuse("sweep", study, "--out", study, *more)
+    assert line == f"--out: {study} is no folder to write to: {study} is none; name another place"
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert f"{study.parent / 'new'} is no folder to write to: {study.parent} is none" in refuse(
+        "sweep", study, "--out", study.parent / "new", *more
+    )
+    assert refuse("sweep", study, *more).startswith("output: ")
+
+
 def test_a_run_of_an_earlier_version_of_the_study_is_named(
     write: Write, refuse: Refuse, recipe: Path
 ) -> None:
