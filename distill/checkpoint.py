@@ -199,6 +199,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """A path to make a folder at, which takes the place of `folder` once it is on the disk.
 
+    Whoever may read other files of this process may read its files: safetensors writes them for
+    their owner alone.
+
     Raises:
         OSError: it cannot be written; the previous folder is intact.
     """
@@ -206,8 +209,13 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=around, prefix=f".{folder.name}-") as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
         yield new
+        ordinary = Path(scratch, "ordinary")
+        ordinary.touch()
+        mode = ordinary.stat().st_mode
         for path in new.rglob("*"):
             if path.is_file():
+                if path.stat().st_mode != mode:
+                    path.chmod(mode)
                 sync(path)
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:

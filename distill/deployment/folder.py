@@ -238,6 +238,8 @@ def _load(module: torch.nn.Module, path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if path.exists() and not os.access(path, os.R_OK):
+        raise UserError(f"{path} may not be read by you; its owner can `chmod a+r` it")
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

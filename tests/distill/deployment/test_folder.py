@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -272,7 +273,26 @@ def test_an_interrupt_between_the_renames_keeps_an_export(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_others_may_read_an_export_as_far_as_the_umask_lets_them(
+    exported: Path, tmp_path: Path
+) -> None:
+    before = os.umask(0o027)
+    try:
+        export_student(*load_student(exported), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
 # What does not load
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"model\.safetensors may not be read by you; its owner"):
+        load_student(exported)
 
 
 def test_a_damaged_export_names_the_file(exported: Path, tmp_path: Path) -> None:

@@ -38,6 +38,16 @@ def test_saved_pipeline_loads_in_diffusers_and_as_a_teacher(tmp_path):
     )
 
 
+def test_others_may_read_a_saved_pipeline_as_far_as_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_pipeline(tiny_unet(), DDPMScheduler(), tmp_path / "teacher")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "teacher").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
 def test_the_memory_format_of_training_is_not_saved(tmp_path):
     unet = tiny_unet().to(memory_format=torch.channels_last)
     save_pipeline(unet, DDPMScheduler(), tmp_path / "teacher")
