@@ -30,6 +30,7 @@ from distill.tracking import Progress
 
 BATCH = 8
 TABLES = ("predictions.csv", "predictions.json")
+MASKS = ("masks", "overlays")
 
 
 class Picture(NamedTuple):
@@ -65,7 +66,8 @@ def predict(
     """
     opened = open_model(model, trust=trust)
     what, folder = opened.metadata["what"], Path(out)
-    pictures = find_pictures(images)
+    results = [folder / kind for kind in MASKS] if what == "segmenter" else []
+    pictures = find_pictures(images, results)
     _check_free(folder, pictures, what, force)
     made = _make(folder)
     broken: list[Path] = []
@@ -112,16 +114,21 @@ def open_model(path: str, *, trust: bool = False) -> ModelFile:
     return load_predictor(Path(path), trust=trust)
 
 
-def find_pictures(images: Sequence[str]) -> list[Picture]:
+def find_pictures(images: Sequence[str], results: Sequence[Path] = ()) -> list[Picture]:
     """The image files among files and folders, each once.
+
+    Args:
+        images: Files and folders.
+        results: Folders of earlier results, which are not searched.
 
     Raises:
         UserError: There is no such file, a folder holds none, or two have one name.
     """
     found: dict[Path, Picture] = {}
+    own = {folder.resolve() for folder in results}
     for image in map(Path, images):
         if image.is_dir():
-            files = images_below(image)
+            files = [f for f in images_below(image) if own.isdisjoint(f.resolve().parents)]
             if not files:
                 raise UserError(f"{image} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
             pictures = [Picture(f, f.relative_to(image).with_suffix("")) for f in files]
@@ -154,7 +161,7 @@ def mask_of(logits: Tensor, size: tuple[int, ...]) -> np.ndarray[Any, np.dtype[n
 
 def _targets(folder: Path, picture: Picture) -> list[Path]:
     file = picture.name.with_name(f"{picture.name.name}.png")  # a name may hold dots
-    return [folder / kind / file for kind in ("masks", "overlays")]
+    return [folder / kind / file for kind in MASKS]
 
 
 def _check_free(folder: Path, pictures: Sequence[Picture], what: str, force: bool) -> None:

@@ -206,6 +206,18 @@ def test_a_dot_in_a_name_makes_two_images_not_one(
     assert masks == ["frame.001.png", "frame.002.png"]
 
 
+@pytest.mark.parametrize("place", ["results", "."])
+def test_results_among_the_images_are_not_predicted_themselves(
+    finished_run: Path, pictures: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = pictures / place
+    for _ in range(2):
+        words = ["predict", str(finished_run), str(pictures), "--out", str(out), "--force"]
+        assert main(words) == 0
+        assert capsys.readouterr().out == f"2 images predicted into {out}\n"
+    assert len(list(pictures.rglob("*.png"))) == 1 + 2 * 2
+
+
 def test_an_image_named_twice_is_predicted_once(pictures: Path) -> None:
     found = predict.find_pictures([str(pictures / "a"), str(pictures / "a" / "b" / "two.jpg")])
     assert [str(picture.name) for picture in found] == ["b/two", "one"]
