@@ -6,6 +6,8 @@ All of them turn images in [0, 1] into named feature maps, so that one protocol 
 from __future__ import annotations
 
 import copy
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol, Self
 
@@ -51,7 +53,7 @@ def parse_subject(text: str) -> Subject:
     Raises:
         UserError: An unknown or misplaced option.
     """
-    place, *words = text.split(",")
+    place, words = _divided(text)
     kind: Literal["student", "file", "timm", "teacher"] = "student"
     if place.startswith("timm:"):
         kind, place = "timm", place.removeprefix("timm:")
@@ -86,6 +88,16 @@ def parse_subject(text: str) -> Subject:
     return Subject(
         text, kind, place, weights, layers, int(timestep), options.get("family", "diffusers_unet")
     )
+
+
+def _divided(text: str) -> tuple[str, list[str]]:
+    """A subject's place and its options; a file or folder that exists may have commas itself."""
+    parts = text.split(",")
+    for count in range(len(parts), 1, -1):
+        place = ",".join(parts[:count])
+        if os.path.exists(re.sub("^(teacher:|timm:[^:]*:)", "", place)):
+            return place, parts[count:]
+    return parts[0], parts[1:]
 
 
 class Backbone(Protocol):

@@ -79,6 +79,23 @@ def test_weights_of_a_timm_model_come_from_a_file(tmp_path: Path) -> None:
         assert not torch.equal(backbone.maps(images)["layer4"], scratch.maps(images)["layer4"])
 
 
+def test_a_place_may_have_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "a,b", "a,lr=1", "c,d.pth"):
+        Path(name).mkdir()
+    for text, path, weights, layers in (
+        ("a,b", "a,b", "", ()),
+        ("a,lr=1,layers=x+y", "a,lr=1", "", ("x", "y")),
+        ("a,layers=x", "a", "", ("x",)),
+        (f"teacher:{tmp_path}/a,b,layers=x", f"{tmp_path}/a,b", "", ("x",)),
+        ("timm:resnet18:c,d.pth,layers=x", "resnet18", "c,d.pth", ("x",)),
+    ):
+        subject = parse_subject(text)
+        assert (subject.path, subject.weights, subject.layers) == (path, weights, layers)
+    with pytest.raises(UserError, match=r"unknown option 'layer' .*; did you mean 'layers'\?"):
+        parse_subject("a,b,layer=x")
+
+
 def test_scratch_weights_are_a_function_of_the_seed() -> None:
     images = torch.rand(1, 3, 32, 32)
     first, again, other = (
