@@ -18,7 +18,7 @@ from distill.benchmarks import Examples
 from distill.benchmarks.geometric import CorrespondenceBenchmark, DepthBenchmark, KeypointPairs
 from distill.build import image_size, open_data
 from distill.config import RunConfig
-from distill.data import Augmented, InMemory, Resized, as_float, choose_labelled
+from distill.data import Augmented, InMemory, Resized, as_float, choose_labelled, fingerprint
 from distill.errors import UserError
 from distill.evaluation import geometry_pictures
 from distill.evaluation.backbones import Subject
@@ -75,6 +75,7 @@ def correspondence(subject: Subject, config: RunConfig, accelerator: Accelerator
     result = {
         **setting(config, "pck_box", size, None, backbone.layers),
         "details": {"alpha": ALPHA, "pairs": len(matched)},
+        "images": fingerprint(pairs),  # type: ignore[arg-type]
         "figures": {name: scores[name] for name in ("pck_image", "pck_box")},
         "scores": scores,
     }
@@ -120,6 +121,7 @@ def depth(subject: Subject, config: RunConfig, accelerator: Accelerator) -> Outc
             "bins": BINS,
             "unit": benchmark.depth_unit,
         },
+        "images": fingerprint(benchmark.depths(options.split)),
         "figures": scores,
         "scores": scores,
     }

@@ -90,6 +90,19 @@ def test_the_command_writes_scores_and_a_picture(
         assert f"rmse                   {result['scores']['rmse']:.3f}" in table
 
 
+@pytest.mark.parametrize("protocol", ["correspondence", "depth"])
+def test_results_of_other_images_are_told_apart(protocol: str, tmp_path: Path, refuse: Any) -> None:
+    words = []
+    for test in (40, 41):
+        changes = (f"data.options.test={test}", "evaluate.images=2", "evaluate.steps=1")
+        result = evaluated(SCRATCH, protocol, *changes)
+        result["recipe"]["data"]["options"] = {}  # as of two folders with the same options
+        path = tmp_path / f"{test}.json"
+        path.write_text(json.dumps(result))
+        words.append(path)
+    assert f"{words[1]} was scored on other images" in refuse("compare", *words)
+
+
 def test_they_are_compared_with_what_they_cost(
     subjects: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
