@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from distill.config import STRICT, Arm, RunConfig
@@ -18,7 +20,17 @@ from distill.pretraining.config import TeacherTrainConfig
 from distill.recipe import apply_override, build_config, flat, load_config, read_tree, to_tree
 from distill.studies.comparison import NOT_THE_RECIPE, main_arm, scored_on
 
-FileName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
+
+def _file_name(name: str, mend: str = "") -> str:
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"letters, digits and . + - _ alone, none of . + - first{mend}")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+StudyName = Annotated[
+    str, AfterValidator(partial(_file_name, mend="; say name=, or rename the file"))
+]
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
 
@@ -41,7 +53,7 @@ class ArmConfig:
 class StudyConfig:
     """A study file: `distill sweep`."""
 
-    name: FileName
+    name: StudyName
     """Names its folder of runs and its results; by default the name of the file."""
     recipe: str
     """The recipe of all arms, relative to the study file."""

@@ -22,7 +22,10 @@ Refuse = Callable[..., str]
         ({"seeds": []}, "seeds: list should have at least 1 item"),
         ({"seeds": [3, 3]}, "seeds: 3 stands twice among [3, 3]"),
         ({"arms": []}, "arms: list should have at least 1 item"),
-        ({"arms": [{"name": "a/b"}]}, "arms.0.name: string should match pattern"),
+        (
+            {"arms": [{"name": "a/b"}]},
+            "arms.0.name: letters, digits and . + - _ alone, none of . + - first, got 'a/b'",
+        ),
         ({"arms": [{"name": "a", "seed": 1}]}, "'arms.0.seed'; did you mean 'arms.0.seeds'?"),
         (
             {"arms": [{"name": "a", "overrides": ["policy.nam=ppo"]}], "baselines": []},
@@ -41,7 +44,7 @@ Refuse = Callable[..., str]
             "arm v: evaluate.split is 'val', in arm scratch 'test'",
         ),
         ({"recipe": "none.yaml"}, "arm scratch: recipe {folder}/none.yaml: No such file"),
-        ({"name": "../up"}, "name: string should match pattern"),
+        ({"name": "../up"}, "first; say name=, or rename the file, got '../up'"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_study_is_named(
@@ -77,6 +80,15 @@ def test_a_folder_that_is_no_run_is_named(write: Write, refuse: Refuse, recipe: 
     (folder / ".config.yaml.tmp").touch()
     error = refuse("sweep", write())
     assert f"arm a2c: {folder} has no config.yaml, so that it is no run to go on with" in error
+
+
+def test_a_file_whose_name_names_no_study_is_told_how_to_go_on(
+    write: Write, refuse: Refuse
+) -> None:
+    study = write()
+    study = study.rename(study.with_name("my study.yaml"))
+    assert "name: letters, digits and . + - _ alone" in (line := refuse("sweep", study))
+    assert "; say name=, or rename the file, got 'my study'" in line
 
 
 def test_a_missing_study_is_named(refuse: Refuse) -> None:
