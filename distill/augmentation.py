@@ -45,8 +45,8 @@ def augmentation(
         size: (H, W) of the images; a crop comes out at this size again. For `patch`, images may
             have any size; smaller ones are mirrored at their borders.
         patch_scale: See `RandomPatch`.
-        mirrored: Which point each landmark becomes in the mirror image, or which class a pixel's;
-            nothing: classes have no side.
+        mirrored: Which point each landmark becomes in the mirror image, or which class that of a
+            pixel or an image; nothing: classes have no side.
     """
     height, width = size
     steps: list[Callable[..., object]] = [v2.Identity()]
@@ -68,11 +68,11 @@ def augmentation(
     transform = v2.Compose(steps)
 
     def apply(image: Tensor, target: Tensor | int) -> Item:
-        if isinstance(target, int):
-            return transform(tv_tensors.Image(image)).as_subclass(Tensor), target
-        kept = target if task == "landmarks" else tv_tensors.Mask(target)
+        plain = isinstance(target, int) or task == "landmarks"
+        kept = target if plain else tv_tensors.Mask(target)
         changed, moved = transform(tv_tensors.Image(image), kept)
-        return changed.as_subclass(Tensor), moved.as_subclass(Tensor)
+        moved = moved if isinstance(moved, int) else moved.as_subclass(Tensor)
+        return changed.as_subclass(Tensor), moved
 
     return apply
 
@@ -116,7 +116,7 @@ class RandomPatch:
     def __init__(self, size: tuple[int, int], scale: tuple[float, float]) -> None:
         self.size, self.scale = size, scale
 
-    def __call__(self, *views: tv_tensors.TVTensor) -> Any:
+    def __call__(self, *views: Any) -> Any:
         low, high = self.scale
         scale = low * (high / low) ** float(torch.rand(()))
         part = [max(1, round(side / scale)) for side in self.size]
@@ -125,9 +125,12 @@ class RandomPatch:
         room = [max(0, side - wanted) for wanted, side in zip(part, sides, strict=True)]
         corner = [int(torch.randint(most + 1, ())) for most in room]
         cut = [
-            _resized(F.crop(_continued(view, borders), *corner, *part), self.size) for view in views
+            view
+            if isinstance(view, int)
+            else _resized(F.crop(_continued(view, borders), *corner, *part), self.size)
+            for view in views
         ]
-        return cut[0] if len(cut) == 1 else tuple(cut)
+        return tuple(cut)
 
 
 def _continued(image: tv_tensors.TVTensor, borders: Sequence[int]) -> tv_tensors.TVTensor:
@@ -144,7 +147,7 @@ class RandomTurn:
     """An image and its points, turned by up to 30 degrees and made 0.75 to 1.25 times as large
     around the middle, as HRNet augments faces (Sun et al. 2019); borders are mirrored."""
 
-    def __call__(self, image: tv_tensors.Image, *points: Tensor) -> Any:
+    def __call__(self, image: tv_tensors.Image, points: Tensor | int) -> Any:
         angle, scale = torch.rand(2).tolist()
         angle = math.radians(TURN * (2 * angle - 1))
         scale = SIZES[0] + (SIZES[1] - SIZES[0]) * scale
@@ -157,13 +160,13 @@ class RandomTurn:
         old = image.as_subclass(Tensor)[None].float()
         new = grid_sample(old, grid, padding_mode="reflection", align_corners=False)[0]
         turned = tv_tensors.Image(new.round().clamp(0, 255).to(torch.uint8))
-        if not points:
-            return turned
-        return turned, ((2 * points[0] - 1) @ back.inverse().T + 1) / 2
+        if isinstance(points, int):
+            return turned, points
+        return turned, ((2 * points - 1) @ back.inverse().T + 1) / 2
 
 
 class RandomMirror:
-    """An image with its points or its mask, left to right in half of the cases.
+    """An image with its points, its mask or its class, left to right in half of the cases.
 
     Args:
         mirrored: Which point, or which class, each becomes.
@@ -172,16 +175,17 @@ class RandomMirror:
     def __init__(self, mirrored: Sequence[int]) -> None:
         self.mirrored = mirrored
 
-    def __call__(self, image: tv_tensors.Image, *targets: Tensor) -> Any:
-        if torch.rand(()) < 0.5:
-            image = tv_tensors.Image(image.flip(-1))
-            targets = tuple(
-                mirror_mask(target, self.mirrored)
-                if isinstance(target, tv_tensors.Mask)
-                else mirror_points(target, self.mirrored)
-                for target in targets
-            )
-        return (image, *targets) if targets else image
+    def __call__(self, image: tv_tensors.Image, target: Tensor | int) -> Any:
+        if torch.rand(()) >= 0.5:
+            return image, target
+        if isinstance(target, int):
+            sided = 0 <= target < len(self.mirrored)
+            moved: Tensor | int = self.mirrored[target] if sided else target
+        elif isinstance(target, tv_tensors.Mask):
+            moved = mirror_mask(target, self.mirrored)
+        else:
+            moved = mirror_points(target, self.mirrored)
+        return tv_tensors.Image(image.flip(-1)), moved
 
 
 def mirror_points(points: Tensor, mirrored: Sequence[int]) -> Tensor:

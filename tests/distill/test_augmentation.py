@@ -91,3 +91,20 @@ def test_in_the_mirror_left_parts_are_right_ones() -> None:
         assert moved.tolist() == (mask if was else mirror_mask(mask, mirrored)).tolist()
         assert type(changed) is type(moved) is Tensor
     assert 0 < sum(bool(changed[0, 0, 0] == 200) for changed, _ in seen) < 20
+
+
+@pytest.mark.parametrize("strength", [strength for strength in STRENGTHS if strength != "none"])
+def test_in_the_mirror_an_image_of_a_left_class_is_one_of_a_right_one(strength: Strength) -> None:
+    change = augmentation(strength, "classification", (16, 16), mirrored=(0, 2, 1))
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    image[:, :, :8] = 200
+    became = {True: set[int](), False: set[int]()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for _ in range(20):
+            changed, target = change(image, 1)
+            flipped = bool(changed[0, :, 0].float().mean() < changed[0, :, -1].float().mean())
+            became[flipped].add(int(target))
+        assert became == {True: {2}, False: {1}}
+        assert {change(image, 255)[1] for _ in range(9)} == {255}
+        assert {change(image, -1)[1] for _ in range(9)} == {-1}
