@@ -1,4 +1,4 @@
-"""`wflw`: 98 landmarks of faces (Wu et al. 2018), 6,750 / 750 / 2,500 faces."""
+"""`wflw`: 98 landmarks of faces (Wu et al. 2018), 7,500 / 2,500 faces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill.benchmarks import distinct_colours, hold_out_share
-from distill.benchmarks.files import read_image
+from distill.benchmarks.files import read_image, read_lines
 from distill.benchmarks.published import Layout, Published
 from distill.errors import UserError
 
@@ -26,7 +26,7 @@ LAYOUT = Layout(
     tree=f"WFLW_images/EVENT/*.jpg and {LISTS.format('{train,test}')}",
     source="wywu.github.io/projects/LAB/WFLW.html (WFLW_images.tar.gz, WFLW_annotations.tar.gz)",
 )
-TRAINVAL, TEST = 7_500, 2_500
+SIZES = {"train": 7_500, "test": 2_500}  # with val
 # Parts of the face as the figure on that page numbers them; left and right are the picture's.
 PARTS = {
     "contour": range(33),
@@ -125,7 +125,7 @@ def _read_list(path: Path, images: Path) -> list[Face]:
     if not path.is_file():
         raise UserError(f"there is no {path}")
     faces = []
-    for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for place, line in enumerate(read_lines(path), start=1):
         columns = line.split()
         if not columns:
             continue
@@ -141,6 +141,8 @@ def _read_list(path: Path, images: Path) -> list[Face]:
         left, top, right, bottom = numbers[2 * POINTS :].tolist()
         box = (left, top, right, bottom)
         faces.append(Face(f"{columns[-1]}:{place}", images / columns[-1], points, box))
+    if not faces:
+        raise UserError(f"{path} names no faces")
     missing = sorted({str(face.image) for face in faces if not face.image.is_file()})
     if missing:
         raise UserError(f"{path} names {missing[0]}, which is not there ({len(missing)} are not)")
@@ -156,7 +158,7 @@ def wflw(
         root: Folder of `WFLW_images/` and `WFLW_annotations/`.
         margin: By how much the square that is cut out is larger than the longer side of the
             published rectangle of the face; a quarter, as HRNet does it (Sun et al. 2019).
-        val_ratio: Share of the training faces held out for val.
+        val_ratio: Share of the training images held out for val, with all their faces.
         split_seed: Chooses them.
     """
     if not margin >= 0:
@@ -166,13 +168,12 @@ def wflw(
             _read_list(base / LISTS.format(split), base / "WFLW_images")
             for split in ("train", "test")
         )
-    train, val = hold_out_share(listed, val_ratio, split_seed, "data.options.val_ratio")
+    images = list(dict.fromkeys(face.image for face in listed))
+    held = set(hold_out_share(images, val_ratio, split_seed, "data.options.val_ratio")[1])
+    train = [face for face in listed if face.image not in held]
+    val = [face for face in listed if face.image in held]
     splits = {"train": Faces(train, margin), "val": Faces(val, margin), "test": Faces(test, margin)}
-    held = round(val_ratio * TRAINVAL)
-    LAYOUT.compare_sizes(
-        {split: len(faces) for split, faces in splits.items()},
-        {"train": TRAINVAL - held, "val": held, "test": TEST},
-    )
+    LAYOUT.compare_sizes({"train": len(listed), "test": len(test)}, SIZES)
     names = tuple(f"{part} {index}" for part, numbers in PARTS.items() for index in numbers)
     return WFLW(
         name=LAYOUT.name,

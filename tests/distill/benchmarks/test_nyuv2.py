@@ -126,3 +126,25 @@ def test_an_unknown_split_names_the_nearest(root: Path) -> None:
 def test_without_a_root_the_key_is_named() -> None:
     with pytest.raises(UserError, match=r"^nyuv2: no folder given; .*data\.root=FOLDER"):
         NYUv2(None)
+
+
+def test_the_scenes_of_a_room_are_in_one_split(root: Path) -> None:
+    names = root / "nyudepthv2_train_files_with_gt.txt"
+    text = names.read_text()
+    for old, new in zip("0123", ("0001a", "0001b", "0002a", "0002b"), strict=True):
+        (root / f"sync/scene_{old}").rename(root / f"sync/scene_{new}")
+        text = text.replace(f"scene_{old}/", f"scene_{new}/")
+    names.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    for seed in range(4):
+        benchmark = NYUv2(str(root), val_ratio=0.5, split_seed=seed)
+        train, val = (
+            {name.partition("/")[0][:-1] for name in benchmark.depths(split).names}  # type: ignore[attr-defined]
+            for split in ("train", "val")
+        )
+        assert sorted([*train, *val]) == ["scene_0001", "scene_0002"]
+
+
+def test_a_list_in_another_encoding_is_named(root: Path) -> None:
+    (root / "nyudepthv2_test_files_with_gt.txt").write_bytes(b"caf\xe9/rgb_00045.jpg")
+    with pytest.raises(UserError, match=r"test_files_with_gt\.txt is no text in UTF-8"):
+        NYUv2(str(root))

@@ -77,6 +77,18 @@ def test_val_is_a_tenth_of_train_by_the_seed(build: Build, tmp_path: Path) -> No
     assert held[0] == held[1] != held[2]
 
 
+def test_the_faces_of_an_image_are_in_one_split(tmp_path: Path) -> None:
+    faces.wflw(tmp_path, train=8)
+    path = tmp_path / faces.LISTS.format("train")
+    path.write_bytes(b"\xef\xbb\xbf" + 2 * path.read_bytes())
+    for seed in range(4):
+        benchmark = wflw(str(tmp_path), val_ratio=0.25, split_seed=seed)
+        names = [benchmark.dataset(split).names for split in ("train", "val")]  # type: ignore[attr-defined]
+        assert [len(split) for split in names] == [12, 4]
+        train, val = ({name.partition(":")[0] for name in split} for split in names)
+        assert not train & val
+
+
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     faces.wflw(tmp_path)
     good = (tmp_path / LIST).read_text()
@@ -89,6 +101,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
     assert f"{LIST}, line 1: 206 columns of 207" in refused(good.partition(" ")[2])
     assert "could not convert string" in refused("x" + good)
+    assert f"{LIST} names no faces" in refused("\n")
     assert "not finite" in refused("nan " + good.partition(" ")[2])
     assert "data.options.val_ratio" in refused(good, val_ratio=1.5)
     far = " ".join(["5"] * 196 + ["900", "900", "950", "950"] + ["0"] * 6 + ["test--Event/0.png"])
