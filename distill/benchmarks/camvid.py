@@ -10,17 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from distill.benchmarks import IGNORE_INDEX
-from distill.benchmarks.files import (
-    Colour,
-    MaskedImages,
-    Pair,
-    image_files,
-    pair_all,
-    read_colour_mask,
-    read_mask,
-    read_pairs,
-    tagged_files,
-)
+from distill.benchmarks.files import Pair, image_files, pair_all, read_pairs, tagged_files
+from distill.benchmarks.masks import Colour, MaskedImages, read_colour_mask, read_mask
 from distill.benchmarks.published import Layout, Published
 from distill.errors import UserError
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from distill.benchmarks import IGNORE_INDEX, notice
-from distill.benchmarks.files import image_files, read_image
+from distill.benchmarks.files import image_files, read_image, read_lines
 from distill.benchmarks.published import Layout, Published, comma_separated
 from distill.errors import UserError
 
@@ -91,7 +91,7 @@ def _numbers(base: Path, images: Mapping[str, Path]) -> dict[str, list[int]]:
                 numbers[_split_of(number, train, train + val)].append(number)
         notice(f"celebamask_hq: no {MAPPING}; split by number, not as published")
         return numbers
-    for place, line in enumerate(mapping.read_text(encoding="utf-8").splitlines(), start=1):
+    for place, line in enumerate(read_lines(mapping), start=1):
         columns = line.split()
         if not columns or columns[0] == "idx":
             continue

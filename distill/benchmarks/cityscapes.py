@@ -8,7 +8,8 @@ import numpy as np
 from torchvision import datasets
 
 from distill.benchmarks import IGNORE_INDEX
-from distill.benchmarks.files import MaskedImages, pair_all, read_mask, tagged_files
+from distill.benchmarks.files import pair_all, tagged_files
+from distill.benchmarks.masks import MaskedImages, read_mask
 from distill.benchmarks.published import Layout, Published
 
 LAYOUT = Layout(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from distill.benchmarks import IGNORE_INDEX
-from distill.benchmarks.files import MaskedImages, image_files, pair_all, read_mask
+from distill.benchmarks.files import image_files, pair_all
+from distill.benchmarks.masks import MaskedImages, read_mask
 from distill.benchmarks.published import Layout, Published, comma_separated
 
 # In the order of their ids, 1 to 182, which go on over the ids of things that were never labelled.

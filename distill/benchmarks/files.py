@@ -1,16 +1,16 @@
-"""Images and masks as files: read them, pair them by name, and name the file that is wrong."""
+"""Images as files: find them, read them, pair them by name, and name the file that is wrong."""
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -33,22 +33,14 @@ TURNED = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes an image upright, by the orientation that its camera noted (EXIF)."""
-DEEP_MODES = frozenset({"I;16", "I;16B", "I"})
-INDEX_MODES = frozenset({"1", "L", "P"}) | DEEP_MODES
-
-Colour = tuple[int, int, int]
-MaskReader = Callable[[Path, tuple[int, int]], Tensor]
-"""Reads the mask of an image of size (H, W) from a file: (H, W) uint8."""
 
 
-class _OtherSizeError(UserError):
-    """A mask that is not of the size of its image."""
-
-
-def _decode(path: Path, upright: bool = False) -> Image.Image:
+def decode(path: Path, upright: bool = False) -> Image.Image:
+    """Load a file, turned as its camera noted if `upright`. UserError on damaged, deeper ones."""
     try:
         with Image.open(path) as image:
             deep = is_cut(image)
+            image.filename = ""  # else Pillow maps grey TIFFs into memory, and turns them wrongly
             image.load()
             image.info.pop("transparency", None)  # what is seen through is of its own colour
             turned = TURNED.get(_orientation(image)) if upright else None
@@ -88,125 +80,47 @@ def read_image(path: Path, upright: bool = False) -> Tensor:
         path: The file.
         upright: Turn it as its camera noted. The masks of benchmarks lie over pixels as stored.
     """
-    image = _decode(path, upright)
+    image = decode(path, upright)
     if image.mode not in EIGHT_BIT_MODES:
         raise UserError(f"{path}: {image.mode!r} is not an 8-bit image; convert it to 8-bit RGB")
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
-def _decode_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    picture = _decode(path)
-    if picture.size != size[::-1]:
-        raise _OtherSizeError(
-            f"{path}: mask of {picture.width}x{picture.height} px, its image has "
-            f"{size[1]}x{size[0]}"
-        )
-    return picture
-
-
-def read_mask(path: Path, size: tuple[int, int], classes: Mapping[int, int]) -> Tensor:
-    """Read a mask of numbers, (H, W) uint8.
-
-    Args:
-        path: A file of one channel, of up to 16 bits; its values, or palette indices, are looked up
-            in `classes`.
-        size: (H, W) of the image that the mask belongs to.
-        classes: From a value in the file to its class, or to `IGNORE_INDEX`.
-
-    Raises:
-        UserError: The file is damaged, has colours, another size, or a value not in `classes`.
-    """
-    picture = _decode_mask(path, size)
-    if picture.mode not in INDEX_MODES:
-        raise UserError(
-            f"{path}: a mask has one channel of class numbers; this file's mode is "
-            f"{picture.mode!r} (the benchmark folder reads colours with data.options.palette)"
-        )
-    mask, stranger = _look_up(np.array(picture).astype(np.int64), classes)
-    if stranger is not None:
-        allowed = _ranges(classes)
-        raise UserError(f"{path}: mask value {stranger} is not a class; allowed: {allowed}")
-    return mask
-
-
-def read_deep(path: Path, size: tuple[int, int]) -> NDArray[np.float32]:
-    """Read a file of one channel of 16 bits, such as a depth, (H, W); its image has that `size`.
-
-    Raises:
-        UserError: The file is damaged, has another size, or fewer bits.
-    """
-    picture = _decode_mask(path, size)
-    if picture.mode not in DEEP_MODES:
-        raise UserError(
-            f"{path}: a depth file has one channel of 16 bits; this file's mode is {picture.mode!r}"
-        )
-    return np.array(picture).astype(np.float32)
-
-
-def read_colour_mask(path: Path, size: tuple[int, int], classes: Mapping[Colour, int]) -> Tensor:
-    """Read a mask of colours, (H, W) uint8; `read_mask` says what may be wrong with it.
-
-    Args:
-        path: A file of any mode that has RGB colours, also through a palette.
-        size: (H, W) of the image that the mask belongs to.
-        classes: From a colour to its class, or to `IGNORE_INDEX`.
-    """
-    picture = _decode_mask(path, size)
-    if picture.mode not in EIGHT_BIT_MODES:
-        raise UserError(f"{path}: a colour mask is an 8-bit file; this file's is {picture.mode!r}")
-    rgb = np.array(picture.convert("RGB")).astype(np.int64)
-    packed = rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
-    table = {r << 16 | g << 8 | b: target for (r, g, b), target in classes.items()}
-    mask, stranger = _look_up(packed, table)
-    if stranger is not None:
-        colour = f"{stranger >> 16} {stranger >> 8 & 255} {stranger & 255}"
-        raise UserError(f"{path}: colour {colour} is none of the {len(classes)} in the palette")
-    return mask
-
-
-def _look_up(values: NDArray[np.int64], classes: Mapping[int, int]) -> tuple[Tensor, int | None]:
-    """The class of each value, and the first value that is in no class."""
-    known = np.array(sorted(classes))
-    place = np.searchsorted(known, values).clip(max=len(known) - 1)
-    strangers = values[known[place] != values]
-    of_place = np.array([classes[value] for value in known.tolist()], dtype=np.uint8)
-    return torch.from_numpy(of_place[place]), int(strangers[0]) if strangers.size else None
-
-
-def _ranges(values: Iterable[int]) -> str:
-    """Numbers for people: {0, 1, 2, 3, 255} -> "0 to 3, 255"."""
-    runs: list[list[int]] = []
-    for value in sorted(values):
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    return ", ".join(
-        f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
-    )
-
-
 def image_files(folder: Path) -> dict[str, Path]:
-    """The images directly in a folder, by stem. A UserError where there are none."""
+    """The images directly in a folder, by stem (`composed`). A UserError where there are none."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith(".") or path.is_dir():
             continue
-        if path.stem in files:
-            raise UserError(f"{path} and {files[path.stem].name} have one name; keep one of them")
-        files[path.stem] = path
+        stem = composed(path.stem)
+        if stem in files:
+            raise UserError(f"{path} and {files[stem].name} have one name; keep one of them")
+        files[stem] = path
     if not files:
         raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
 
 
+def composed(name: str) -> str:
+    """A name with its accents in the letters (NFC); macOS writes some of them apart (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _refuse(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise UserError(f"{error.strerror}: {error.filename}") from error
+
+
 def files_below(folder: Path) -> list[Path]:
     """All files below a folder, in the order of their paths, and no pipes or devices; links to
-    folders are followed, and what several of them lead to comes once."""
+    folders are followed, and what several of them lead to comes once.
+
+    A UserError where a folder cannot be read.
+    """
     found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         folders.sort()
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
@@ -229,12 +143,16 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def tagged_files(folder: Path, tag: str) -> dict[str, Path]:
-    """The files below a folder whose names end with a tag, by what stands before it.
+    """The files below a folder whose names end with a tag and begin with no dot, by what stands
+    before the tag (`composed`).
 
     A UserError where there are none.
     """
-    tagged = [path for path in files_below(folder) if path.name.endswith(tag)]
-    files = {path.name.removesuffix(tag): path for path in tagged}
+    files = {
+        composed(path.name.removesuffix(tag)): path
+        for path in files_below(folder)
+        if path.name.endswith(tag) and not path.name.startswith(".")
+    }
     if not files:
         raise UserError(f"there is no {folder}/**/*{tag}")
     return files
@@ -264,7 +182,9 @@ def read_pairs(names: Path, images: Mapping[str, Path], masks: Mapping[str, Path
     for number, line in enumerate(read_lines(names), start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        stem = next((stem for stem in _possible_stems(line.strip()) if stem in images), None)
+        stem = next(
+            (stem for stem in _possible_stems(composed(line.strip())) if stem in images), None
+        )
         if stem in listed:
             raise UserError(f"{names}, line {number}: {stem!r} stands in line {listed[stem]} too")
         if stem is None:
@@ -304,39 +224,14 @@ def pair_all(images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[Pair
 
 
 def _possible_stems(line: str) -> list[str]:
-    """A stem may hold dots and blanks, so the longest reading comes first."""
-    return [
-        stem for entry in (line, line.split()[0]) for stem in (Path(entry).name, Path(entry).stem)
-    ]
-
-
-class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs of files, decoded when asked for. Items: image (3, H, W) uint8, mask (H, W) uint8.
-
-    Args:
-        pairs: The files.
-        read: Reads a mask, such as `read_mask` with its classes.
-        upright: Turn images as their cameras noted: the masks lie over what viewers show.
-    """
-
-    def __init__(self, pairs: Sequence[Pair], read: MaskReader, upright: bool = False) -> None:
-        self.pairs, self.read, self.upright = pairs, read, upright
-        self.names = [pair.image.stem for pair in pairs]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        pair = self.pairs[index]
-        image = read_image(pair.image, self.upright)
-        height, width = image.shape[1:]
-        try:
-            return image, self.read(pair.mask, (height, width))
-        except _OtherSizeError as error:
-            with Image.open(pair.image) as stored:
-                turned = self.upright and stored.size != (width, height)
-            hint = f"; {pair.image.name} is turned by its EXIF orientation: save both upright"
-            raise UserError(f"{error}{hint if turned else ''}") from error
+    """A stem may hold dots and blanks: the whole line comes first, then its first column, then what
+    follows its last slash."""
+    stems = []
+    for entry in (line, Path(line.split()[0]).name, Path(line).name):
+        stems.append(entry)
+        if Path(entry).suffix.lower() in IMAGE_SUFFIXES:
+            stems.append(entry.removesuffix(Path(entry).suffix))
+    return stems
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):

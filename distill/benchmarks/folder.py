@@ -12,18 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.benchmarks import IGNORE_INDEX, Task, distinct_colours, hold_out_share, notice
-from distill.benchmarks.files import (
-    Colour,
-    MaskedImages,
-    MaskReader,
-    Pair,
-    image_files,
-    read_colour_mask,
-    read_lines,
-    read_mask,
-    read_pairs,
-)
+from distill.benchmarks.files import Pair, image_files, read_lines, read_pairs
 from distill.benchmarks.images import UnlabelledImages
+from distill.benchmarks.masks import Colour, MaskedImages, MaskReader, read_colour_mask, read_mask
 from distill.errors import UserError, nearest
 
 LISTS = {"train": "train.txt", "val": "val.txt", "test": "test.txt"}
@@ -59,8 +50,8 @@ class Folder:
         images: Folder of the images in `root`.
         masks: Folder of the masks in `root`, of the stems of their images.
         train_list: List file in `root`, one image name a line.
-        val_list: The same for val; may be missing.
-        test_list: The same for test; may be missing.
+        val_list: The same for val; val.txt may be missing.
+        test_list: The same for test; test.txt may be missing.
         val_ratio: Share of the train images that is held out for val where there is no val list.
         test_ratio: Share of all images that is held out for test where there are no lists.
         split_seed: Chooses the held-out images.
@@ -107,6 +98,12 @@ class Folder:
         self.num_classes = len(self.class_names)
 
         lists = {"train": train_list, "val": val_list, "test": test_list}
+        for split, file in lists.items():
+            if file != LISTS[split] and not (self.root / file).is_file():
+                raise UserError(
+                    f"data.options.{split}_list: there is no file {self.root / file}; write one "
+                    "image name a line"
+                )
         image_paths, mask_paths = image_files(self.root / images), image_files(self.root / masks)
         if lists == LISTS and not any((self.root / file).exists() for file in lists.values()):
             pairs = [Pair(image_paths[s], mask_paths[s]) for s in image_paths if s in mask_paths]
@@ -220,7 +217,7 @@ def read_palette(path: Path) -> Labels:
     return Labels(
         class_names,
         np.array([first[name] for name in class_names], dtype=np.uint8),
-        partial(read_colour_mask, classes=classes),
+        partial(read_colour_mask, classes=classes, upright=True),
     )
 
 
@@ -255,4 +252,5 @@ def _numbered(
                 f"{count - 1} and not {IGNORE_INDEX} (ignored)"
             )
     table |= {int(value): IGNORE_INDEX for value in ignore_values}
-    return Labels(class_names, distinct_colours(count), partial(read_mask, classes=table))
+    read = partial(read_mask, classes=table, upright=True)
+    return Labels(class_names, distinct_colours(count), read)

@@ -6,10 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from torchvision.datasets.folder import make_dataset
-
 from distill.benchmarks import notice
-from distill.benchmarks.files import IMAGE_SUFFIXES, LabelledImages
+from distill.benchmarks.files import LabelledImages, images_below
 from distill.benchmarks.published import Layout, Published
 from distill.errors import UserError
 
@@ -30,7 +28,7 @@ def class_folders(split: Path) -> list[str]:
 
 
 def sorted_images(base: Path, split: str, numbers: Mapping[str, int]) -> LabelledImages:
-    """The images below the class folders of a split.
+    """The images below the class folders of a split, what links lead to once a class.
 
     Args:
         base: Folder of the splits.
@@ -43,9 +41,11 @@ def sorted_images(base: Path, split: str, numbers: Mapping[str, int]) -> Labelle
     strangers = [name for name in class_folders(base / split) if name not in numbers]
     if strangers:
         raise UserError(f"{base / split / strangers[0]} is none of the {len(numbers)} classes")
-    samples = make_dataset(
-        str(base / split), dict(numbers), is_valid_file=_is_image, allow_empty=True
-    )
+    samples = [
+        (str(path), numbers[name])
+        for name in class_folders(base / split)
+        for path in sorted(images_below(base / split / name), key=lambda p: (str(p.parent), p.name))
+    ]
     if not samples:
         raise UserError(f"there is no image in a class folder of {base / split}")
     full = {target for _, target in samples}
@@ -53,11 +53,6 @@ def sorted_images(base: Path, split: str, numbers: Mapping[str, int]) -> Labelle
     if bare:
         notice(f"{base / split / bare[0]} holds no image ({len(bare)} class folders hold none)")
     return LabelledImages(base, samples)
-
-
-def _is_image(path: str) -> bool:
-    file = Path(path)
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
 
 
 def unique_names(descriptions: Mapping[str, str]) -> tuple[str, ...]:

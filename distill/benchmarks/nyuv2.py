@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill.benchmarks import Examples, hold_out_share
-from distill.benchmarks.files import Pair, read_deep, read_image
+from distill.benchmarks.files import Pair, read_image, read_lines
+from distill.benchmarks.masks import read_deep
 from distill.benchmarks.published import Layout
 from distill.errors import UserError, nearest
 
@@ -71,7 +73,7 @@ def _listed(base: Path, split: str) -> list[Pair]:
     if not names.is_file():
         raise UserError(f"there is no list file {names}")
     pairs = []
-    for number, line in enumerate(names.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(names), start=1):
         words = line.split()
         if not words:
             continue
@@ -87,12 +89,17 @@ def _listed(base: Path, split: str) -> list[Pair]:
     return pairs
 
 
+def _room(pair: Pair) -> str:
+    """basement_0001a and basement_0001b are scenes of the room basement_0001."""
+    return re.sub(r"(?<=\d)[a-z]$", "", pair.image.parent.name)
+
+
 class NYUv2:
     """Depth in metres up to 10; what is not measured is not scored.
 
     Args:
         root: Folder of `sync/` and `official_splits/`.
-        val_ratio: Share of the scenes of train that are held out for val, chosen by `split_seed`.
+        val_ratio: Share of the rooms of train that are held out for val, chosen by `split_seed`.
             The release has no val.
         split_seed: Chooses them.
     """
@@ -104,10 +111,10 @@ class NYUv2:
     def __init__(self, root: str | None, *, val_ratio: float = 0.05, split_seed: int = 0) -> None:
         with LAYOUT.at(root) as base:
             listed = {split: _listed(base, split) for split in FOLDERS}
-        scenes = sorted({pair.image.parent for pair in listed["train"]})
-        _, held = hold_out_share(scenes, val_ratio, split_seed, "data.options.val_ratio")
-        val = [pair for pair in listed["train"] if pair.image.parent in set(held)]
-        train = [pair for pair in listed["train"] if pair.image.parent not in set(held)]
+        rooms = sorted({_room(pair) for pair in listed["train"]})
+        held = set(hold_out_share(rooms, val_ratio, split_seed, "data.options.val_ratio")[1])
+        val = [pair for pair in listed["train"] if _room(pair) in held]
+        train = [pair for pair in listed["train"] if _room(pair) not in held]
         LAYOUT.compare_sizes({split: len(pairs) for split, pairs in listed.items()})
         self.splits: Mapping[str, Examples] = {
             "train": DepthImages(train, cropped=False),

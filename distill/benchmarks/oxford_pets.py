@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 
 from distill.benchmarks import IGNORE_INDEX, hold_out_share
-from distill.benchmarks.files import MaskedImages, image_files, read_mask, read_pairs
+from distill.benchmarks.files import image_files, read_pairs
+from distill.benchmarks.masks import MaskedImages, read_mask
 from distill.benchmarks.published import Layout, Published
 
 LAYOUT = Layout(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.benchmarks.files import read_image
+from distill.benchmarks.files import read_image, tagged_files
 from distill.benchmarks.geometric import KeypointPair
 from distill.benchmarks.published import Layout
 from distill.errors import UserError, nearest, one_line
@@ -93,8 +93,6 @@ class SPair71k:
             raise UserError(f"spair71k has no split {split!r}; {nearest(split, FOLDERS)}")
         with LAYOUT.at(str(self.base)):
             folder = self.base / "PairAnnotation" / FOLDERS[split]
-            files = sorted(folder.glob("*.json"))
-            if not files:
-                raise UserError(f"there is no {folder}/*.json")
+            files = list(tagged_files(folder, ".json").values())
         LAYOUT.compare_sizes({split: len(files)}, {split: LAYOUT.sizes[split]}, "pairs")
         return AnnotatedPairs(files, self.base / "JPEGImages")

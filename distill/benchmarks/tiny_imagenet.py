@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from distill.benchmarks.files import LabelledImages
+from distill.benchmarks.files import LabelledImages, files_below, read_lines
 from distill.benchmarks.image_folder import sorted_images, unique_names
 from distill.benchmarks.published import Layout, Published
 from distill.errors import UserError
@@ -25,15 +25,15 @@ LAYOUT = Layout(
 def _lines(file: Path) -> list[str]:
     if not file.is_file():
         raise UserError(f"there is no file {file}")
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_lines(file) if line.strip()]
 
 
 def _val(base: Path, numbers: Mapping[str, int]) -> LabelledImages:
     """The images of val, whose classes stand in a list: file, WordNet id, box."""
     annotations, samples = base / "val" / "val_annotations.txt", []
-    present = {path.name for path in (base / "val" / "images").glob("*")}
+    present = {path.name for path in files_below(base / "val" / "images")}
     for place, line in enumerate(_lines(annotations), start=1):
-        name, wnid = line.split("\t")[:2] if "\t" in line else (line, "")
+        name, wnid = (*map(str.strip, line.split("\t")), "")[:2]
         if wnid not in numbers:
             raise UserError(f"{annotations}, line {place}: {wnid!r} is none of the classes")
         if name not in present:
@@ -51,7 +51,8 @@ def tiny_imagenet(root: str | None) -> Published:
     with LAYOUT.at(root) as base:
         wnids = sorted(_lines(base / "wnids.txt"))
         numbers = {wnid: number for number, wnid in enumerate(wnids)}
-        words = dict(line.partition("\t")[::2] for line in _lines(base / "words.txt"))
+        lines = (line.partition("\t") for line in _lines(base / "words.txt"))
+        words = {wnid.strip(): text.strip() for wnid, _, text in lines}
         splits = {"train": sorted_images(base, "train", numbers), "val": _val(base, numbers)}
     return LAYOUT.benchmark(
         splits,

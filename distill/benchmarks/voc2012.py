@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.benchmarks import IGNORE_INDEX
-from distill.benchmarks.files import MaskedImages, image_files, read_mask, read_pairs
+from distill.benchmarks.files import image_files, read_pairs
+from distill.benchmarks.masks import MaskedImages, read_mask
 from distill.benchmarks.published import Layout, Published, comma_separated
 
 NAMES = comma_separated("""

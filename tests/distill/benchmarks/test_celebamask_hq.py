@@ -86,3 +86,12 @@ def test_a_broken_line_of_the_mapping_is_named(
     build("celebamask_hq")
     (tmp_path / FACES / "CelebA-HQ-to-CelebA-mapping.txt").write_text("idx orig_idx\n0 x.jpg\n")
     assert "mapping.txt, line 2: not 'idx orig_idx orig_file'" in refusal("celebamask_hq")
+
+
+def test_the_mapping_may_begin_with_a_byte_order_mark(
+    build: Callable[..., Any], tmp_path: Path
+) -> None:
+    build("celebamask_hq")
+    path = tmp_path / FACES / "CelebA-HQ-to-CelebA-mapping.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert build("celebamask_hq").dataset("train").names == ["0"]

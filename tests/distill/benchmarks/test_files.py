@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from distill.benchmarks.files import (
-    image_files,
-    pair_all,
-    read_colour_mask,
-    read_mask,
-    read_pairs,
-    tagged_files,
-)
+from distill.benchmarks.files import files_below, image_files, pair_all, read_pairs, tagged_files
+from distill.benchmarks.masks import read_colour_mask, read_mask
 from distill.errors import UserError
+from tests.distill.benchmarks.test_images import png
 
 
 def test_hidden_files_are_no_images(rows: Callable[..., None], tmp_path: Path) -> None:
     rows(tmp_path / "a.png", [0])
     (tmp_path / "._a.png").write_bytes(b"what some archives hold beside it")
+    (tmp_path / "folder.png").mkdir()
     assert list(image_files(tmp_path)) == ["a"]
 
 
 def test_tagged_files_are_found_at_any_depth_by_the_name_before_the_tag(
     rows: Callable[..., None], tmp_path: Path
 ) -> None:
-    for name in ("b/x_L.png", "a/y_L.png", "a/y.png"):
+    for name in ("b/x_L.png", "a/y_L.png", "a/y.png", "a/._y_L.png"):
         rows(tmp_path / name, [0])
     assert tagged_files(tmp_path, "_L.png") == {
         "y": tmp_path / "a/y_L.png",
@@ -76,3 +75,65 @@ def test_a_deep_file_is_no_colour_mask(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((2, 2), dtype=np.uint16)).save(path)
     with pytest.raises(UserError, match="a colour mask is an 8-bit file; this file's is 'I;16'"):
         read_colour_mask(path, (2, 2), {(0, 0, 0): 0})
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_masks_of_few_bits_keep_their_numbers(bits: int, tmp_path: Path) -> None:
+    path, last = tmp_path / "mask.png", 2**bits - 1
+    png(path, (8 // bits, 1), (bits, 0), bytes([0b11100100 if bits == 2 else last]))
+    row = {1: [0] * 7 + [1], 2: [3, 2, 1, 0], 4: [0, 15], 8: [255]}[bits]
+    classes = {value: value for value in range(256)}
+    assert read_mask(path, (1, 8 // bits), classes).tolist() == [row]
+
+
+@pytest.mark.parametrize(("head", "data"), [("P5", b"\0\1"), ("P2", b"0 1\n")])
+def test_a_mask_whose_numbers_are_scaled_is_refused(head: str, data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "mask.pgm"
+    for largest in (1, 1000):
+        path.write_bytes(f"{head}\n2 1\n{largest}\n".encode() + 2 * data)
+        with pytest.raises(UserError, match=rf"mask\.pgm: .* its largest is {largest}; save it"):
+            read_mask(path, (1, 2), {0: 0, 1: 1})
+    path.write_bytes(f"{head}\n2 1\n255\n".encode() + data)
+    assert read_mask(path, (1, 2), {0: 0, 1: 1}).tolist() == [[0, 1]]
+
+
+def test_names_with_accents_are_one_however_they_are_written(
+    rows: Callable[..., None], tmp_path: Path
+) -> None:
+    nfc, nfd = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    assert nfc != nfd
+    for name in (f"images/{nfd}.png", f"masks/{nfc}.png", f"tagged/{nfd}_L.png"):
+        rows(tmp_path / name, [0])
+    images, masks = image_files(tmp_path / "images"), image_files(tmp_path / "masks")
+    assert len(pair_all(images, masks)) == 1
+    assert list(tagged_files(tmp_path / "tagged", "_L.png")) == [nfc]
+    for name in (nfc, nfd):
+        (tmp_path / "list.txt").write_text(f"{name}\n")
+        assert len(read_pairs(tmp_path / "list.txt", images, masks)) == 1
+
+
+def test_a_listed_name_is_taken_as_it_stands(tmp_path: Path) -> None:
+    files = {name: Path(f"{name}.png") for name in ("v1", "5", "1", "my cell", "b")}
+    (tmp_path / "list.txt").write_text("5 group/1\nmy cell.png\nsome/v1.PNG\n/new images/b.jpg\n")
+    pairs = read_pairs(tmp_path / "list.txt", files, files)
+    assert [pair.image.stem for pair in pairs] == ["5", "my cell", "v1", "b"]
+    (tmp_path / "list.txt").write_text("v1.5\n")
+    with pytest.raises(UserError, match=r"line 1: no image file is named 'v1\.5'"):
+        read_pairs(tmp_path / "list.txt", files, files)
+
+
+def test_a_folder_that_may_not_be_read_is_named(
+    rows: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows(tmp_path / "a" / "x.png", [0])
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path: Any) -> Any:  # to root every folder is open
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match=f"^Permission denied: {tmp_path / 'closed'}$"):
+        files_below(tmp_path)

@@ -186,8 +186,34 @@ def test_without_lists_the_pairs_are_split_by_ratio_and_seed_and_it_is_said(
 def test_a_named_list_is_never_replaced_by_a_ratio(root: Path) -> None:
     (root / "train.txt").unlink()
     (root / "test.txt").unlink()
-    with pytest.raises(UserError, match=r"no list file .*mine\.txt"):
+    with pytest.raises(UserError, match=r"^data\.options\.train_list: there is no .*mine\.txt;"):
         Folder(str(root), num_classes=3, train_list="mine.txt")
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_named_list_that_is_not_there_is_named(root: Path, split: str) -> None:
+    """Left out, its images would be trained on."""
+    key = f"{split}_list"
+    with pytest.raises(UserError, match=rf"^data\.options\.{key}: there is no file .*/vall\.txt;"):
+        Folder(str(root), num_classes=3, **{key: "vall.txt"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_masks_are_upright_as_their_photographs_are(coloured: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    image = np.zeros((4, 8, 3), dtype=np.uint8)
+    image[:, :4] = 255  # upright: white above black
+    Image.fromarray(image).save(coloured / "images" / "cell.8.png", exif=exif)
+    (coloured / "masks" / "cell.8.png").unlink()
+    mask = coloured / "masks" / f"cell.8.{suffix}"
+    Image.fromarray((image[..., 0] == 0).astype(np.uint8)).save(mask, exif=exif)
+    shown, labels = Folder(str(coloured), num_classes=3).dataset("test")[0]
+    assert torch.equal(shown[0] == 0, labels == 1)
+    black_is_grass = np.where(image == 0, (10, 20, 30), (64, 128, 64)).astype(np.uint8)
+    Image.fromarray(black_is_grass).save(mask, exif=exif)
+    shown, labels = Folder(str(coloured), palette="colours.txt").dataset("test")[0]
+    assert torch.equal(shown[0] == 0, labels == 1)
 
 
 def test_palette_files_are_read_as_indices(root: Path) -> None:

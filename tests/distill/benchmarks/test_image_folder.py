@@ -82,3 +82,22 @@ def test_one_class_is_too_few(
     build("image_folder")
     (tmp_path / "train" / "cat").rename(tmp_path / "train" / "dog" / "cat")
     assert "has 1 class folders" in refusal("image_folder")
+
+
+def test_links_multiply_no_image(build: Callable[..., Any], tmp_path: Path) -> None:
+    build("image_folder")
+    cat = tmp_path / "train" / "cat"
+    (cat / "again").symlink_to(cat)
+    (cat / "same").symlink_to(cat / "deeper")
+    assert build("image_folder").dataset("train").targets == [0, 1]
+
+
+def test_images_come_folder_by_folder(build: Callable[..., Any], tmp_path: Path) -> None:
+    build("image_folder")
+    cat = tmp_path / "train" / "cat"
+    for name in ("z.png", "deeper/a/2.png", "deeper/b.png"):
+        (cat / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 4)).save(cat / name)
+    names = build("image_folder").dataset("train").names[:-1]
+    expected = ["z.png", "deeper/1.png", "deeper/b.png", "deeper/a/2.png"]
+    assert names == [f"train/cat/{name}" for name in expected]

@@ -15,8 +15,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from distill.benchmarks.files import read_colour_mask, read_image
+from distill.benchmarks.files import read_image
 from distill.benchmarks.images import Images, UnlabelledImages
+from distill.benchmarks.masks import read_colour_mask
 from distill.errors import UserError
 
 
@@ -111,15 +112,15 @@ def test_what_is_no_image_is_named_at_the_start_and_the_next_takes_its_place(
     assert capsys.readouterr().err == ""
 
 
-def deep_png(path: Path) -> None:
-    """2x2 px of RGB, 16 bits a colour, which Pillow reads and does not write."""
+def png(path: Path, size: tuple[int, int], kind: tuple[int, int], row: bytes) -> None:
+    """(W, H) px of equal rows; (bits, colour type) that Pillow reads and does not write."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         crc = struct.pack(">I", zlib.crc32(name + data))
         return struct.pack(">I", len(data)) + name + data + crc
 
-    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
-    pixels = zlib.compress(2 * (b"\0" + 12 * b"\x12"))
+    header = struct.pack(">IIBBBBB", *size, *kind, 0, 0, 0)
+    pixels = zlib.compress(size[1] * (b"\0" + row))
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
@@ -128,7 +129,7 @@ def test_colours_of_sixteen_bits_are_refused(
     root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    deep_png(elsewhere / "deep.png")
+    png(elsewhere / "deep.png", (2, 2), (16, 2), 12 * b"\x12")
     (elsewhere / "deep.ppm").write_bytes(b"P6\n2 2\n65535\n" + 24 * b"\x12")
     (elsewhere / "plain.ppm").write_bytes(b"P3\n2 2\n4095\n" + 12 * b"300 ")
     for file in sorted(elsewhere.iterdir()):

@@ -117,3 +117,9 @@ def test_images_of_several_sizes_are_evaluated(root: Path) -> None:
     result, _ = evaluate_subject("timm:test_resnet:scratch", changes, "correspondence", "spair71k")
     assert result["scores"]["category"].keys() == {"cat"}
     assert result["details"]["pairs"] == 1
+
+
+def test_hidden_files_are_no_pairs(root: Path) -> None:
+    for file in list(root.rglob("*.json")):
+        file.with_name(f"._{file.name}").write_bytes(b"as in some archives")
+    assert len(SPair71k(str(root)).pairs("val")) == 1

@@ -35,3 +35,16 @@ def test_a_line_of_an_unknown_class_is_named(
     build("tiny_imagenet")
     (tmp_path / BASE / "val/val_annotations.txt").write_text("val_0.JPEG\tn09999999\t0\n")
     assert "val_annotations.txt, line 1: 'n09999999' is none" in refusal("tiny_imagenet")
+
+
+def test_marks_and_blanks_around_ids_are_left_out(
+    build: Callable[..., Any], tmp_path: Path
+) -> None:
+    expected = build("tiny_imagenet")
+    for name in ("wnids.txt", "words.txt", "val/val_annotations.txt"):
+        path = tmp_path / BASE / name
+        lines = path.read_text().replace("\t", " \t ").splitlines()
+        path.write_bytes(b"\xef\xbb\xbf" + "".join(f"{line}  \r\n" for line in lines).encode())
+    benchmark = build("tiny_imagenet")
+    assert benchmark.class_names == expected.class_names
+    assert benchmark.dataset("val").targets == expected.dataset("val").targets
