@@ -18,8 +18,9 @@ from distill.augmentation import augmentation
 from distill.benchmarks import IGNORE_INDEX, Benchmark, Examples
 from distill.config import DataConfig, PairConfig, RunConfig
 from distill.data import Augmented, InMemory, Resized, choose_labelled, fingerprint
-from distill.errors import UserError, blame, one_line
+from distill.errors import UserError, blame
 from distill.options import checked_options
+from distill.own_benchmark import Checked, check_own
 from distill.precision import warn_if_slow
 from distill.registry import lacks, resolve
 from distill.tasks import traits
@@ -47,46 +48,6 @@ def build_benchmark(data: DataConfig) -> Benchmark:
     """The benchmark that `data` names."""
     benchmark: Benchmark = open_data(data, "benchmarks")
     return benchmark
-
-
-def _training_split(benchmark: Benchmark, name: str) -> Examples:
-    """The training split; of an outsider's benchmark its attributes and first example are checked.
-
-    Args:
-        benchmark: Which.
-        name: What the recipe calls it.
-    """
-    if ":" not in name:
-        return benchmark.dataset("train")
-    if lacking := lacks(benchmark, Benchmark):
-        raise UserError(
-            f"data.benchmark: {name} gives no benchmark: it has no {lacking} "
-            "(distill/benchmarks/__init__.py)"
-        )
-    examples = benchmark.dataset("train")
-    try:
-        if not len(examples):
-            return examples
-        image, target = examples[0]
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"data.benchmark: dataset('train') of {name} gives no pairs of image and target by "
-            f"their number: {one_line(error)}"
-        ) from error
-    kind = f"{tuple(image.shape)} {image.dtype}" if isinstance(image, Tensor) else type(image)
-    if not (isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3) or (
-        image.dtype != torch.uint8
-    ):
-        raise UserError(
-            f"data.benchmark: images of {name} must be tensors (3, H, W) of torch.uint8, not {kind}"
-        )
-    known = range(benchmark.num_classes)
-    if isinstance(target, int) and target not in known and target != benchmark.ignore_index:
-        raise UserError(
-            f"data.benchmark: {name} has a target {target!r:.80}, not a class from 0 to "
-            f"{benchmark.num_classes - 1}"
-        )
-    return examples
 
 
 def open_data(data: DataConfig, table: str) -> Any:
@@ -174,11 +135,18 @@ def build_training_set(data: DataConfig) -> TrainingSet:
             "data.augment: patch is for `distill teacher train`: students are scored on whole "
             "images, so that they must see things as large as there; use crop"
         )
-    examples = _training_split(benchmark, data.benchmark)
+    own = ":" in data.benchmark
+    if own:
+        check_own(benchmark, data.benchmark)
+    examples = benchmark.dataset("train")
+    if not len(examples):
+        raise UserError(f"data: the training split of {benchmark.name} is empty")
     size = image_size(data, examples)
-    count = len(examples) if data.labelled is None else data.labelled
     targets = getattr(examples, "targets", None)
-    labelled = choose_labelled(len(examples), count, data.split_seed, targets)
+    labelled = choose_labelled(
+        len(examples), data.labelled, data.split_seed, targets, benchmark.ignore_index
+    )
+    shown = Checked(examples, benchmark, data.benchmark) if own else examples
     more = getattr(benchmark, "unlabelled", lambda: None)()
     bare = Unlabelled(examples if more is None else ConcatDataset([examples, more]))  # type: ignore[list-item]
     unlabelled = len(bare) if data.unlabelled is None else data.unlabelled
@@ -187,7 +155,7 @@ def build_training_set(data: DataConfig) -> TrainingSet:
     return TrainingSet(
         benchmark,
         size,
-        training_examples(examples, data, benchmark, size),
+        training_examples(shown, data, benchmark, size),
         labelled,
         training_examples(bare, data, benchmark, size),
         choose_labelled(len(bare), unlabelled, data.split_seed) if unlabelled else [],

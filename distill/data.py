@@ -249,11 +249,17 @@ def _mended(batches: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from batches
     except UserError as error:
-        raise UserError(str(error).rpartition("UserError: ")[2]) from error
+        # A worker's is its traceback, which ends with the class and what it says.
+        text = str(error).rpartition(f"{type(error).__name__}: ")[2]
+        raise UserError(text.strip()) from error
 
 
 def choose_labelled(
-    length: int, count: int, seed: int, targets: Sequence[int] | None = None
+    length: int,
+    count: int | None,
+    seed: int,
+    targets: Sequence[int] | None = None,
+    ignore_index: int | None = None,
 ) -> list[int]:
     """Choose which training examples keep their labels.
 
@@ -261,14 +267,19 @@ def choose_labelled(
 
     Args:
         length: Number of training examples.
-        count: Number of labelled ones.
+        count: Number of labelled ones; None: all.
         seed: Decides the order.
         targets: Class of each example. Where given, the order takes one example of every class
             before the next of any, so that the choice is balanced.
+        ignore_index: The target that says that an example has no label; it is not chosen.
     """
-    if not 1 <= count <= length:
-        raise UserError(f"data.labelled: 1 to {length} of the training images, not {count}")
     order = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
+    if targets is not None and ignore_index is not None:
+        order = [index for index in order if targets[index] != ignore_index]
+    if not order:
+        raise UserError("data: there is no image with a label")
+    if count is not None and not 1 <= count <= len(order):
+        raise UserError(f"data.labelled: 1 to {len(order)} of the training images, not {count}")
     if targets is not None:
         seen: Counter[int] = Counter()
         rounds = []

@@ -72,15 +72,27 @@ def test_examples_come_in_order_as_they_are(workers: int) -> None:
         assert torch.equal(torch.as_tensor(mask), torch.as_tensor(expected[1]))
 
 
+class OneOfThem(UserError):
+    pass
+
+
 class Damaged(Blocks):
+    kind = UserError
+
     def __getitem__(self, index: int) -> Item:
-        raise UserError(f"{index}.png: does not decode")
+        raise self.kind(f"{index}.png: does not decode")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_in_a_worker_is_told_as_one_of_this_process(workers: int) -> None:
-    with pytest.raises(UserError, match=r"^3\.png: does not decode$"):
-        next(in_order(Damaged(5), [3], batch=1, workers=workers))
+@pytest.mark.parametrize("kind", [UserError, OneOfThem])
+def test_a_mistake_in_a_worker_is_told_as_one_of_this_process(
+    workers: int, kind: type[UserError]
+) -> None:
+    examples = Damaged(5)
+    examples.kind = kind
+    with pytest.raises(UserError) as caught:
+        next(in_order(examples, [3], batch=1, workers=workers))
+    assert str(caught.value) == "3.png: does not decode"
 
 
 def test_resumed_batches_equal_those_of_an_uninterrupted_run() -> None:
@@ -218,6 +230,16 @@ def test_label_choice_is_balanced_as_long_as_classes_last() -> None:
 def test_label_choice_outside_the_split_is_refused(count: int) -> None:
     with pytest.raises(UserError, match=f"1 to 10 of the training images, not {count}"):
         choose_labelled(10, count, 0)
+
+
+def test_images_without_a_label_are_not_chosen_as_labelled() -> None:
+    targets = [0, 255, 1, 255, 0]
+    assert sorted(choose_labelled(5, None, 0, targets, ignore_index=255)) == [0, 2, 4]
+    assert sorted(choose_labelled(5, None, 0, targets, ignore_index=-1)) == list(range(5))
+    with pytest.raises(UserError, match="1 to 3 of the training images, not 4"):
+        choose_labelled(5, 4, 0, targets, ignore_index=255)
+    with pytest.raises(UserError, match=r"^data: there is no image with a label$"):
+        choose_labelled(2, None, 0, [255, 255], ignore_index=255)
 
 
 def test_fingerprint_tells_names_and_lengths_apart() -> None:

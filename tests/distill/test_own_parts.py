@@ -14,6 +14,7 @@ from distill.errors import UserError
 Refuse = Callable[..., str]
 
 PARTS = """
+import numpy as np
 import torch
 from rl_policy.simple import Uniform
 from teachers.diffusers_unet import diffusers_unet
@@ -142,6 +143,54 @@ class Third(Data):
 
 class Unpaired(Data):
     example = torch.zeros(3, 32, 32, dtype=torch.uint8)
+
+
+class Empty(Data):
+    def dataset(self, split):
+        return []
+
+
+class Scalar(Data):
+    example = torch.zeros(3, 32, 32, dtype=torch.uint8), torch.tensor(1)
+
+
+class Numpy(Data):
+    example = torch.zeros(3, 32, 32, dtype=torch.uint8), np.int64(1)
+
+
+class Late(Data):
+    def dataset(self, split):
+        return [self.example] * 39 + [(self.example[0], 7)]
+
+
+class Listed(Data):
+    def dataset(self, split):
+        class Examples(list):
+            targets = [1] * 39 + [7]
+
+        return Examples([self.example] * 40)
+
+
+class Masks(Data):
+    task = "segmentation"
+    example = Data.example[0], torch.full((32, 32), 255, dtype=torch.uint8)
+
+
+class Third32(Masks):
+    example = Data.example[0], torch.full((32, 32), 2, dtype=torch.uint8)
+
+
+class Deep(Masks):
+    example = Data.example[0], torch.zeros(1, 32, 32, dtype=torch.uint8)
+
+
+class Long(Masks):
+    example = Data.example[0], torch.zeros(32, 32, dtype=torch.int64)
+
+
+class Points(Data):
+    task, eyes, mirrored = "landmarks", (0, 1), (1, 0)
+    example = Data.example[0], torch.zeros(3, 2)
 """
 
 
@@ -156,7 +205,7 @@ def parts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("key", "part", "words"),
     [
-        ("policy.name", "Raises", "broken_parts.py:9: RuntimeError: no way"),
+        ("policy.name", "Raises", "broken_parts.py:10: RuntimeError: no way"),
         ("policy.name", "Far", "distilled: policy, at step 0: act chose bin 99 of 0 to "),
         ("policy.name", "Below", "act chose bin -1 of 0 to "),
         ("policy.name", "Wide", ", 3) torch.int64"),
@@ -183,6 +232,14 @@ def parts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("data.benchmark", "Floating", "of torch.uint8, not (3, 32, 32) torch.float32"),
         ("data.benchmark", "Third", "has a target 2, not a class from 0 to 1"),
         ("data.benchmark", "Unpaired", "gives no pairs of image and target by their number: "),
+        ("data.benchmark", "Empty", "data: the training split of data is empty"),
+        ("data.benchmark", "Scalar", "has a target tensor(1), not a class from 0 to 1 (an int)"),
+        ("data.benchmark", "Numpy", "has a target np.int64(1), not a class from 0 to 1 (an int)"),
+        ("data.benchmark", "Listed", "has a target 7, not a class from 0 to 1 (an int) or 255, in"),
+        ("data.benchmark", "Third32", "has a target with 2, not a mask (H, W) of torch.uint8 with"),
+        ("data.benchmark", "Deep", "has a target (1, 32, 32) torch.uint8, not a mask (H, W) of"),
+        ("data.benchmark", "Long", "has a target (32, 32) torch.int64, not a mask (H, W) of"),
+        ("data.benchmark", "Points", "(3, 2) torch.float32, not points (2, 2) of torch.float32"),
     ],
 )
 def test_a_broken_part_is_one_line_and_leaves_nothing(
@@ -192,6 +249,13 @@ def test_a_broken_part_is_one_line_and_leaves_nothing(
     line = refuse("train", parts, f"{key}=broken_parts:{part}", "train.arms=[distilled]", *options)
     assert words in line
     assert not (parts.parent / "runs" / "tiny").exists()
+
+
+def test_a_wrong_target_that_training_meets_is_one_line(parts: Path, refuse: Refuse) -> None:
+    options = ("data.options={}", "train.arms=[distilled]", "data.labelled=40", "train.batch=40")
+    line = refuse("train", parts, "data.benchmark=broken_parts:Late", *options)
+    told = "has a target 7, not a class from 0 to 1 (an int) or 255, in example 39 of train"
+    assert line == f"data.benchmark: broken_parts:Late {told}"
 
 
 def test_what_is_no_part_at_all_is_one_line(parts: Path, refuse: Refuse) -> None:
