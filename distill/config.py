@@ -17,6 +17,7 @@ HeightWidth = Annotated[
     tuple[Size, Size], BeforeValidator(lambda size: (size, size) if isinstance(size, int) else size)
 ]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PatchScale = Annotated[float, Field(ge=0.05, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Options = dict[str, Any]
 
@@ -96,7 +97,7 @@ class DataConfig:
     augment: Literal["none", "flip", "crop", "strong", "patch"] = "crop"
     """Strength of the augmentation of training images. `patch`: flipped random patches of `size` px
     in place of whole images resized to it, to train a teacher on large images."""
-    patch_scale: Annotated[tuple[Positive, Positive], AfterValidator(_rising)] = (1.0, 1.0)
+    patch_scale: Annotated[tuple[PatchScale, PatchScale], AfterValidator(_rising)] = (1.0, 1.0)
     """Smallest and largest scale of patches; 1 is the image's own, 0.5 shows twice as much."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read data; with 0 the training process does."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from distill.augmentation import augmentation
@@ -96,3 +98,8 @@ def test_patches_are_cut_before_anything_is_resized() -> None:
     found = patch.mul(255).round().byte()[:, None, None]
     same = [(windows == x).flatten(3).all(3).all(0).any() for x in (found, found.flip(-1))]
     assert any(same)
+
+
+def test_a_scale_that_would_fill_the_memory_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"greater than or equal to 0\.05"):
+        DataConfig(patch_scale=(5e-5, 5e-5))
