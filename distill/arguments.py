@@ -360,7 +360,6 @@ def _add_protocol(parser: argparse.ArgumentParser) -> None:
             *("own", "linear", "knn", "finetune", "label_efficient"),
             *("correspondence", "depth"),
         ),
-        default="own",
         help="a student's own head; on frozen features a linear layer, nearest neighbours, a "
         "linear layer with few labels, keypoints found again, or depth; or the whole network "
         "(default: own)",

@@ -63,7 +63,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         rescore(
             options.subject,
             options.overrides,
-            protocol=options.protocol,
+            protocol=options.protocol or "own",
             benchmark=options.benchmark,
             out=options.out,
         )

@@ -7,9 +7,9 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from distill import checkpoint
 from distill.config import RunConfig
@@ -32,7 +32,7 @@ def compare(
     subjects: Sequence[str],
     overrides: Sequence[str],
     *,
-    protocol: str,
+    protocol: str | None,
     benchmark: str | None,
     out: str | None,
     batch: int,
@@ -44,7 +44,7 @@ def compare(
         subjects: Results of `distill evaluate --out` (FILE.json), and subjects, which are evaluated
             first.
         overrides: Changes to the recipes of the latter.
-        protocol: Of the subjects; results bring theirs.
+        protocol: Of the subjects, by default `own`; results bring theirs.
         benchmark: Of the subjects.
         out: A folder for table.md, table.csv, compare.json and speed.png.
         batch: Images a pass, where speed and memory are measured.
@@ -64,6 +64,9 @@ def compare(
     if out is not None:
         checkpoint.check_folder("--out", Path(out))
     given = {word: _read(Path(word), overrides) for word in subjects if word.endswith(".json")}
+    if given.keys() == {*subjects}:
+        _refuse_idle(overrides, protocol, benchmark)
+    protocol = protocol or "own"
     planned = [
         given[word] if word in given else _plan(word, overrides, protocol, benchmark)
         for word in subjects
@@ -82,6 +85,19 @@ def compare(
     if out is not None:
         _write(Path(out), results, costs, rows, table, notes)
     return "\n".join([_title(results), "", table, "", *notes])
+
+
+def _refuse_idle(overrides: Sequence[str], protocol: str | None, benchmark: str | None) -> None:
+    """What has no effect on results is refused; overrides that trust code of their own have one."""
+    options = {"--protocol": protocol, "--benchmark": benchmark}
+    idle = [f"{option} {given}" for option, given in options.items() if given is not None]
+    code = ("benchmark", "name", "loss")
+    idle += [o for o in overrides if not o.partition("=")[0].endswith(code)]
+    if idle:
+        raise UserError(
+            f"compare: {idle[0]} has no effect, as all that is compared are results, which were "
+            "evaluated already; leave it out, or name subjects in their place"
+        )
 
 
 def _plan(

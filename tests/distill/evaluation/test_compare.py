@@ -37,6 +37,7 @@ def result_of(subject: str, out: Path) -> Path:
         ({"subject": 5}, "subject: input should be a valid string"),
         ({"size": "x"}, "size: input should be a valid tuple"),
         ({"figures": {"miou": "x"}}, "figures.miou: input should be a valid number"),
+        ({"figures": {}}, "figures: dictionary should have at least 1 item"),
     ],
 )
 def test_a_result_that_was_edited_wrongly_is_named(
@@ -166,6 +167,35 @@ def test_other_images_are_refused_before_anything_is_fitted(
     )
     assert not (tmp_path / "deep").exists()
     assert f"{finished_run}-1 holds no" in refuse("compare", finished_run, f"{finished_run}-1")
+
+
+def test_results_with_few_labels_and_a_single_choice_of_them_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("--protocol", "label_efficient", "evaluate.labels=[4,all]", "evaluate.splits=2")
+    words = [word for word in SMALL if word not in ("--protocol", "linear")]
+    file = str(tmp_path / "few.json")
+    assert main(["evaluate", "timm:test_resnet:scratch", *words, *few, "--out", file]) == 0
+    written = json.loads(Path(file).read_text())
+    assert None in written["intervals"].values()
+    capsys.readouterr()
+    assert main(["compare", file, file, *QUICK]) == 0
+    assert "miou at 4" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.parametrize(
+    ("words", "idle"),
+    [
+        (["--protocol", "knn"], "--protocol knn"),
+        (["--benchmark", "cifar10"], "--benchmark cifar10"),
+        (["data.labelled=100"], "data.labelled=100"),
+    ],
+)
+def test_what_has_no_effect_on_results_is_refused(
+    tmp_path: Path, refuse: Callable[..., str], words: list[str], idle: str
+) -> None:
+    good = result_of("timm:test_resnet:scratch", tmp_path / "a.json")
+    assert refuse("compare", good, good, *words).startswith(f"compare: {idle} has no effect")
 
 
 def test_mistakes_are_one_line(
