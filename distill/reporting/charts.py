@@ -179,12 +179,14 @@ def noise_floor(
             colour = ARM_COLOURS[number % len(ARM_COLOURS)]
             axes.plot(at, values, color=colour, marker="o", ms=3, label=pair)
         axes.set_ylim(bottom=0.0)
+        margin = max(1.0, 0.03 * (at[-1] - at[0]))
+        axes.set_xlim(at[0] - margin, at[-1] + margin)  # whichever were measured
         axes.set(xlabel="timestep t", ylabel="share of the target's variance")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         above = axes.twiny()
-        above.set_xlim(axes.get_xlim())
         shown = slice(None, None, max(1, -(-len(at) // 8)))
         above.set_xticks(at[shown], [f"{x:.2f}" for x in noise[shown]])
+        above.set_xlim(axes.get_xlim())
         above.grid(visible=False)
         above.set_xlabel("noise fraction")
         figure.legend(loc="outside right center")

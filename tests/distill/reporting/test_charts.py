@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from distill.reporting import charts
 from distill.reporting.plots import ARM_COLOURS
+
+AT = [0, 10, 20]
 
 
 def shows(path: Path, colour: str) -> bool:
@@ -37,6 +41,20 @@ def test_a_floor_with_timesteps_that_were_never_measured(tmp_path: Path) -> None
     floors = {"one": [0.1, None, 0.3], "two": [None, None, None]}
     charts.noise_floor(path, floors, [0, 10, 20], [0.0, 0.5, 1.0])
     assert shows(path, ARM_COLOURS[0])
+
+
+def test_the_noise_fraction_stands_above_its_timestep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(charts, "write_figure", lambda figure, path: drawn.append(figure))
+    charts.noise_floor(tmp_path / "floor.png", {"one": [0.1, None, None]}, AT, [0.0, 0.5, 1.0])
+    charts.noise_floor(tmp_path / "floor.png", {"one": [0.1]}, AT[:1], [0.0])
+    for figure in drawn:
+        axes, above = figure.axes
+        assert above.get_xlim() == axes.get_xlim()
+        assert axes.get_xlim()[0] < 0
+    assert drawn[0].axes[0].get_xlim()[1] > AT[-1]
 
 
 def test_single_class_single_timestep_and_single_image(tmp_path: Path) -> None:
