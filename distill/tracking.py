@@ -106,10 +106,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _row(content: Any) -> dict[str, Any]:
     """A row of the log. Raises ValueError, TypeError or KeyError where it is none."""
     row = {"arm": content["arm"], "step": content["step"], **content}
-    kinds = {"arm": str, "step": int}
+    kinds = {"arm": str, "step": int, "probabilities": list}
     for name, value in row.items():
         entries = value if isinstance(value, list) else [value]
-        if not all(isinstance(x, kinds.get(name, int | float | None)) for x in entries):
+        if not isinstance(value, kinds.get(name, object)) or (
+            name != "arm" and not all(isinstance(x, int | float | None) for x in entries)
+        ):
             raise ValueError(f"{name} is {value!r}")
     return row
 

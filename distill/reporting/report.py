@@ -24,6 +24,7 @@ from distill.reporting.results import heading, making, results, said_of
 from distill.reporting.summary import compare, report
 from distill.reporting.training import cost, losses
 from distill.studies.comparison import FinishedRun, Group, group_runs, read_run
+from distill.studies.records import ProbeFigures
 from distill.tasks import TASKS
 from distill.training.distiller import SMALL
 from distill.training.policies import mixes, reward_layer
@@ -124,7 +125,7 @@ def _read_probe(path: str, groups: Sequence[Group]) -> Probe:
     folder, run = Path(path), groups[0].first
     with blame("--probe"):
         table = ReplayTable.read(folder / "table.safetensors")
-        figures: dict[str, Any] = checkpoint.read_json(folder / "probe.json")
+        figures = checkpoint.read_json(folder / "probe.json", kind=ProbeFigures)
     if table.images < 4:
         raise UserError(f"--probe: {folder} has {table.images} images; it takes 4 to have halves")
     mine = run.config.data.benchmark

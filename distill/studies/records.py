@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from distill import checkpoint
 from distill.benchmarks import Task
@@ -31,6 +31,9 @@ class Policy(Bins):
 
     name: str
     probabilities: list[Least]
+    entropy: FiniteFloat
+    effective_arms: Least
+    mean_reward: FiniteFloat | None
 
     @model_validator(mode="after")
     def _one_each(self) -> Self:
@@ -47,20 +50,29 @@ class Floor(BaseModel):
 
     @model_validator(mode="after")
     def _one_each(self) -> Self:
-        if not self.mean.keys() <= self.bins.keys():
-            raise ValueError("every pair of mean has a row in bins")
+        if self.mean and self.mean.keys() != self.bins.keys():
+            raise ValueError("mean and bins have the same pairs")
+        if len({len(row) for row in self.bins.values()}) > 1:
+            raise ValueError("the rows of bins have one length")
         return self
 
 
 class Summary(BaseModel):
     """summary.json of a run."""
 
+    name: str
+    seed: int
     task: Task
     benchmark: str
     split: str
     metrics: Annotated[dict[str, dict[str, Any]], Some]
     policy: Policy | None
+    noise_floor: Floor | None
     wall_seconds: Least
+    student: str
+    commit: str
+    hardware: str
+    date: str
 
     @model_validator(mode="after")
     def _scored(self) -> Self:
@@ -71,18 +83,58 @@ class Summary(BaseModel):
         return self
 
 
+class Scores(BaseModel):
+    """What an arm came to, as far as its classes go."""
+
+    iou: dict[str, FiniteFloat | None] = {}
+    accuracy: dict[str, FiniteFloat | None] = {}
+
+
 class Result(BaseModel):
     """checkpoints/ARM/result.json of a run."""
 
-    scores: dict[str, Any]
+    scores: Scores
     seconds: Least
     images_per_second: Least
     commit: str
     hardware: str
+    looked: int | None = None
+    parts: dict[str, Least] = {}
+    flops: dict[str, int | None] | None = None
     policy: Bins | None = None
     noise_floor: Floor | None = None
     data: dict[str, str] = {}
     teacher: str | None = None
+
+    @model_validator(mode="after")
+    def _measured_at_all(self) -> Self:
+        rows = self.noise_floor.bins.values() if self.noise_floor else ()
+        if rows and (self.policy is None or len(next(iter(rows))) != len(self.policy.timesteps)):
+            raise ValueError("noise_floor.bins has a number for each of policy.timesteps")
+        return self
+
+
+class _Room(BaseModel):
+    """What choosing could gain at a layer: by way to choose, mean and 95% interval."""
+
+    __pydantic_extra__: dict[str, tuple[FiniteFloat, FiniteFloat, FiniteFloat]]
+    model_config = ConfigDict(extra="allow")
+    images: int
+    fixed_timestep: int
+
+
+class _Best(BaseModel):
+    """The cell of the map that was chosen."""
+
+    layer: str
+
+
+class ProbeFigures(BaseModel):
+    """probe.json of a probe, as far as a report reads it; older files lack some."""
+
+    settings: dict[str, Any] = {}
+    best: _Best = _Best(layer="")
+    head_room: dict[str, _Room] = {}
 
 
 def is_score(metric: str, value: object) -> bool:

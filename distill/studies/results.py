@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from distill import checkpoint
 from distill.config import Arm, RunConfig
@@ -114,6 +115,8 @@ def kept_scores(study: Study, file: str) -> Scores:
     try:
         results = json.loads(Path(file).read_text(encoding="utf-8"))
         about: dict[str, Any] = {key: results[key] for key in ("benchmark", "split", "metric")}
+        if about["metric"] not in METRICS.values():
+            raise ValueError(f"metric is {about['metric']!r}")
         before = {"the study": results["overrides"]}
         recipe = results.get("recipe") or study.recipe  # older files tell of the overrides alone
         changed = [key for key in recipe | study.recipe if recipe.get(key) != study.recipe.get(key)]
@@ -127,7 +130,7 @@ def kept_scores(study: Study, file: str) -> Scores:
                 if not is_score(about["metric"], mine["value"]):
                     raise ValueError(f"{mine['value']!r} of arm {arm} is no {about['metric']}")
                 mine |= about | made | {"run_seconds": mine["seconds"]}
-                scores[Cell(arm, seed)] = Score(**mine)
+                scores[Cell(arm, seed)] = TypeAdapter(Score).validate_python(mine)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"--keep: {file} is no JSON of a sweep ({one_line(error)}); name the "

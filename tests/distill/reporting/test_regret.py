@@ -118,6 +118,27 @@ def test_a_probe_with_other_settings_is_told_and_of_other_images_refused(tmp_pat
     assert f"--probe: {tmp_path} is of camvid, nowhere was trained on shapes" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("figures", "line"),
+    [
+        ({"settings": None}, "settings: input should be a valid dictionary"),
+        ({"best": None}, "best: input should be "),
+        ({"head_room": {"a": {"images": 4}}}, "head_room.a.fixed_timestep is missing"),
+        (
+            {"head_room": {"a": {"images": 4, "fixed_timestep": 1, "oracle": [1, 2]}}},
+            "head_room.a.oracle",
+        ),
+    ],
+)
+def test_a_probes_figures_that_were_edited_wrongly_are_named(
+    run: Path, tmp_path: Path, figures: dict[str, object], line: str
+) -> None:
+    write_probe(tmp_path, **figures)
+    with pytest.raises(UserError) as raised:
+        report._read_probe(str(tmp_path), [Group("", (taught("policy.name=a2c"),))])
+    assert f"{tmp_path / 'probe.json'} is damaged: {line}" in str(raised.value)
+
+
 def test_rewards_between_the_timesteps_of_the_table_are_interpolated(run: Path) -> None:
     table = ReplayTable(
         contexts=np.zeros((1, 2), np.float32),

@@ -276,7 +276,17 @@ def test_a_mistake_is_one_line_and_writes_nothing(refuse, finished_run, words, l
             b'{"arm": "distilled", "step": 1, "probabilities": [0.5]}\n',
             "metrics.jsonl: the row of step 1 has not ",
         ),
-        ("summary.json", b'{"metrics": {}}', "summary.json is damaged: task is missing"),
+        (
+            "metrics.jsonl",
+            b'{"arm": "distilled", "step": 1, "probabilities": null}\n{"arm": "a", "step": 2}\n',
+            "metrics.jsonl, line 1 is damaged; put a copy",
+        ),
+        (
+            "metrics.jsonl",
+            b'{"arm": "distilled", "step": []}\n{"arm": "a", "step": 2}\n',
+            "metrics.jsonl, line 1 is damaged; put a copy",
+        ),
+        ("summary.json", b'{"metrics": {}}', "summary.json is damaged: name is missing"),
         ("summary.json", b'{"metrics"', "summary.json is missing or damaged: "),
         ("checkpoints/scratch/result.json", None, "scratch/result.json is missing or damaged: "),
         ("checkpoints/scratch/result.json", b"[]", "result.json is damaged: it holds no JSON obj"),
@@ -312,8 +322,24 @@ def test_a_damaged_run_names_the_file(
         (
             "checkpoints/distilled/result.json",
             {"noise_floor": {"mean": {"a": 1}}},
-            "noise_floor: every pair of mean has a row in bins",
+            "noise_floor: mean and bins have the same pairs",
         ),
+        (
+            "checkpoints/distilled/result.json",
+            {"noise_floor": {"mean": {}, "bins": {"a": [1], "b": [1, 2]}}},
+            "noise_floor: the rows of bins have one length",
+        ),
+        (
+            "checkpoints/distilled/result.json",
+            {"noise_floor": {"mean": {}, "bins": {"a": [1]}}},
+            "noise_floor.bins has a number for each of policy.timesteps",
+        ),
+        ("checkpoints/scratch/result.json", {"scores": {"iou": {"a": "x"}}}, "scores.iou.a: input"),
+        ("checkpoints/scratch/result.json", {"parts": {"data": "x"}}, "parts.data: input should"),
+        ("checkpoints/scratch/result.json", {"looked": "x"}, "looked: input should be a valid int"),
+        ("checkpoints/scratch/result.json", {"flops": []}, "flops: input should be a valid dict"),
+        ("summary.json", {"seed": "x"}, "seed: input should be a valid integer"),
+        ("summary.json", {"noise_floor": 1}, "noise_floor: input should be "),
     ],
 )
 def test_a_run_file_that_was_edited_wrongly_is_named(

@@ -54,9 +54,12 @@ def fake_runs(study: Study, scores: dict[tuple[str, int], float]) -> None:
             "hardware": "a machine",
             "policy": BINS if arm == "a2c" else None,
         }
-        policy = {"name": arm, **BINS, "probabilities": [0.25, 0.75]} if arm == "a2c" else None
-        summary = {"task": "segmentation", "benchmark": "shapes", "split": "test"}
-        summary |= {"metrics": {take: {"miou": score}}, "policy": policy}
+        late = {"probabilities": [0.25, 0.75], "entropy": 0.56, "effective_arms": 1.75}
+        late |= {"name": arm, **BINS, "mean_reward": None}
+        summary = {"name": folder.name, "seed": seed, "date": "2026-01-01", "student": "student"}
+        summary |= {"task": "segmentation", "benchmark": "shapes", "split": "test"}
+        summary |= {"metrics": {take: {"miou": score}}, "policy": late if arm == "a2c" else None}
+        summary |= {"noise_floor": None, "commit": "c0ffee", "hardware": "a machine"}
         path = checkpoint_path(folder, take).with_name("result.json")
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(result))

@@ -85,6 +85,13 @@ def test_scores_of_other_settings_or_of_no_study_are_refused(
         results["arms"]["scratch"]["values"] = [value]
         file.write_text(json.dumps(results))
         assert f"{value!r} of arm scratch is no miou" in refuse(*refused)
+    results["arms"]["scratch"]["values"] = [0.2]
+    for key, wrong in (("seconds", [None]), ("commits", [1]), ("hardware", 5)):
+        scratch = results["arms"]["scratch"] | {key: wrong}
+        file.write_text(json.dumps(results | {"arms": {"scratch": scratch}}))
+        assert f"--keep: {file} is no JSON of a sweep" in refuse(*refused)
+    file.write_text(json.dumps(results | {"metric": "speed"}))
+    assert f"--keep: {file} is no JSON of a sweep (metric is 'speed')" in refuse(*refused)
     for content in ("[]", "{", '{"arms": 1}'):
         file.write_text(content)
         assert f"--keep: {file} is no JSON of a sweep" in refuse(*refused)
