@@ -115,43 +115,37 @@ def _refuse(error: OSError) -> None:
 
 def files_below(folder: Path) -> list[Path]:
     """All files below a folder, in the order of their paths, and no pipes or devices; links to
-    folders are followed, and what several of them lead to comes once.
+    folders are followed, and what several of them lead to comes once. Files and folders that begin
+    with a dot are left out.
 
     A UserError where a folder cannot be read.
     """
     found, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
         seen.add(real)
-        found += [Path(place, name) for name in names]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
     # a link that leads nowhere is a file that does not open
     return sorted(path for path in found if path.is_file() or path.is_symlink())
 
 
 def images_below(folder: Path) -> list[Path]:
-    """The images below a folder, however deep, in the order of their paths; those in a file or
-    folder that begins with a dot are left out."""
-    return [
-        path
-        for path in files_below(folder)
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    """The images among `files_below`."""
+    return [path for path in files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def tagged_files(folder: Path, tag: str) -> dict[str, Path]:
-    """The files below a folder whose names end with a tag and begin with no dot, by what stands
-    before the tag (`composed`).
+    """The files below a folder whose names end with a tag, by what stands before it (`composed`).
 
     A UserError where there are none.
     """
     files = {
         composed(path.name.removesuffix(tag)): path
         for path in files_below(folder)
-        if path.name.endswith(tag) and not path.name.startswith(".")
+        if path.name.endswith(tag)
     }
     if not files:
         raise UserError(f"there is no {folder}/**/*{tag}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ def sorted_images(base: Path, split: str, numbers: Mapping[str, int]) -> Labelle
     samples = [
         (str(path), numbers[name])
         for name in class_folders(base / split)
-        for path in sorted(images_below(base / split / name), key=lambda p: (str(p.parent), p.name))
+        for path in sorted(images_below(base / split / name), key=os.path.split)
     ]
     if not samples:
         raise UserError(f"there is no image in a class folder of {base / split}")
