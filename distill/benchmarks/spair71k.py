@@ -34,6 +34,7 @@ class AnnotatedPairs:
 
     def __init__(self, files: list[Path], images: Path) -> None:
         self.files, self.images = files, images
+        self.names = [file.stem for file in files]
 
     def __len__(self) -> int:
         return len(self.files)

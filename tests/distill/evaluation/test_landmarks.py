@@ -285,9 +285,9 @@ def with_scratch(run: Path, folder: Path, nme: float) -> Path:
     summary["metrics"]["scratch"] = {"nme": nme}
     (folder / "summary.json").write_text(json.dumps(summary))
     result = json.loads((folder / "checkpoints/distilled/result.json").read_text())
-    result["scores"] = {"nme": nme}
+    result |= {"scores": {"nme": nme}, "policy": None, "noise_floor": None}
     (folder / "checkpoints/scratch").mkdir()
-    (folder / "checkpoints/scratch/result.json").write_text(json.dumps(result | {"policy": None}))
+    (folder / "checkpoints/scratch/result.json").write_text(json.dumps(result))
     return folder
 
 
