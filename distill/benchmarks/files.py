@@ -218,10 +218,14 @@ def pair_all(images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[Pair
 
 
 def _possible_stems(line: str) -> list[str]:
-    """A stem may hold dots and blanks: the whole line comes first, then its first column, then what
-    follows its last slash."""
+    """Names and folders may hold dots and blanks: the whole line comes first, then its first
+    column, then what follows its last slash; that before the column where it alone is a file."""
+    column, path = Path(line.split()[0]), Path(line)
+    names = [column.name, path.name]
+    if column.suffix.lower() not in IMAGE_SUFFIXES and path.suffix.lower() in IMAGE_SUFFIXES:
+        names.reverse()
     stems = []
-    for entry in (line, Path(line.split()[0]).name, Path(line).name):
+    for entry in (line, *names):
         stems.append(entry)
         if Path(entry).suffix.lower() in IMAGE_SUFFIXES:
             stems.append(entry.removesuffix(Path(entry).suffix))

@@ -113,10 +113,12 @@ def test_names_with_accents_are_one_however_they_are_written(
 
 
 def test_a_listed_name_is_taken_as_it_stands(tmp_path: Path) -> None:
-    files = {name: Path(f"{name}.png") for name in ("v1", "5", "1", "my cell", "b")}
-    (tmp_path / "list.txt").write_text("5 group/1\nmy cell.png\nsome/v1.PNG\n/new images/b.jpg\n")
+    files = {name: Path(f"{name}.png") for name in ("v1", "5", "1", "a cell", "my cell", "my", "b")}
+    lines = ["5 group/1", "my cell.png", "some/v1.PNG", "my images/b.jpg"]
+    lines += ["new/a cell.png", "my.png masks/a.png"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
     pairs = read_pairs(tmp_path / "list.txt", files, files)
-    assert [pair.image.stem for pair in pairs] == ["5", "my cell", "v1", "b"]
+    assert [pair.image.stem for pair in pairs] == ["5", "my cell", "v1", "b", "a cell", "my"]
     (tmp_path / "list.txt").write_text("v1.5\n")
     with pytest.raises(UserError, match=r"line 1: no image file is named 'v1\.5'"):
         read_pairs(tmp_path / "list.txt", files, files)
