@@ -33,12 +33,13 @@ def keep(student, examples, benchmark, config, accelerator):
 train_arm = run.train_arm
 
 def train(trainer, *rest):
-    train_arm(trainer, *rest)
+    parts = train_arm(trainer, *rest)
     parameters = dict(trainer.distiller.named_parameters())
     state = trainer.state()
     kept = {"parameters": {name: x.detach() for name, x in parameters.items()}}
     kept |= {part: state[part] for part in ("policy", "optimizer", "step")}
     torch.save(kept, f"trained{trainer.accelerator.process_index}.pt")
+    return parts
 
 run.score, run.train_arm = keep, train
 sys.exit(main(sys.argv[1:]))

@@ -56,7 +56,7 @@ def test_a_command_that_a_run_folder_names_is_not_run(
     name_code(run, benchmark="os:system", root="echo pwned > canary", options={})
     result = {"subject": "received", "recipe": yaml.safe_load((run / "config.yaml").read_text())}
     known = dict.fromkeys(("protocol", "benchmark", "split", "metric"), "any")
-    known |= {"size": [32, 32], "figures": {}}
+    known |= {"size": [32, 32], "figures": {"miou": 0.5}}
     Path("result.json").write_text(json.dumps(known | result))
     before = sorted(Path().iterdir())
     line = refuse(*words)
