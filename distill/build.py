@@ -20,7 +20,7 @@ from distill.config import DataConfig, PairConfig, RunConfig
 from distill.data import Augmented, InMemory, Resized, choose_labelled, fingerprint
 from distill.errors import UserError, blame
 from distill.options import checked_options
-from distill.own_benchmark import Checked, check_own
+from distill.own_benchmark import Checked, own_training_split
 from distill.precision import warn_if_slow
 from distill.registry import lacks, resolve
 from distill.tasks import traits
@@ -135,10 +135,8 @@ def build_training_set(data: DataConfig) -> TrainingSet:
             "data.augment: patch is for `distill teacher train`: students are scored on whole "
             "images, so that they must see things as large as there; use crop"
         )
-    own = ":" in data.benchmark
-    if own:
-        check_own(benchmark, data.benchmark)
-    examples = benchmark.dataset("train")
+    name, own = data.benchmark, ":" in data.benchmark
+    examples = own_training_split(benchmark, name) if own else benchmark.dataset("train")
     if not len(examples):
         raise UserError(f"data: the training split of {benchmark.name} is empty")
     size = image_size(data, examples)
@@ -146,7 +144,7 @@ def build_training_set(data: DataConfig) -> TrainingSet:
     labelled = choose_labelled(
         len(examples), data.labelled, data.split_seed, targets, benchmark.ignore_index
     )
-    shown = Checked(examples, benchmark, data.benchmark) if own else examples
+    shown = Checked(examples, benchmark, name) if own else examples
     more = getattr(benchmark, "unlabelled", lambda: None)()
     bare = Unlabelled(examples if more is None else ConcatDataset([examples, more]))  # type: ignore[list-item]
     unlabelled = len(bare) if data.unlabelled is None else data.unlabelled

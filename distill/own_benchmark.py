@@ -12,12 +12,15 @@ from distill.errors import UserError, one_line
 from distill.registry import lacks
 
 
-def check_own(benchmark: Benchmark, name: str) -> None:
-    """Check the attributes, the first training example and all `targets`. Raises UserError.
+def own_training_split(benchmark: Benchmark, name: str) -> Examples:
+    """The training split, once the attributes, the first example and all `targets` are found right.
 
     Args:
         benchmark: Which; its task is a known one.
         name: What the recipe calls it.
+
+    Raises:
+        UserError: One of them is wrong.
     """
     if lacking := lacks(benchmark, Benchmark):
         raise UserError(
@@ -27,8 +30,8 @@ def check_own(benchmark: Benchmark, name: str) -> None:
     examples = benchmark.dataset("train")
     try:
         if not len(examples):
-            return
-        image, _ = examples[0]
+            return examples
+        image, target = examples[0]
     except (TypeError, ValueError) as error:
         raise UserError(
             f"data.benchmark: dataset('train') of {name} gives no pairs of image and target by "
@@ -41,10 +44,10 @@ def check_own(benchmark: Benchmark, name: str) -> None:
         raise UserError(
             f"data.benchmark: images of {name} must be tensors (3, H, W) of torch.uint8, not {kind}"
         )
-    Checked(examples, benchmark, name)[0]
+    _check_target(image, target, benchmark, name, 0)
     targets = getattr(examples, "targets", None)
     if targets is None:
-        return
+        return examples
     if len(targets) != len(examples):
         raise UserError(
             f"data.benchmark: {name} has {len(targets)} targets for {len(examples)} examples"
@@ -58,6 +61,7 @@ def check_own(benchmark: Benchmark, name: str) -> None:
                 f"data.benchmark: {name} has a target {target!r:.80}, not {_right(benchmark)}, "
                 f"in targets[{index}] of train"
             )
+    return examples
 
 
 class Checked:
@@ -71,12 +75,18 @@ class Checked:
 
     def __getitem__(self, index: int) -> Item:
         image, target = self.examples[index]
-        if wrong := _wrong(image, target, self.benchmark):
-            raise UserError(
-                f"data.benchmark: {self.name} has a target {wrong:.80}, not "
-                f"{_right(self.benchmark)}, in example {index} of train"
-            )
+        _check_target(image, target, self.benchmark, self.name, index)
         return image, target
+
+
+def _check_target(
+    image: Tensor, target: object, benchmark: Benchmark, name: str, index: int
+) -> None:
+    if wrong := _wrong(image, target, benchmark):
+        raise UserError(
+            f"data.benchmark: {name} has a target {wrong:.80}, not {_right(benchmark)}, in example "
+            f"{index} of train"
+        )
 
 
 def _right(benchmark: Benchmark) -> str:

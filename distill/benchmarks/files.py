@@ -36,10 +36,12 @@ TURNED = {
 
 
 def decode(path: Path, upright: bool = False) -> Image.Image:
-    """Load a file, turned as its camera noted if `upright`. UserError on damaged, deeper ones."""
+    """Load a file, turned as its camera noted if `upright`; its `info` has `stored`, what
+    `stored_as` says. UserError on damaged, deeper ones."""
     try:
         with Image.open(path) as image:
             deep = is_cut(image)
+            image.info["stored"] = stored_as(image)
             image.filename = ""  # else Pillow maps grey TIFFs into memory, and turns them wrongly
             image.load()
             image.info.pop("transparency", None)  # what is seen through is of its own colour
@@ -58,11 +60,20 @@ def decode(path: Path, upright: bool = False) -> Image.Image:
 def is_cut(image: ImageFile.ImageFile) -> bool:
     """Whether an image, opened and not yet loaded, has colours of more than the 8 bits that Pillow
     keeps of them: their mode is that of 8-bit ones, what its decoder is told is not."""
-    if image.mode not in EIGHT_BIT_MODES or not image.tile:
+    if image.mode not in EIGHT_BIT_MODES:
         return False
+    raw, largest = stored_as(image)
+    return ";16" in raw or (largest or 0) > 255
+
+
+def stored_as(image: ImageFile.ImageFile) -> tuple[str, int | None]:
+    """Of an image, opened and not yet loaded: the mode that its decoder reads, such as `L;4` for 4
+    bits, and the largest value of a portable map (PGM, PPM), None of other files."""
+    if not image.tile:
+        return "", None
     codec, _, _, args = image.tile[0]
     raw, *more = args if isinstance(args, tuple) else (args,)
-    return ";16" in str(raw) or (codec.startswith("ppm") and max(more, default=0) > 255)
+    return str(raw), more[0] if more and codec.startswith("ppm") else None
 
 
 def _orientation(image: Image.Image) -> int:

@@ -34,16 +34,14 @@ def _decode_mask(path: Path, size: tuple[int, int], upright: bool = False) -> Im
             f"{path}: mask of {picture.width}x{picture.height} px, its image has "
             f"{size[1]}x{size[0]}"
         )
-    with Image.open(path) as stored:
-        codec, _, _, args = stored.tile[0] if stored.tile else ("", None, 0, "")
-    raw, *levels = args if isinstance(args, tuple) else (args,)
-    if codec.startswith("ppm") and levels and levels[0] not in (255, 65_535):
+    raw, largest = picture.info["stored"]
+    if largest not in (None, 255, 65_535):
         raise UserError(
-            f"{path}: its values are scaled, as its largest is {levels[0]}; save it with 255 or "
+            f"{path}: its values are scaled, as its largest is {largest}; save it with 255 or "
             "65535 there, or as PNG"
         )
     # What Pillow spreads to 8 bits is made the numbers that the file holds.
-    spread = {"L;2": 85, "L;4": 17}.get(str(raw)[:3], 1)
+    spread = {"L;2": 85, "L;4": 17}.get(raw[:3], 1)
     return picture if spread == 1 else picture.point([value // spread for value in range(256)])
 
 

@@ -128,7 +128,9 @@ def find_pictures(images: Sequence[str], results: Sequence[Path] = ()) -> list[P
     own = {folder.resolve() for folder in results}
     for image in map(Path, images):
         if image.is_dir():
-            files = [f for f in images_below(image) if own.isdisjoint(f.resolve().parents)]
+            files = images_below(image)
+            if own:
+                files = [f for f in files if own.isdisjoint(f.resolve().parents)]
             if not files:
                 raise UserError(f"{image} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
             pictures = [Picture(f, f.relative_to(image).with_suffix("")) for f in files]

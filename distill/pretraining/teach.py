@@ -130,7 +130,7 @@ class TeacherTraining:
         """Read the newest step's loss into `loss`. Raises UserError if it is not finite."""
         if self._late is not None:
             late, self._late = self._late, None
-            self.loss = late.read_finite("a smaller lr, or precision=no")["loss"]
+            self.loss = late.read_finite(lambda step: "a smaller lr, or precision=no")["loss"]
 
     def averaged(self) -> UNet2DModel:
         """The teacher to be: a copy of the network with the averaged weights."""

@@ -47,6 +47,7 @@ class Score(NamedTuple):
     """Fingerprint of the trained teacher."""
 
 
+SCORE = TypeAdapter(Score)
 Scores = dict[Cell, Score]
 
 COLUMNS = {
@@ -130,7 +131,7 @@ def kept_scores(study: Study, file: str) -> Scores:
                 if not is_score(about["metric"], mine["value"]):
                     raise ValueError(f"{mine['value']!r} of arm {arm} is no {about['metric']}")
                 mine |= about | made | {"run_seconds": mine["seconds"]}
-                scores[Cell(arm, seed)] = TypeAdapter(Score).validate_python(mine)
+                scores[Cell(arm, seed)] = SCORE.validate_python(mine)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"--keep: {file} is no JSON of a sweep ({one_line(error)}); name the "

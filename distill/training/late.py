@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,12 +57,12 @@ class Late:
         """The figures by name."""
         return dict(zip(self._names, self._copied.read().tolist(), strict=True))
 
-    def read_finite(self, remedy: str, where: str = "") -> dict[str, float]:
-        """The same; a UserError if one of them is not finite."""
+    def read_finite(self, remedy: Callable[[int], str], where: str = "") -> dict[str, float]:
+        """The same; a UserError if one of them is not finite, with the remedy at its step."""
         figures = self.read()
         for name, value in figures.items():
             if not math.isfinite(value):
-                raise not_finite(self.step, name.replace("_", " "), remedy, where)
+                raise not_finite(self.step, name.replace("_", " "), remedy(self.step), where)
         return figures
 
 

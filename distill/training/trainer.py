@@ -18,7 +18,7 @@ from distill import seeding
 from distill.build import TrainingSet, build_distiller, build_teacher
 from distill.caching.cache import FeatureCache, Plan, check_origin
 from distill.caching.plan import cache_folder, cache_origin, open_cache, plan_cache
-from distill.config import Arm, RunConfig
+from distill.config import Arm, RunConfig, fast_dtype
 from distill.deployment.folder import load_backbone
 from distill.errors import UserError, blame, one_line
 from distill.precision import autocast
@@ -328,7 +328,7 @@ class Trainer:
         """Read the newest step's `figures`. Raises UserError if one of them is not finite."""
         if self._late is not None:
             late, self._late = self._late, None
-            self.figures = late.read_finite(self._remedy(late.step), where=f"{self.arm}: ")
+            self.figures = late.read_finite(self._remedy, where=f"{self.arm}: ")
             if self.feedback and "feature_loss" in self.figures:
                 self.figures |= self.feedback.figures
 
@@ -336,7 +336,9 @@ class Trainer:
         """What to try where something is not finite at a step: float16 ends at 65504, and at the
         first nothing was learnt yet."""
         tries = {
-            "teacher.dtype=bfloat16": self.teacher and self.config.teacher.dtype == "float16",
+            f"teacher.dtype={fast_dtype()}": (
+                self.teacher is not None and self.config.teacher.dtype == "float16"
+            ),
             "a smaller train.lr": step > 0,
             "train.precision=no": self.config.train.precision == "bf16",
             "another loss, teacher or student": step == 0,

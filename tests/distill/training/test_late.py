@@ -22,7 +22,7 @@ def test_figures_are_those_of_their_step() -> None:
 def test_what_is_not_finite_is_named_with_its_step(value: float) -> None:
     late = Late(7, task_loss=torch.tensor(1.0), feature_loss=torch.tensor(value))
     with pytest.raises(UserError) as error:
-        late.read_finite("a smaller lr", where="scratch: ")
+        late.read_finite(lambda step: "a smaller lr", where="scratch: ")
     assert str(error.value) == (
         "scratch: the feature loss is not finite at step 7; start a new run (name=...) "
         "with a smaller lr"
