@@ -27,7 +27,7 @@ help: ## show this list
 
 install: $(INSTALLED) ## install into .venv; again whenever setup.cfg or pyproject.toml changes
 
-quickstart: install ## distil and train from scratch on embedded data, compare both (3 to 7 minutes)
+quickstart: install ## distil and train from scratch on embedded data, compare both (3 to 7 minutes with AMX)
 	@$(if $(wildcard runs/quickstart/config.yaml),echo "going on with runs/quickstart; remove that folder to start afresh",:)
 	@$(BIN)/distill train experiments/quickstart.yaml \
 		$(if $(wildcard runs/quickstart/config.yaml),--resume)
