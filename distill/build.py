@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +20,7 @@ from distill.config import DataConfig, PairConfig, RunConfig
 from distill.data import Augmented, InMemory, Resized, choose_labelled, fingerprint
 from distill.errors import UserError, blame
 from distill.options import checked_options
-from distill.own_benchmark import Checked, own_training_split
+from distill.own_benchmark import OwnBenchmark
 from distill.precision import warn_if_slow
 from distill.registry import lacks, resolve
 from distill.tasks import traits
@@ -47,7 +47,8 @@ def build_accelerator(device: str) -> Accelerator:
 def build_benchmark(data: DataConfig) -> Benchmark:
     """The benchmark that `data` names."""
     benchmark: Benchmark = open_data(data, "benchmarks")
-    return benchmark
+    own = ":" in data.benchmark
+    return cast(Benchmark, OwnBenchmark(benchmark, data.benchmark)) if own else benchmark
 
 
 def open_data(data: DataConfig, table: str) -> Any:
@@ -135,8 +136,7 @@ def build_training_set(data: DataConfig) -> TrainingSet:
             "data.augment: patch is for `distill teacher train`: students are scored on whole "
             "images, so that they must see things as large as there; use crop"
         )
-    name, own = data.benchmark, ":" in data.benchmark
-    examples = own_training_split(benchmark, name) if own else benchmark.dataset("train")
+    examples = benchmark.dataset("train")
     if not len(examples):
         raise UserError(f"data: the training split of {benchmark.name} is empty")
     size = image_size(data, examples)
@@ -144,7 +144,6 @@ def build_training_set(data: DataConfig) -> TrainingSet:
     labelled = choose_labelled(
         len(examples), data.labelled, data.split_seed, targets, benchmark.ignore_index
     )
-    shown = Checked(examples, benchmark, name) if own else examples
     more = getattr(benchmark, "unlabelled", lambda: None)()
     bare = Unlabelled(examples if more is None else ConcatDataset([examples, more]))  # type: ignore[list-item]
     unlabelled = len(bare) if data.unlabelled is None else data.unlabelled
@@ -153,7 +152,7 @@ def build_training_set(data: DataConfig) -> TrainingSet:
     return TrainingSet(
         benchmark,
         size,
-        training_examples(shown, data, benchmark, size),
+        training_examples(examples, data, benchmark, size),
         labelled,
         training_examples(bare, data, benchmark, size),
         choose_labelled(len(bare), unlabelled, data.split_seed) if unlabelled else [],

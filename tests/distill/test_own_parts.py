@@ -163,6 +163,25 @@ class Late(Data):
         return [self.example] * 39 + [(self.example[0], 7)]
 
 
+class OneSplit(Data):
+    def dataset(self, split):
+        if split != "train":
+            raise FileNotFoundError("no other split")
+        return [self.example] * 40
+
+
+class WrongTest(Data):
+    def dataset(self, split):
+        return [self.example] * 39 + [(self.example[0], 7 if split == "test" else 1)]
+
+
+class NoLabels(Data):
+    task = None
+
+    def dataset(self, split):
+        return [(self.example[0], None)] * 39 + [(self.example[0][:1], None)]
+
+
 class Listed(Data):
     def dataset(self, split):
         class Examples(list):
@@ -256,6 +275,21 @@ def test_a_wrong_target_that_training_meets_is_one_line(parts: Path, refuse: Ref
     line = refuse("train", parts, "data.benchmark=broken_parts:Late", *options)
     told = "has a target 7, not a class from 0 to 1 (an int) or 255, in example 39 of train"
     assert line == f"data.benchmark: broken_parts:Late {told}"
+
+
+def test_wrong_images_and_splits_are_one_line_in_every_command(
+    parts: Path, refuse: Refuse, tmp_path: Path
+) -> None:
+    own = ("data.options={}", "train.arms=[distilled]", "train.steps=5")
+    line = refuse("train", parts, "data.benchmark=broken_parts:OneSplit", *own)
+    told = "data.benchmark: dataset('test') of broken_parts:OneSplit: no other split"
+    assert line == told
+    line = refuse("train", parts, "data.benchmark=broken_parts:WrongTest", *own)
+    assert line.endswith("not a class from 0 to 1 (an int) or 255, in example 39 of test")
+    teacher = tmp_path / "teacher.yaml"
+    teacher.write_text("name: bare\ndata: {benchmark: broken_parts:NoLabels}\nunet: {size: tiny}\n")
+    line = refuse("teacher", "train", teacher, f"output={tmp_path}", "batch=40", "steps=1")
+    assert line.endswith("torch.uint8, not (1, 32, 32) torch.uint8, in example 39 of train")
 
 
 def test_what_is_no_part_at_all_is_one_line(parts: Path, refuse: Refuse) -> None:
