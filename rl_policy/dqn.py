@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import Logger
 from torch import Generator, Tensor
 
-from rl_policy.drawing import draw
+from rl_policy.drawing import check_finite, draw
 from rl_policy.options import WIDEST, check_range
 from rl_policy.sb3 import environments
 from rl_policy.scaling import ContextScale, RunningScale
@@ -115,7 +115,9 @@ class DQNPolicy:
 
     @torch.no_grad()
     def probabilities(self, context: Tensor) -> Tensor:
-        best = self.model.q_net(self.context_scale(context)).argmax(dim=1, keepdim=True)
+        values = self.model.q_net(self.context_scale(context))
+        check_finite(values)
+        best = values.argmax(dim=1, keepdim=True)
         spread = torch.full((len(context), self.bins), self.rate / self.bins)
         return spread.scatter_add_(1, best, torch.full(best.shape, 1 - self.rate))
 

@@ -8,7 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor
 
-EXPLODED = "its probabilities are not finite any more; try a smaller learning_rate"
+EXPLODED = "its outputs are not finite any more; try a smaller learning_rate"
+
+
+def check_finite(outputs: Tensor) -> None:
+    """Raises ValueError where a network's outputs are not finite: its weights have exploded."""
+    if not bool(outputs.isfinite().all()):
+        raise ValueError(EXPLODED)
 
 
 def draw(probabilities: Tensor, generator: Generator) -> Tensor:
@@ -17,8 +23,7 @@ def draw(probabilities: Tensor, generator: Generator) -> Tensor:
     Raises:
         ValueError: they are not finite, as of a network whose weights have exploded.
     """
-    if not bool(probabilities.isfinite().all()):
-        raise ValueError(EXPLODED)
+    check_finite(probabilities)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
 

@@ -268,7 +268,7 @@ def test_what_is_wrong_is_one_line(refuse: Refuse, planted: Path, tmp_path: Path
         (["--table", planted, "rate=2"], "--policy: rate is no option of A2CPolicy"),
         (
             ["--table", planted, "--steps", "9", "learning_rate=1e30"],
-            "--policy: its probabilities are not finite any more; try a smaller learning_rate",
+            "--policy: its outputs are not finite any more; try a smaller learning_rate",
         ),
         (["--table", planted, "bins=3"], "--policy: bins is no option: the policy is told it"),
         (

@@ -229,6 +229,7 @@ def test_weights_that_explode_are_one_clear_line(load: Load, tmp_path: Path, pol
     [
         ("a2c", "learning_rate: 1e30"),
         ("ppo", "learning_rate: 1e30, steps: 1, epochs: 9"),
+        ("dqn", "learning_rate: 1e30, exploration_until: 0.1"),
         ("reinforce", "optimizer: sgd, learning_rate: 1, weight_decay: 1e9"),
     ],
 )
@@ -236,7 +237,7 @@ def test_a_policy_that_explodes_is_one_clear_line(
     load: Load, tmp_path: Path, policy: str, wild: str
 ) -> None:
     trainer = build(load(f"policy.name={policy}", f"policy.options={{{wild}}}"))
-    line = r"distilled: policy, at step [0-4]: its probabilities are not finite any more; try a sm"
+    line = r"distilled: policy, at step [0-4]: its outputs are not finite any more; try a sm"
     with pytest.raises(UserError, match=line):
         train(trainer, tmp_path)
 
