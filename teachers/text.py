@@ -140,7 +140,11 @@ def _check_merges(folder: Path) -> None:
     """Raises ValueError where words would fall into other tokens than those of the vocabulary, as
     merges.txt is cut: transformers would go on without a word."""
     path = folder / "merges.txt"
-    pairs = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+    pairs = [line.split() for line in lines]
     made = {"".join(pair) for pair in pairs}
     lost = [
         token

@@ -53,7 +53,7 @@ def test_damaged_text_files_are_one_line(copied: Copied) -> None:
         folder = copied("sd1")
         shutil.rmtree(folder / "tokenizer")
         pipelines.write_tokenizer(folder / "tokenizer")
-        (folder / name).write_text(content)
+        (folder / name).write_text(content, encoding="latin-1")
         fails(folder, ValueError, pattern)
 
     broken("tokenizer/vocab.json", '{"a": 0, "b"', r"tokenizer/vocab\.json is not JSON")
@@ -63,6 +63,7 @@ def test_damaged_text_files_are_one_line(copied: Copied) -> None:
     for cut in ("", "#version: 0.2\n"):  # prompts would fall into other tokens
         pattern = r"merges\.txt does not lead to 1 tokens of vocab\.json .* such as 'at</w>'"
         broken("tokenizer/merges.txt", cut, pattern)
+    broken("tokenizer/merges.txt", "\xff", r"/tokenizer/merges\.txt is damaged \('utf-8' codec")
     for wrong in ({"hidden_size": "x"}, {"num_attention_heads": 0}, {"num_hidden_layers": None}):
         folder = copied("sd1")
         pipelines.edit(folder / "text_encoder" / "config.json", **wrong)
