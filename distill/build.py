@@ -98,13 +98,20 @@ class Unlabelled:
 
 
 def training_examples(
-    examples: Examples, data: DataConfig, benchmark: Benchmark, size: tuple[int, int]
+    examples: Examples,
+    data: DataConfig,
+    benchmark: Benchmark,
+    size: tuple[int, int],
+    loaders: int = 1,
 ) -> Augmented:
-    """Resized (unless to be cut), kept in memory as far as there is room, augmented."""
+    """Resized (unless to be cut), kept in memory as far as there is room, augmented.
+
+    loaders: How many read them, each with worker processes of its own.
+    """
     if data.augment != "patch":
         examples = Resized(examples, size, masks=benchmark.task == "segmentation")
     if data.memory_gb:
-        examples = InMemory(examples, data.memory_gb * 1e9 / max(1, data.workers))
+        examples = InMemory(examples, data.memory_gb * 1e9 / max(1, loaders * data.workers))
     change = augmentation(
         data.augment,
         benchmark.task,
@@ -144,19 +151,21 @@ def build_training_set(data: DataConfig) -> TrainingSet:
     labelled = choose_labelled(
         len(examples), data.labelled, data.split_seed, targets, benchmark.ignore_index
     )
-    more = getattr(benchmark, "unlabelled", lambda: None)()
-    bare = Unlabelled(examples if more is None else ConcatDataset([examples, more]))  # type: ignore[list-item]
-    unlabelled = len(bare) if data.unlabelled is None else data.unlabelled
-    if unlabelled > len(bare):
-        raise UserError(f"data.unlabelled: {unlabelled} of {len(bare)} training images")
+    origin, more = fingerprint(examples), getattr(benchmark, "unlabelled", lambda: None)()
+    if more is not None:  # after the others, whose numbers stay
+        examples = ConcatDataset([examples, more])  # type: ignore[list-item]
+    unlabelled = len(examples) if data.unlabelled is None else data.unlabelled
+    if unlabelled > len(examples):
+        raise UserError(f"data.unlabelled: {unlabelled} of {len(examples)} training images")
+    shown = training_examples(examples, data, benchmark, size, loaders=2)
     return TrainingSet(
         benchmark,
         size,
-        training_examples(examples, data, benchmark, size),
+        shown,
         labelled,
-        training_examples(bare, data, benchmark, size),
-        choose_labelled(len(bare), unlabelled, data.split_seed) if unlabelled else [],
-        fingerprint(examples),
+        Augmented(Unlabelled(shown.examples), shown.augment),
+        choose_labelled(len(examples), unlabelled, data.split_seed) if unlabelled else [],
+        origin,
     )
 
 

@@ -102,8 +102,8 @@ class DataConfig:
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read data; with 0 the training process does."""
     memory_gb: NonNegative = 4.0
-    """Decoded images are kept in memory up to this many GB, over all workers of a stream; what has
-    no room is read again every time."""
+    """Decoded images are kept in memory up to this many GB, over all workers; what has no room is
+    read again every time."""
     options: Options = Field(default_factory=dict)
     """Further arguments of the benchmark."""
 

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from distill import checkpoint
+from distill.benchmarks import Examples
+from distill.benchmarks.shapes import Shapes
 from distill.build import build_accelerator, build_training_set
 from distill.config import Arm, RunConfig
+from distill.data import Draw
 from distill.errors import UserError
 from distill.training.loop import batches, checkpoint_path
 from distill.training.trainer import Phase, Trainer
@@ -95,6 +98,34 @@ def test_smaller_labelled_subsets_are_part_of_larger_ones(load: Load) -> None:
     assert chosen[0] < chosen[1] < chosen[2] == set(range(16))
     other = build_training_set(load("data.labelled=6", "data.split_seed=1").data)
     assert set(other.labelled_indices) != chosen[1]
+
+
+def test_an_image_with_a_label_is_kept_in_memory_once(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    plain = Shapes.dataset
+
+    def counting(self: Shapes, split: str) -> Examples:
+        examples = plain(self, split)
+
+        class Counting:
+            def __len__(self) -> int:
+                return len(examples)
+
+            def __getitem__(self, index: int) -> tuple[Tensor, Tensor | int]:
+                read.append(index)
+                return examples[index]
+
+        return Counting()
+
+    monkeypatch.setattr(Shapes, "dataset", counting)
+    data = build_training_set(load().data)
+    read.clear()
+    for examples in (data.labelled, data.unlabelled):
+        for index in (3, 5):
+            examples[Draw(index, seed=0)]
+    assert read == [3, 5]
 
 
 # Phases
