@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -37,24 +38,25 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options and overrides in any order, which argparse alone refuses within a verb."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options, rest = build_parser().parse_known_args(arguments)
+    takes_overrides = hasattr(options, "overrides")
     for argument in rest:
-        if not is_override(argument) or not hasattr(options, "overrides"):
+        if not is_override(argument) or not takes_overrides:
             raise UserError(f"unrecognised argument {argument!r} (see distill --help)")
-    if rest:
-        options.overrides = [*options.overrides, *rest]
+    if takes_overrides:
+        for name, words in vars(options).items():
+            if isinstance(words, list) and name != "overrides":  # argparse takes any word for more
+                rest += [word for word in words if is_override(word)]
+                words[:] = [word for word in words if not is_override(word)]
+        found = {*options.overrides, *rest}
+        options.overrides = [word for word in arguments if word in found]  # the last one counts
     return options
 
 
 def is_override(word: str) -> bool:
     """Whether a word changes the recipe: `key.key=value`, and no file or folder of that name."""
     return bool(re.match(r"[A-Za-z_]\w*(\.\w+)*=", word)) and not os.path.exists(word)
-
-
-def without_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of an argument, and the overrides that argparse took for such words."""
-    changes = [word for word in words if is_override(word)]
-    return [word for word in words if word not in changes], changes
 
 
 def build_parser() -> argparse.ArgumentParser:

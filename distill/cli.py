@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from distill.arguments import parse, without_overrides
+from distill.arguments import parse
 from distill.errors import Interrupted, UserError, one_line
 from distill.registry import TABLES, own_error
 
@@ -74,11 +74,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from distill.evaluation.compare import compare
 
-    subjects, early = without_overrides(options.words)
     print(
         compare(
-            subjects,
-            [*early, *options.overrides],
+            options.words,
+            options.overrides,
             protocol=options.protocol,
             benchmark=options.benchmark,
             out=options.out,
@@ -132,11 +131,10 @@ def _demo(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from distill.reporting.report import write_report
 
-    runs, early = without_overrides(options.runs)
     print(
         write_report(
-            runs,
-            [*early, *options.overrides],
+            options.runs,
+            options.overrides,
             html=options.html,
             probe=options.probe,
             out=options.out,
@@ -145,9 +143,8 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _seeds(words: Sequence[str], option: str) -> tuple[list[int], list[str]]:
-    """The seeds, and the overrides that argparse took for such."""
-    seeds, overrides = without_overrides(words)
+def _seeds(seeds: Sequence[str], option: str) -> list[int]:
+    """Seeds as numbers, each once."""
     for seed in seeds:
         if not seed.isdecimal():
             raise UserError(f"{option}: {seed!r} is no seed, which is a whole number")
@@ -157,20 +154,18 @@ def _seeds(words: Sequence[str], option: str) -> tuple[list[int], list[str]]:
     for number in numbers:
         if numbers.count(number) > 1:
             raise UserError(f"{option}: {number} stands twice among {' '.join(seeds)}")
-    return numbers, overrides
+    return numbers
 
 
 def _sweep(options: argparse.Namespace) -> int:
     from distill.studies.sweep import sweep
 
-    only, late = without_overrides(options.only)
-    seeds, later = _seeds(options.seeds, "--seeds")
     print(
         sweep(
             options.study,
-            [*options.overrides, *late, *later],
-            only=only,
-            seeds=seeds,
+            options.overrides,
+            only=options.only,
+            seeds=_seeds(options.seeds, "--seeds"),
             out=options.out,
             keep=options.keep,
             dry_run=options.dry_run,
@@ -202,11 +197,10 @@ def _probe(options: argparse.Namespace) -> int:
     from distill.probing.survey import survey
     from distill.recipe import load_config
 
-    layers, late = without_overrides(options.layers)
     print(
         survey(
-            load_config(RunConfig, options.recipe, [*options.overrides, *late]),
-            layers=layers,
+            load_config(RunConfig, options.recipe, options.overrides),
+            layers=options.layers,
             timesteps=options.timesteps,
             images=options.images,
             seeds=options.seeds,
@@ -256,15 +250,14 @@ def _teacher_layers(options: argparse.Namespace) -> int:
 def _policy_fit(options: argparse.Namespace) -> int:
     from distill.probing.policy_fit import fit
 
-    seeds, late = _seeds(options.seed, "--seed")
     print(
         fit(
             options.table,
             policy=options.policy,
-            options=[*options.overrides, *late],
+            options=options.overrides,
             steps=options.steps,
             batch=options.batch,
-            seeds=seeds,
+            seeds=_seeds(options.seed, "--seed"),
             raw=options.raw,
             out=options.out,
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from distill import cli
+from distill.arguments import parse
 from distill.cli import main
 from distill.registry import TABLES, resolve
 
@@ -88,6 +89,14 @@ def test_options_and_overrides_come_in_any_order(
     ):
         assert main([*order, "train.steps=2", "train.arms=[scratch]"]) == 0
         assert "seed: 3" in capsys.readouterr().out
+
+
+def test_overrides_among_the_words_of_a_list_keep_their_order() -> None:
+    options = parse(["report", "a", "data.root=1", "b", "--out", "x.json", "data.root=2"])
+    assert options.runs == ["a", "b"]
+    assert options.overrides == ["data.root=1", "data.root=2"]
+    options = parse(["policy", "fit", "--table", "t", "--seed", "1", "2", "rate=3"])
+    assert (options.seed, options.overrides) == (["1", "2"], ["rate=3"])
 
 
 def test_an_interrupt_outside_of_training_is_one_line_too(
