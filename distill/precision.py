@@ -13,7 +13,7 @@ from timm.layers import to_2tuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from teachers.arithmetic import FAST_ON_CPU, Replaced
+from teachers.arithmetic import Replaced, group_norm
 
 LONG = 512
 """Keys from which attention trains faster in bfloat16 than in float32 on a CPU with AMX."""
@@ -113,7 +113,7 @@ def _convolution(
 
 
 INSTEAD: Mapping[Callable[..., Any], Callable[..., Any]] = {
-    **FAST_ON_CPU,
+    F.group_norm: group_norm,
     F.scaled_dot_product_attention: _attention,
     F.conv2d: _convolution,
 }

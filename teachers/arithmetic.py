@@ -161,4 +161,5 @@ FAST_ON_CPU: Mapping[Callable[..., Any], Callable[..., Any]] = {
     Tensor.div: divided,
     Tensor.contiguous: contiguous,
 }
-"""For `Replaced`, with 16-bit networks in channels_last."""
+"""For `Replaced`, with 16-bit diffusion networks in channels_last. Two of them are for these alone:
+other modules may write into a quotient, or rely on the layout that they asked for."""

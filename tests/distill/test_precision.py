@@ -57,6 +57,14 @@ def test_long_and_masked_attention_is_left_to_torch(case: str) -> None:
     assert torch.equal(mine, theirs)
 
 
+def test_students_may_rely_on_layouts_and_write_into_quotients() -> None:
+    x = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    with autocast(CPU, "bf16"):
+        assert x.contiguous().view(2, -1).shape == (2, 48)
+        (x / 1.0).add_(1)
+    assert bool((x == 1).all())
+
+
 def test_without_low_precision_nothing_is_changed() -> None:
     x = torch.randn(4, 4, requires_grad=True)
 
