@@ -165,16 +165,15 @@ class TeacherTraining:
         }
 
     def load_state(self, state: dict[str, Any], source: Path) -> None:
-        check_recipe(self.config, state.get("config", {}), source)
-        if state.get("data", self.fingerprint) != self.fingerprint:  # older files do not say
+        check_recipe(self.config, state["config"], source)
+        if state["data"] != self.fingerprint:
             raise UserError(f"{source}: the training images are not those this run began with")
         self.unet.load_state_dict(state["unet"])
         self.average.load_state_dict(state["average"])
         self.average.to(self.accelerator.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        self.total = state.get("total", self.total.cpu()).to(self.total)  # older files have none
-        self.logged = state.get("logged", self.step)
+        self.total, self.logged = state["total"].to(self.total), state["logged"]
 
 
 def _network(

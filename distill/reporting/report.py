@@ -129,7 +129,7 @@ def _read_probe(path: str, groups: Sequence[Group]) -> Probe:
     if table.images < 4:
         raise UserError(f"--probe: {folder} has {table.images} images; it takes 4 to have halves")
     mine = run.config.data.benchmark
-    theirs = figures.get("settings", {}).get("data.benchmark", mine)
+    theirs = figures["settings"]["data.benchmark"]
     if theirs != mine:
         raise UserError(f"--probe: {folder} is of {theirs}, {run.folder} was trained on {mine}")
     return Probe(folder, table, figures)
@@ -264,9 +264,9 @@ def _sees_the_table(run: FinishedRun) -> bool:
     return policy.context == "image" and policy.image_size == SMALL
 
 
-def _probed_layer(probe: Probe) -> str | None:
+def _probed_layer(probe: Probe) -> str:
     """The layer whose rewards the table holds."""
-    layer: str | None = probe.figures.get("best", {}).get("layer")
+    layer: str = probe.figures["best"]["layer"]
     return layer
 
 
@@ -295,9 +295,8 @@ def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
     tree = to_tree(run.config)
     mine = {f"teacher.{name}": value for name, value in tree["teacher"].items()}
     mine |= {f"data.{name}": tree["data"][name] for name in COMPARED}
-    settings = probe.figures.get("settings", {})
-    teachers = settings.get("teacher (fingerprint)"), run.results[run.taught].get("teacher")
-    if None not in teachers and teachers[0] != teachers[1]:  # older files do not tell
+    settings = probe.figures["settings"]
+    if settings["teacher (fingerprint)"] != run.results[run.taught]["teacher"]:
         said.append("The probe's teacher has other weights than the run's.")
     for key, theirs in settings.items():
         if key in mine and mine[key] != theirs:
@@ -308,7 +307,7 @@ def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
 def _honest(probe: Probe) -> list[Block]:
     """The probe's own head-room, which tells an honest oracle from chance."""
     layer = _probed_layer(probe)
-    room = probe.figures.get("head_room", {}).get(layer)
+    room = probe.figures["head_room"].get(layer)
     if not room:
         return []
     names = {

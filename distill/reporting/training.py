@@ -122,7 +122,7 @@ def cost(groups: Sequence[Group], pictures: Path) -> Section:
             f"{result['seconds']:.0f} s",
             f"{result['images_per_second'] * result['seconds']:,.0f}",
             f"{result['images_per_second']:.1f}",
-            f"{_waiting(result):.0%}" if result.get("parts") else "not recorded",
+            f"{_waiting(result):.0%}" if result["parts"] else "not recorded",
         ]
         for group in groups
         for run in group.runs
@@ -146,13 +146,13 @@ def _parts(run: FinishedRun, path: Path) -> list[Block]:
     shares = {
         spoken(arm): {part: 100 * share for part, share in result["parts"].items()}
         for arm, result in run.results.items()
-        if result.get("parts")
+        if result["parts"]
     }
     if not shares:
         return [
             Text(
-                "The parts of a step were not recorded: the run is older than that, or too short "
-                f"(every {TIMED}th step is timed)."
+                "The parts of a step were not recorded: the run is too short (every "
+                f"{TIMED}th step is timed)."
             )
         ]
     plots.bars(path, shares, "% of the time of a step")
@@ -169,25 +169,21 @@ def _parts(run: FinishedRun, path: Path) -> list[Block]:
 
 def _operations(run: FinishedRun) -> Block:
     """Floating-point operations, counted and not measured."""
-    counted = {arm: r["flops"] for arm, r in run.results.items() if r.get("flops")}
-    if not counted:
-        return Text("Floating-point operations were not recorded: the run is older than that.")
     rows = []
-    for arm, flops in counted.items():
-        train, result = run.config.train, run.results[arm]
+    for arm, result in run.results.items():
+        train, flops = run.config.train, result["flops"]
         passes = 3 * result["images_per_second"] * result["seconds"]
         if arm != "scratch" and "student_progress" in run.config.policy.rewards:
             passes += 2 * (train.steps - train.finetune_steps) * train.batch
-        looked = result.get("looked")
-        total = passes * flops["student"] + (looked or 0) * (flops["teacher"] or 0)
-        known = arm == "scratch" or None not in (looked, flops["teacher"])
+        total = passes * flops["student"] + result["looked"] * (flops["teacher"] or 0)
+        known = arm == "scratch" or flops["teacher"] is not None
         rows.append(
             [
                 spoken(arm),
                 f"{flops['student'] / 1e9:.3f}",
                 _giga(flops["teacher"]),
                 _giga(flops["teacher_whole"]),
-                "–" if looked is None else f"{looked:,}",
+                f"{result['looked']:,}",
                 f"{total / 1e12:,.2f}" if known else "–",
             ]
         )

@@ -183,14 +183,13 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
 
 
 def _same_images(run: FinishedRun, other: FinishedRun, what: Literal["train", "scored"]) -> bool:
-    """Whether both were trained or scored on images of the same names; older runs do not tell."""
-    told = [x.results[x.arm].get("data", {}).get(what) for x in (run, other)]
-    return None in told or told[0] == told[1]
+    """Whether both were trained or scored on images of the same names."""
+    return bool(run.results[run.arm]["data"][what] == other.results[other.arm]["data"][what])
 
 
 def _same_teacher(run: FinishedRun, other: FinishedRun) -> bool:
-    """Whether two of one recipe had one trained teacher: its file may have changed since. Older
-    runs do not tell."""
+    """Whether two of one recipe had one trained teacher: its file may have changed since. A
+    run without `distilled` does not say."""
     told = [x.results.get("distilled", {}).get("teacher") for x in (run, other)]
     return None in told or told[0] == told[1]
 

@@ -90,6 +90,21 @@ class Scores(BaseModel):
     accuracy: dict[str, FiniteFloat | None] = {}
 
 
+class Flops(BaseModel):
+    """Of one image forward, None where that cannot be counted."""
+
+    student: int
+    teacher: int | None
+    teacher_whole: int | None
+
+
+class Fingerprints(BaseModel):
+    """Of the images that an arm was trained and scored on."""
+
+    train: str
+    scored: str
+
+
 class Result(BaseModel):
     """checkpoints/ARM/result.json of a run."""
 
@@ -98,13 +113,13 @@ class Result(BaseModel):
     images_per_second: Least
     commit: str
     hardware: str
-    looked: int | None = None
-    parts: dict[str, Least] = {}
-    flops: dict[str, int | None] | None = None
+    looked: int
+    parts: dict[str, Least]
+    flops: Flops
     policy: Bins | None = None
     noise_floor: Floor | None = None
-    data: dict[str, str] = {}
-    teacher: str | None = None
+    data: Fingerprints
+    teacher: str | None
 
     @model_validator(mode="after")
     def _measured_at_all(self) -> Self:
@@ -129,12 +144,20 @@ class _Best(BaseModel):
     layer: str
 
 
-class ProbeFigures(BaseModel):
-    """probe.json of a probe, as far as a report reads it; older files lack some."""
+class ProbeSettings(BaseModel):
+    """Keys of the recipe and other things that decide the figures; these are among them."""
 
-    settings: dict[str, Any] = {}
-    best: _Best = _Best(layer="")
-    head_room: dict[str, _Room] = {}
+    model_config = ConfigDict(extra="allow")
+    benchmark: str = Field(alias="data.benchmark")
+    teacher: str = Field(alias="teacher (fingerprint)")
+
+
+class ProbeFigures(BaseModel):
+    """probe.json of a probe, as far as a report reads it."""
+
+    settings: ProbeSettings
+    best: _Best
+    head_room: dict[str, _Room]
 
 
 def is_score(metric: str, value: object) -> bool:

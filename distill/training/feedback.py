@@ -153,7 +153,7 @@ class Feedback:
         return {"rewards": self.rewards.state_dict(), "baseline": baseline}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where that was; older checkpoints have neither, or no baseline."""
-        self.rewards.load_state_dict(state.get("rewards", {}))
-        if self.baseline is not None and "baseline" in state:
+        """Go on where that was."""
+        self.rewards.load_state_dict(state["rewards"])
+        if self.baseline is not None:
             self.baseline.load_state_dict(state["baseline"])

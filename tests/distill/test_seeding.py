@@ -19,7 +19,7 @@ def test_seeds_suit_torch() -> None:
     assert all(0 <= derive_seed(seed, "noise") < 2**63 for seed in range(100))
 
 
-def test_seeds_stay_what_they_were_when_old_checkpoints_were_written() -> None:
+def test_seeds_stay_the_same_from_version_to_version() -> None:
     assert derive_seed(0, "labelled") == 7896617691693857887
     assert derive_seed(7, "policy", step=12, rank=1) == 927951227322819389
 

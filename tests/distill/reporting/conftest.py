@@ -71,6 +71,6 @@ def taught(*changes: str, **distilled: object) -> FinishedRun:
         folder=Path("nowhere"),
         config=load_config(RunConfig, EXPERIMENTS / "quickstart.yaml", changes),
         summary={"task": "segmentation", "policy": bins | {"probabilities": [0.25, 0.5, 0.25]}},
-        results={"distilled": {"policy": bins, **distilled}},
+        results={"distilled": {"policy": bins, "teacher": "of the run", **distilled}},
         rows=[{"arm": "distilled", "step": 1, "loss/feature": 2.0}],
     )

@@ -225,10 +225,6 @@ def test_operations_of_training_are_those_that_were_counted(
     table = _operations(dataclasses.replace(run, config=config, results=results))
     assert isinstance(table, Table)
     assert table.rows == [row, ["scratch", "2.000", "–", "–", "0", "0.60"]]
-    del result["looked"]  # of an older version
-    table = _operations(dataclasses.replace(run, config=config, results={"distilled": result}))
-    assert isinstance(table, Table)
-    assert table.rows == [[*row[:4], "–", "–"]]
 
 
 def test_grid_is_a_yardstick(run: Path, tmp_path: Path) -> None:

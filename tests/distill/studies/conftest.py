@@ -53,6 +53,11 @@ def fake_runs(study: Study, scores: dict[tuple[str, int], float]) -> None:
             "commit": "c0ffee",
             "hardware": "a machine",
             "policy": BINS if arm == "a2c" else None,
+            "looked": 0,
+            "parts": {},
+            "flops": {"student": 1, "teacher": None, "teacher_whole": None},
+            "data": {"train": "a", "scored": "b"},
+            "teacher": None,
         }
         late = {"probabilities": [0.25, 0.75], "entropy": 0.56, "effective_arms": 1.75}
         late |= {"name": arm, **BINS, "mean_reward": None}
