@@ -111,7 +111,7 @@ def _step_seconds(trainer: Trainer) -> float:
     for _ in range(min(2, trainer.config.train.steps)):
         batch = next(stream)
         began = time.monotonic()
-        trainer.train_step(*batch)
+        trainer.train_step(batch)
         wait(trainer.accelerator.device)
         trainer.settle()
         seconds = time.monotonic() - began

@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
     def step(self) -> None:
         """Take the step."""
-        self.trainer.train_step(*self.batch)
+        self.trainer.train_step(self.batch)
 
 
 def bench(
@@ -244,7 +244,7 @@ def _case(config: RunConfig, whole: bool = False) -> Case:
         for number in range(len(trainer.timesteps)):
             bins = torch.full((len(batch.tags),), number)
             trainer.cache.fill(batch.labelled, batch.tags, bins)
-    trainer.train_step(*batch)
+    trainer.train_step(batch)
     if device.type == "cuda":
         memory = (torch.cuda.max_memory_allocated(device) - before) / 2**30
     else:  # Linux counts in KiB, macOS in bytes
@@ -261,7 +261,7 @@ def _parts(case: Case, repeat: int) -> dict[str, float]:
     for _ in range(repeat):
         with clock("data"):
             batch = next(stream)
-        trainer.train_step(*batch)
+        trainer.train_step(batch)
     trainer.clock = untimed
     return {part: seconds / repeat for part, seconds in clock.seconds.items()}
 
@@ -275,7 +275,7 @@ def _memory(case: Case) -> dict[str, float]:
         trainer.clock = part
         with part("data"):
             batch = next(stream)
-        trainer.train_step(*batch)
+        trainer.train_step(batch)
         trainer.clock = untimed
 
     return part_memory(step, trainer.accelerator.device)

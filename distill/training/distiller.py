@@ -46,31 +46,29 @@ class Losses(NamedTuple):
     """(B,) what it chose."""
     floor: Tensor
     """(pairs, B) `FeatureLoss.noise_floor` in steps that measure it, otherwise (0,)."""
+    weights: Tensor | None = None
+    """(B, K) of a mixture of all timesteps, which collect a gradient."""
 
 
 def merge(parts: Sequence[Losses]) -> Losses:
-    """The losses of a step whose images came in equal parts: means, and the rows of all images,
-    those that every reward is known of first."""
+    """The losses of a step whose images came in equal parts: means, and the rows of all images."""
     if len(parts) == 1:
         return parts[0]
-    first = [min(map(len, part.rewards.values()), default=0) for part in parts]
 
-    def rows(values: Sequence[Tensor]) -> Tensor:
-        pairs = list(zip(values, first, strict=True))
-        return torch.cat([x[:n] for x, n in pairs] + [x[n:] for x, n in pairs])
+    def mean(name: str) -> Tensor:
+        return torch.stack([getattr(part, name) for part in parts]).mean(dim=0)
 
-    total, task, feature, reward_head = (
-        torch.stack(values).mean(dim=0) for values in zip(*(p[:4] for p in parts), strict=True)
-    )
     return Losses(
-        total,
-        task,
-        feature,
-        reward_head,
-        {name: rows([part.rewards[name] for part in parts]) for name in parts[0].rewards},
-        rows([part.context for part in parts]),
-        rows([part.bins for part in parts]),
-        rows([part.floor.movedim(-1, 0) for part in parts]).movedim(0, -1),
+        total=mean("total"),
+        task=mean("task"),
+        feature=mean("feature"),
+        reward_head=mean("reward_head"),
+        rewards={
+            name: torch.cat([part.rewards[name] for part in parts]) for name in parts[0].rewards
+        },
+        context=torch.cat([part.context for part in parts]),
+        bins=torch.cat([part.bins for part in parts]),
+        floor=torch.cat([part.floor for part in parts], dim=-1),
     )
 
 
@@ -174,6 +172,7 @@ class Distiller(nn.Module):
             context,
             lesson.choice.bins,
             torch.stack(floor) if floor else images.new_zeros(0),
+            lesson.choice.weights,
         )
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from distill.config import RunConfig
 from distill.errors import UserError
 from distill.registry import resolve
 from distill.tasks import blank_targets
+from distill.training.batch import Batch
 from distill.training.trainer import Trainer
 
 
@@ -43,7 +44,7 @@ def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) ->
         count = config.train.unlabelled_batch // processes if data.unlabelled_indices else 0
         unlabelled = torch.zeros(count, 3, *data.size, device=device) if count else None
         for _ in range(2):
-            trainer.train_step(labelled, targets, unlabelled)
+            trainer.train_step(Batch(labelled, targets, unlabelled))
 
     def trial(batch: int) -> None:
         try:

@@ -60,7 +60,7 @@ def train_arm(
             with trainer.clock("data"):
                 batch = next(stream)
             waited = time.monotonic() - began
-            losses = trainer.train_step(*batch)
+            losses = trainer.train_step(batch)
             images = sum(len(x) for x in (batch.labelled, batch.unlabelled) if x is not None)
             images *= trainer.accelerator.num_processes
             trainer.images += images

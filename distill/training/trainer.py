@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +31,7 @@ from distill.training.feedback import Feedback
 from distill.training.floor import NoiseFloor, distinct
 from distill.training.labels import check_labels, check_task
 from distill.training.late import Late, not_finite
-from distill.training.lesson import Lesson, choose, mixture
+from distill.training.lesson import Choice, Lesson, choose, mixture
 from distill.training.optim import build_optimizer, freeze_backbone, stage_lr_factor
 from distill.training.policies import build_policy
 from students.student import Student
@@ -164,25 +165,21 @@ class Trainer:
             return Phase(teach=False, task_weight=1.0)
         return Phase(teach=True, task_weight=float(train.schedule == "joint"))
 
-    def train_step(
-        self,
-        labelled: Tensor,
-        targets: Tensor,
-        unlabelled: Tensor | None = None,
-        tags: Tensor | None = None,
-        places: Tensor | None = None,
-    ) -> Losses:
+    def train_step(self, batch: Batch) -> Losses:
         """One step of Algorithm 1: choose t, look at the teacher, learn, reward the policy.
 
         That its figures were finite shows a step later on a GPU, but always before a checkpoint.
-        The arguments are those of `Batch`, on the device but for the tags.
+
+        Args:
+            batch: On the device, but for its tags.
         """
         train, phase = self.config.train, self.phase(self.step)
         # For what draws from torch's default generator, such as dropout.
         torch.manual_seed(seeding.derive_seed(self.config.seed, "network", 1 + self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * stage_lr_factor(train, self.step, self.teacher is not None)
-        batch = Batch(labelled, targets, *([unlabelled, tags, places] if phase.teach else []))
+        if not phase.teach:
+            batch = Batch(batch.labelled, batch.targets)
         parts = [
             self._backward(place, part, phase)
             for place, part in enumerate(batch.cut(train.accumulate))
@@ -192,14 +189,7 @@ class Trainer:
             norm = self.accelerator.clip_grad_norm_(
                 self.distiller.parameters(), math.inf if train.clip is None else train.clip
             )
-            self.settle()
-            figures = {"task_loss": losses.task} if phase.task_weight else {}
-            if phase.teach:
-                figures["feature_loss"] = losses.feature
-                figures["reward_head_loss"] = losses.reward_head
-            self._late = Late(self.step, **figures, gradient=norm)
-            if self._late.arrived:
-                self.settle()
+            self._check_finite(losses, norm, phase)
             with self._watched(batch) if phase.teach else nullcontext():
                 self.optimizer.step()
             self.optimizer.zero_grad()
@@ -219,20 +209,12 @@ class Trainer:
         images = batch.images
         if train.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        weights: Tensor | None = None
-
-        def teach(context: Tensor) -> Lesson:
-            nonlocal weights
-            lesson = self._lesson(place, images, batch, context)
-            weights = lesson.choice.weights
-            return lesson
-
+        teach = partial(self._lesson, place, images, batch) if phase.teach else None
         last = place == train.accumulate - 1
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.clock("student"), autocast(self.accelerator.device, train.precision):
-                losses: Losses = self.model(
-                    images, batch.targets, teach if phase.teach else None, phase.task_weight
-                )
+                losses: Losses = self.model(images, batch.targets, teach, phase.task_weight)
+            weights = losses.weights
             if self.feedback and phase.teach and weights is None:
                 # Copied while the device computes gradients
                 self.feedback.add(losses, batch.places, labelled)
@@ -245,38 +227,22 @@ class Trainer:
         return losses
 
     def _lesson(self, place: int, images: Tensor, batch: Batch, context: Tensor) -> Lesson:
-        """Let the policy choose a timestep an image, and the teacher show its features there."""
-        assert self.policy is not None
-        seed, device = self.config.seed, images.device
+        """Let the policy choose a timestep for each image, and the teacher show its features there.
+
+        Args:
+            place: Which part of the step this is.
+            images: (B, 3, H, W), those of the batch in the student's memory format.
+            batch: The part.
+            context: (B, D), what the policy sees.
+        """
         rank = self.accelerator.process_index * self.config.train.accumulate + place
-        with self.clock("policy"), torch.autocast("cpu", enabled=False):  # it computes in float32
-            seen = context.float().cpu()
-            if not bool(seen.isfinite().all()):
-                remedy = self._remedy(self.step)
-                raise not_finite(self.step, "student feature map", remedy, f"{self.arm}: ")
-            draws = seeding.generator(seed, "policy", self.step, rank)
-            with blame(f"{self.arm}: policy, at step {self.step}"):
-                choice = choose(self.policy, self.timesteps, seen, draws, self.progress)
+        choice = self._choose(context, rank)
         # Copied now, while the device is idle; after the teacher the copy would wait for it.
-        chosen = choice.to(device)
-        labels: tuple[Tensor, ...] = ()
-        if self.config.teacher.labels:
-            labels = (F.pad(batch.targets, (0, len(images) - len(batch.targets)), value=-1),)
+        chosen = choice.to(images.device)
 
         def look(stream: Literal["noise", "floor"]) -> Mapping[str, Tensor]:
-            noise = seeding.generator(seed, stream, self.step, rank, device)
-
-            def at(bins: Tensor) -> Mapping[str, Tensor]:
-                assert self.teacher is not None
-                if self.cache is None:
-                    self._count(len(images))
-                    return self.teacher.features(images, self.timesteps[bins], noise, *labels)
-                assert batch.tags is not None
-                before = self.cache.looked
-                maps = self.cache.features(images, batch.tags, bins)
-                self._count(self.cache.looked - before)
-                return maps
-
+            noise = seeding.generator(self.config.seed, stream, self.step, rank, images.device)
+            at = partial(self._features, images, batch, noise)
             return at(choice.bins) if chosen.weights is None else mixture(chosen.weights, at)
 
         with self.clock("teacher"):
@@ -284,9 +250,39 @@ class Trainer:
             again = look("floor") if self._measures_floor() else None
         return Lesson(chosen, maps, again)
 
-    def _count(self, images: int) -> None:
-        """Add to `looked` what the teacher has looked at in this process, and so in each."""
-        self.looked += images * self.accelerator.num_processes
+    def _choose(self, context: Tensor, rank: int) -> Choice:
+        """What the policy chooses, on the CPU, where it computes in float32."""
+        assert self.policy is not None
+        with self.clock("policy"), torch.autocast("cpu", enabled=False):
+            seen = context.float().cpu()
+            if not bool(seen.isfinite().all()):
+                remedy = self._remedy(self.step)
+                raise not_finite(self.step, "student feature map", remedy, f"{self.arm}: ")
+            draws = seeding.generator(self.config.seed, "policy", self.step, rank)
+            with blame(f"{self.arm}: policy, at step {self.step}"):
+                return choose(self.policy, self.timesteps, seen, draws, self.progress)
+
+    def _features(
+        self, images: Tensor, batch: Batch, noise: torch.Generator, bins: Tensor
+    ) -> Mapping[str, Tensor]:
+        """The teacher's maps of the images at the timesteps of (B,) bins, on the CPU."""
+        assert self.teacher is not None
+        if self.cache is not None:
+            assert batch.tags is not None
+            before = self.cache.looked
+            maps: Mapping[str, Tensor] = self.cache.features(images, batch.tags, bins)
+            looked = self.cache.looked - before
+        else:
+            labels: tuple[Tensor, ...] = ()
+            if self.config.teacher.labels:
+                missing = len(images) - len(batch.targets)
+                labels = (F.pad(batch.targets, (0, missing), value=-1),)
+            maps, looked = (
+                self.teacher.features(images, self.timesteps[bins], noise, *labels),
+                len(images),
+            )
+        self.looked += looked * self.accelerator.num_processes  # as many as in this one
+        return maps
 
     def _measures_floor(self) -> bool:
         """Whether this step measures the target-noise floor; without noise there is none."""
@@ -323,6 +319,16 @@ class Trainer:
         """Share that is done of the steps in which the policy acts: those before fine-tuning."""
         train = self.config.train
         return min(1.0, self.step / max(1, train.steps - train.finetune_steps))
+
+    def _check_finite(self, losses: Losses, norm: Tensor, phase: Phase) -> None:
+        """Have the step's figures read before the next one; now, where they are on the CPU."""
+        self.settle()
+        figures = {"task_loss": losses.task} if phase.task_weight else {}
+        if phase.teach:
+            figures |= {"feature_loss": losses.feature, "reward_head_loss": losses.reward_head}
+        self._late = Late(self.step, **figures, gradient=norm)
+        if self._late.arrived:
+            self.settle()
 
     def settle(self) -> None:
         """Read the newest step's `figures`. Raises UserError if one of them is not finite."""
@@ -387,8 +393,8 @@ class Trainer:
                 self.feedback.load_state_dict(state)
             self.floor.load_state_dict(state["floor"])
             self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
-            self.looked = state.get("looked", 0)  # older checkpoints have not counted
-            self.parts.seconds.update(state.get("parts", {}))
+            self.looked = state["looked"]
+            self.parts.seconds.update(state["parts"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"{source} is of another architecture: {one_line(error, 200)}; resume with the "

@@ -98,10 +98,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Interrupter:
     train_step = Trainer.train_step
 
     def at(arm: str, step: int) -> None:
-        def stepping(trainer: Trainer, *batch: Any) -> Any:
+        def stepping(trainer: Trainer, batch: Any) -> Any:
             if (trainer.arm, trainer.step + 1) == (arm, step):
                 os.kill(os.getpid(), signal.SIGINT)
-            return train_step(trainer, *batch)
+            return train_step(trainer, batch)
 
         monkeypatch.setattr(Trainer, "train_step", stepping)
 

@@ -33,7 +33,7 @@ def build(config: RunConfig, arm: Arm = "distilled") -> Trainer:
 def steps(trainer: Trainer, count: int = 1) -> list[Any]:
     """The losses of the next steps."""
     stream = batches(trainer)
-    return [trainer.train_step(*next(stream)) for _ in range(count)]
+    return [trainer.train_step(next(stream)) for _ in range(count)]
 
 
 def tensors(tree: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ from distill.cli import main
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.evaluation.scoring import held_out_examples
+from distill.training.batch import Batch
 from distill.training.loop import batches
 from distill.training.run import score
 from distill.training.trainer import Trainer
@@ -91,7 +92,7 @@ def test_labels_are_shown_in_training_and_never_in_evaluation(
 
     teacher.features = watched
     images, targets, unlabelled, *_ = next(batches(trainer))
-    trainer.train_step(images, targets, unlabelled)
+    trainer.train_step(Batch(images, targets, unlabelled))
     # two looks, as the first step measures the noise floor: the same labels in both
     assert shown == [[*targets.tolist(), -1, -1]] * 2
     shown.clear()
@@ -113,7 +114,7 @@ def test_without_being_asked_for_labels_stay_hidden(load: Load, tones: list[str]
         return features(*arguments)
 
     teacher.features = watched
-    trainer.train_step(*next(batches(trainer)))
+    trainer.train_step(next(batches(trainer)))
     assert set(seen) == {3}  # images, timesteps, generator
 
 

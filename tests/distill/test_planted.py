@@ -92,7 +92,7 @@ def train(
         trainer = Trainer(config, "distilled", build_training_set(config.data), accelerator)
         assert trainer.timesteps[RIGHT] == 130
         for batch in batches(trainer):
-            losses = trainer.train_step(*batch)
+            losses = trainer.train_step(batch)
         assert trainer.policy is not None
         return policy_summary(trainer.policy.probabilities(losses.context))
 

@@ -75,7 +75,7 @@ for name, changes in CASES.items():
     learned, learn = [], trainer.policy.learn
     trainer.policy.learn = lambda *given: learned.append(given) or learn(*given)
     for batch in batches(trainer):
-        trainer.train_step(*batch)
+        trainer.train_step(batch)
     state = trainer.state()
     kept[name] = {"policy": state["policy"], "rewards": state["rewards"], "learned": learned}
     kept[name]["parameters"] = [x.detach() for x in trainer.distiller.parameters()]
@@ -104,10 +104,10 @@ from distill.training.trainer import Trainer
 
 train_step = Trainer.train_step
 
-def stepping(trainer, *batch):
+def stepping(trainer, batch):
     if trainer.accelerator.process_index == 1 and trainer.step == 1:
         os.kill(os.getpid(), signal.SIGINT)
-    return train_step(trainer, *batch)
+    return train_step(trainer, batch)
 
 Trainer.train_step = stepping
 sys.exit(0 if main(sys.argv[1:]) == 130 else 1)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from distill.build import build_accelerator, build_training_set
 from distill.config import RunConfig
 from distill.recipe import load_config, to_tree
+from distill.training.batch import Batch
 from distill.training.loop import batches
 from distill.training.trainer import Trainer
 from rl_policy.reinforce import Reinforce
@@ -242,7 +243,7 @@ def test_steps_are_those_of_the_method_written_out(
     hand, stream = ByHand(trainer, preset, teacher_folder), batches(trainer)
     for step, rate in enumerate((0.1, 0.1, 0.01, 0.001)):  # drops at half and three quarters
         images, labels, *_ = next(stream)
-        losses = trainer.train_step(images, labels)
+        losses = trainer.train_step(Batch(images, labels))
         t = trainer.timesteps[losses.bins]
         entropy_weight = {0: 0.05}.get(step, 0.0)  # from 0.1 to 0 over half of the four steps
         terms = hand.terms(images, labels, t, entropy_weight)
@@ -262,7 +263,7 @@ def test_steps_are_those_of_the_method_written_out(
             expected.data.copy_(weight)
     images, labels, *_ = next(stream)
     logits = hand.backbone(hand.student(images))
-    fine_tuned = trainer.train_step(images, labels)
+    fine_tuned = trainer.train_step(Batch(images, labels))
     assert fine_tuned.task.item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
     assert fine_tuned.feature == 0
     assert fine_tuned.reward_head == 0

@@ -243,10 +243,10 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on(
     train_step, run = Trainer.train_step, recipe.parent / "runs" / "tiny"
     last = checkpoint_path(run, "distilled")
 
-    def fill(trainer: Trainer, *batch: Any) -> Any:
+    def fill(trainer: Trainer, batch: Any) -> Any:
         if trainer.step == 3:
             last.with_name(f".{last.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
-        return train_step(trainer, *batch)
+        return train_step(trainer, batch)
 
     monkeypatch.setattr(Trainer, "train_step", fill)
     line = refuse("train", recipe)

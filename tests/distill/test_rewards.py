@@ -20,6 +20,7 @@ from distill.config import RunConfig
 from distill.errors import UserError
 from distill.registry import TABLES
 from distill.tracking import read_metrics
+from distill.training.batch import Batch
 from distill.training.distiller import Losses
 from distill.training.loop import batches
 from distill.training.losses import task_loss
@@ -70,9 +71,9 @@ def test_looks_of_the_teacher_are_counted(
     trainer = build(load("train.floor_every=0", *words))
     trainer.open_cache()
     batch = next(batches(trainer))
-    trainer.train_step(*batch)
+    trainer.train_step(batch)
     assert trainer.looked == looks
-    trainer.train_step(*batch)
+    trainer.train_step(batch)
     assert trainer.looked == (looks if trainer.cache else 2 * looks)
     resumed = build(load("train.floor_every=0", *words))
     resumed.load_state(trainer.state(), tmp_path)
@@ -84,7 +85,7 @@ def test_label_free_rewards_the_unlabelled_images_too(
 ) -> None:
     trainer = build(load(FREE, "policy.image_baseline=false"))
     given = learning(trainer, monkeypatch)
-    losses = trainer.train_step(*next(batches(trainer)))
+    losses = trainer.train_step(next(batches(trainer)))
     context, bins, rewards, _ = given[0]
     assert torch.equal(context, losses.context)
     assert torch.equal(bins, losses.bins)
@@ -113,7 +114,7 @@ def test_label_free_reads_no_label(load: Load) -> None:
     config = load(FREE, "train.schedule=distill_then_finetune", "train.finetune_steps=2")
     (labelled, targets, *more), rewards = next(batches(build(config))), []
     for labels in (targets, (targets + 1) % 5):
-        losses = build(config).train_step(labelled, labels, *more)
+        losses = build(config).train_step(Batch(labelled, labels, *more))
         rewards.append(losses.rewards["label_free"])
     assert torch.equal(*rewards)
 
@@ -135,7 +136,7 @@ def test_progress_is_what_the_step_did_to_the_loss_of_each_labelled_image(
     batch = next(batches(trainer))
     modes = [module.training for module in distiller.modules()]
     first = [x.clone() for x in distiller.student.parameters()]
-    trainer.train_step(*batch)
+    trainer.train_step(batch)
     (before, old), (after, new) = measured
     assert torch.equal(given[0][2], before - after)
     assert torch.equal(after, measure(batch.labelled, batch.targets))  # without dropout, say
@@ -166,13 +167,13 @@ def test_all_rewards_together_resume_to_the_bit(
     whole, first, resumed = (build(config) for _ in range(3))
     stream = [*batches(whole)]
     for batch in stream:
-        whole.train_step(*batch)
+        whole.train_step(batch)
     for batch in stream[:3]:
-        first.train_step(*batch)
+        first.train_step(batch)
     checkpoint.save(tmp_path / "last.pt", first.state())
     resumed.load_state(checkpoint.load(tmp_path / "last.pt"), tmp_path)
     for batch in stream[3:]:
-        resumed.train_step(*batch)
+        resumed.train_step(batch)
     for part in ("distiller", "optimizer", "policy", "rewards"):
         torch.testing.assert_close(whole.state()[part], resumed.state()[part], rtol=0, atol=0)
     assert whole.state()["rewards"]["scales.1.updates"] == 5
@@ -220,7 +221,7 @@ def test_grid_takes_the_bin_nearest_to_the_best_timestep(
     options = f"policy.options={{table: {tmp_path / 'table.safetensors'}}}"
     trainer = build(load("policy.name=grid", options))
     assert trainer.timesteps.tolist() == [0, 333, 666, 999]
-    losses = trainer.train_step(*next(batches(trainer)))
+    losses = trainer.train_step(next(batches(trainer)))
     assert losses.bins.tolist() == [2] * 8
     assert trainer.teacher is not None
     for probed, told in ((trainer.teacher.fingerprint, False), ("another", True)):
@@ -244,7 +245,7 @@ def test_only_the_reward_heads_loss_moves_the_weights_of_a_mixture(
     for changes in ((), ("train.feature_weight=50",), ("pairs.0.projector=film",)):
         trainer = mixing(load, *changes)
         given = learning(trainer, monkeypatch)
-        trainer.train_step(*next(batches(trainer)))
+        trainer.train_step(next(batches(trainer)))
         found.append(given[0])
         assert trainer.floor.means()  # of the mixture, under another draw of the noise
     (context, weights, gradients, _), heavy, film = found
@@ -270,7 +271,7 @@ def test_gradients_of_a_mixture_are_those_of_each_images_own_loss(
         seen.append((*inputs, {name: x.clone() for name, x in head.state_dict().items()}))
 
     hook, batch = head.register_forward_hook(look), next(batches(trainer))
-    trainer.train_step(*batch)
+    trainer.train_step(batch)
     hook.remove()
     mixed, bins, state = seen[0]
     head.load_state_dict(state)
@@ -300,7 +301,7 @@ def test_a_mixture_comes_from_the_cache_too_and_is_resumed_exactly(
 
     def run(trainer: Trainer) -> list[Losses]:
         trainer.open_cache()
-        return [trainer.train_step(*batch) for batch in batches(trainer)]
+        return [trainer.train_step(batch) for batch in batches(trainer)]
 
     whole, other, resumed = build(config), build(cached), build(config)
     first, second = run(whole), run(other)
@@ -313,9 +314,9 @@ def test_a_mixture_comes_from_the_cache_too_and_is_resumed_exactly(
     stream = [*batches(resumed)]
     again = build(config)
     for batch in stream[:3]:
-        again.train_step(*batch)
+        again.train_step(batch)
     resumed.load_state(again.state(), tmp_path)
     for batch in stream[3:]:
-        resumed.train_step(*batch)
+        resumed.train_step(batch)
     for part in ("distiller", "policy"):
         torch.testing.assert_close(whole.state()[part], resumed.state()[part], rtol=0, atol=0)

@@ -36,7 +36,7 @@ def losses(trainer: Trainer) -> list[tuple[float, ...]]:
     found = []
     stream = batches(trainer)
     for _ in range(trainer.config.train.steps):
-        step = trainer.train_step(*next(stream))
+        step = trainer.train_step(next(stream))
         rewards = step.rewards["teacher_task"]
         scalars = (step.task, step.feature, step.reward_head, *rewards)
         found.append(tuple(x.item() for x in scalars))

@@ -52,12 +52,12 @@ def losses(first: int, total: float, floor: bool) -> Losses:
     )
 
 
-def test_merged_losses_are_means_and_the_rewarded_rows_come_first() -> None:
+def test_merged_losses_are_means_and_the_rows_of_all_parts() -> None:
     merged = merge([losses(0, 1.0, True), losses(2, 3.0, True)])
     assert [x.item() for x in merged[:4]] == [2.0] * 4
     assert merged.rewards["teacher_task"].tolist() == [0, 2]
-    assert merged.rewards["label_free"].tolist() == [0, 20, 10, 30]
-    assert merged.bins.tolist() == [0, 2, 1, 3]
-    assert merged.context.tolist() == [[0], [2], [1], [3]]
-    assert merged.floor.tolist() == [[0, 2, 1, 3], [0, 20, 10, 30]]
+    assert merged.rewards["label_free"].tolist() == [0, 10, 20, 30]
+    assert merged.bins.tolist() == [0, 1, 2, 3]
+    assert merged.context.tolist() == [[0], [1], [2], [3]]
+    assert merged.floor.tolist() == [[0, 1, 2, 3], [0, 10, 20, 30]]
     assert merge([losses(0, 1.0, False), losses(2, 3.0, False)]).floor.shape == (0,)

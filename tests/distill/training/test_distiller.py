@@ -15,6 +15,7 @@ from distill.build import build_accelerator, build_training_set
 from distill.config import Arm, RunConfig
 from distill.deployment.folder import export_student, load_student
 from distill.errors import UserError
+from distill.training.batch import Batch
 from distill.training.loop import batches
 from distill.training.run import make_card
 from distill.training.trainer import Trainer
@@ -32,7 +33,7 @@ def build(config: RunConfig, arm: Arm = "distilled") -> Trainer:
 def steps(trainer: Trainer, count: int = 1) -> list[Any]:
     """The losses of the next steps."""
     stream = batches(trainer)
-    return [trainer.train_step(*next(stream)) for _ in range(count)]
+    return [trainer.train_step(next(stream)) for _ in range(count)]
 
 
 HIDDEN_LABELS = '''
@@ -87,7 +88,8 @@ def test_unlabelled_images_contribute_the_feature_loss_only(load: Load) -> None:
     assert unlabelled is not None
     noise = torch.rand(unlabelled.shape, generator=torch.Generator().manual_seed(0))
     first, second, alone = (
-        build(config).train_step(labelled, targets, more) for more in (unlabelled, noise, None)
+        build(config).train_step(Batch(labelled, targets, more))
+        for more in (unlabelled, noise, None)
     )
     assert first.task == pytest.approx(alone.task.item(), abs=1e-6)
     assert first.task == pytest.approx(second.task.item(), abs=1e-6)
@@ -163,7 +165,7 @@ def test_the_policy_may_see_the_small_image_in_place_of_the_student(load: Load) 
     trainer = build(load("policy.context=image", "policy.name=reinforce"))
     labelled, targets, unlabelled, *_ = next(batches(trainer))
     assert unlabelled is not None
-    losses = trainer.train_step(labelled, targets, unlabelled)
+    losses = trainer.train_step(Batch(labelled, targets, unlabelled))
     images = torch.cat([labelled, unlabelled])
     patches = images.unfold(2, 4, 4).unfold(3, 4, 4).mean(dim=(-2, -1))  # 8x8 of 32 px
     torch.testing.assert_close(losses.context, patches.flatten(1))
@@ -175,7 +177,7 @@ def test_the_policy_may_see_the_whole_image_through_convolutions(load: Load) -> 
     image = ("policy.context=image", "policy.image_size=32")
     trainer = build(load("policy.name=reinforce", options, *image))
     labelled, targets, *_ = next(batches(trainer))
-    losses = trainer.train_step(labelled, targets)
+    losses = trainer.train_step(Batch(labelled, targets))
     torch.testing.assert_close(losses.context, labelled.flatten(1))
     for others in ((), (*image, "policy.progress=true")):
         with pytest.raises(UserError, match=r"^policy\.options\.network=conv reads images alone; "):

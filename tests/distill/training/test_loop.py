@@ -39,7 +39,7 @@ def train(trainer: Trainer, folder: Path) -> None:
 def steps(trainer: Trainer, count: int = 1) -> list[Any]:
     """The losses of the next steps."""
     stream = batches(trainer)
-    return [trainer.train_step(*next(stream)) for _ in range(count)]
+    return [trainer.train_step(next(stream)) for _ in range(count)]
 
 
 def tensors(tree: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -247,9 +247,9 @@ def test_what_was_logged_before_ctrl_c_is_in_tensorboard(load: Load, tmp_path: P
     checkpoint_path(tmp_path, trainer.arm).parent.mkdir(parents=True)
     step = trainer.train_step
 
-    def asked(*batch: Any) -> Any:
+    def asked(batch: Any) -> Any:
         stop.set = trainer.step == 1
-        return step(*batch)
+        return step(batch)
 
     trainer.train_step = asked  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match="stopped at step 2 of 5"):
