@@ -307,7 +307,8 @@ class TrainConfig:
     clip: Positive | None = 1.0
     """Largest gradient norm; none for no clipping."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """Decay of the student's moving average, which is what is scored and exported; 0 for none."""
+    """Decay of the student's moving average, which is what is scored and exported; 0 for none. It
+    begins anew with each stage of `distill_then_finetune`."""
     precision: Literal["bf16", "no"] = Field(default_factory=fast_precision)
     """Autocast of the student. By default bf16 where `teacher.dtype` is bfloat16 by default."""
     channels_last: bool = True

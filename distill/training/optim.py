@@ -33,12 +33,21 @@ def lr_factor(
     return 1.0
 
 
+def stage(train: TrainConfig, step: int, taught: bool) -> tuple[int, int]:
+    """First step and end of the stage that a step belongs to.
+
+    The paper's schedule has two, each with a learning rate and an average of its own; only an arm
+    with a teacher (`taught`) has more than one.
+    """
+    if train.schedule == "joint" or not taught:
+        return 0, train.steps
+    border = train.steps - train.finetune_steps
+    return (0, border) if step < border else (border, train.steps)
+
+
 def stage_lr_factor(train: TrainConfig, step: int, taught: bool) -> float:
-    """`lr_factor` of an arm; with a teacher the two stages of the paper each have a schedule."""
-    first, last = 0, train.steps
-    if train.schedule == "distill_then_finetune" and taught:
-        border = train.steps - train.finetune_steps
-        first, last = (0, border) if step < border else (border, train.steps)
+    """`lr_factor` within the stage."""
+    first, last = stage(train, step, taught)
     return lr_factor(train.lr_schedule, step - first, last - first, train.warmup)
 
 

@@ -32,7 +32,7 @@ from distill.training.floor import NoiseFloor, distinct
 from distill.training.labels import check_labels, check_task
 from distill.training.late import Late, not_finite
 from distill.training.lesson import Choice, Lesson, choose, mixture
-from distill.training.optim import build_optimizer, freeze_backbone, stage_lr_factor
+from distill.training.optim import build_optimizer, freeze_backbone, stage, stage_lr_factor
 from distill.training.policies import build_policy
 from students.student import Student
 from teachers.protocol import Teacher
@@ -193,8 +193,10 @@ class Trainer:
             with self._watched(batch) if phase.teach else nullcontext():
                 self.optimizer.step()
             self.optimizer.zero_grad()
+            # A stage's first step sets the average to the student, whose head has only then begun.
+            first, _ = stage(train, self.step, self.teacher is not None)
             self.step += 1
-            self.average.update(self.student, step=self.step)
+            self.average.update(self.student, step=self.step - first)
         if phase.teach:
             with self.clock("policy"):
                 self._reward_policy()

@@ -144,6 +144,23 @@ def test_distill_then_finetune_has_two_phases(load: Load) -> None:
     assert [build(config, "scratch").phase(step) for step in (0, 4)] == [Phase(False, 1.0)] * 2
 
 
+@pytest.mark.parametrize("schedule", ["joint", "distill_then_finetune"])
+def test_the_average_holds_nothing_of_an_untrained_head(load: Load, schedule: str) -> None:
+    options = ("train.steps=8", "train.finetune_steps=2", "train.ema=0.999")
+    trainer = build(load(f"train.schedule={schedule}", *options))
+    steps(trainer, 7)  # the first of fine-tuning is the last of them
+    averaged, head = trainer.average.module.head, trainer.student.head
+    assert averaged is not None
+    assert head is not None
+    same = [
+        torch.equal(a, b) for a, b in zip(averaged.parameters(), head.parameters(), strict=True)
+    ]
+    assert all(same) == (schedule == "distill_then_finetune")
+    before = [x.clone() for x in averaged.parameters()]
+    steps(trainer)
+    assert not any(map(torch.equal, before, averaged.parameters()))
+
+
 def test_distilling_leaves_the_head_alone_and_finetuning_the_teacher(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
