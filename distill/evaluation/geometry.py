@@ -105,8 +105,7 @@ def depth(subject: Subject, config: RunConfig, accelerator: Accelerator) -> Outc
     predict = partial(measure, probe, device=device, batch=options.batch, workers=workers)
     tried = predict(Resized(benchmark.depths("val"), size, masks=False))
     found = [mean_scores(each, benchmark.name).rmse for each in tried]
-    best = min(range(len(found)), key=found.__getitem__)
-    probe.keep(best)
+    chosen = probe.keep_best("rmse", found)
     tested: Examples = Resized(benchmark.depths(options.split), size, masks=False)
     if options.images is not None:
         tested = Subset(tested, range(min(options.images, len(tested))))  # type: ignore[arg-type]
@@ -114,13 +113,7 @@ def depth(subject: Subject, config: RunConfig, accelerator: Accelerator) -> Outc
     scores = mean_scores(each, benchmark.name)._asdict()
     result = {
         **setting(config, "rmse", size, count, backbone.layers),
-        "details": {
-            "lr": options.lrs[best],
-            "chosen_on": "val",
-            "val": dict(zip(map(str, options.lrs), found, strict=True)),
-            "bins": BINS,
-            "unit": benchmark.depth_unit,
-        },
+        "details": {**chosen, "bins": BINS, "unit": benchmark.depth_unit},
         "images": fingerprint(benchmark.depths(options.split)),
         "figures": scores,
         "scores": scores,

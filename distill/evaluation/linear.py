@@ -8,11 +8,13 @@ side by side on the same features, the best on val is tested once. For masks it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.evaluation.backbones import Backbone
+from distill.evaluation.metrics import worth
 from distill.training.optim import lr_factor
 from students.heads import LinearHead
 
@@ -52,10 +54,17 @@ class LinearProbe(nn.Module):
         pooled = [x.mean((2, 3), keepdim=True) for x in maps]
         return [head(pooled)[:, :, 0, 0] for head in self.heads]
 
-    def keep(self, index: int) -> None:
-        """Drop all heads but one."""
-        self.heads = nn.ModuleList([self.heads[index]])
-        self.rates = (self.rates[index],)
+    def keep_best(self, metric: str, found: Sequence[float]) -> dict[str, Any]:
+        """Drop all heads but that of the best figure on val; the rate, and how it was chosen."""
+        best = max(range(len(found)), key=lambda index: worth(metric, found[index]))
+        chosen = {
+            "lr": self.rates[best],
+            "chosen_on": "val",
+            "val": dict(zip(map(str, self.rates), found, strict=True)),
+        }
+        self.heads = nn.ModuleList([self.heads[best]])
+        self.rates = (self.rates[best],)
+        return chosen
 
 
 def fit(

@@ -35,7 +35,6 @@ from distill.evaluation.backbones import Backbone, Subject, predictor
 from distill.evaluation.counting import count
 from distill.evaluation.inference import Predictor
 from distill.evaluation.linear import LinearProbe, fit
-from distill.evaluation.metrics import worth
 from distill.evaluation.neighbours import NearestNeighbours
 from distill.evaluation.scoring import metric_of
 from distill.evaluation.subjects import open_backbone
@@ -213,14 +212,7 @@ def fit_linear(
         workers=config.data.workers,
     )
     metric = metric_of(benchmark)
-    found = [tally.scores()[metric] for tally in tallies]
-    best = max(range(len(found)), key=lambda index: worth(metric, found[index]))
-    chosen = {
-        "lr": options.lrs[best],
-        "chosen_on": "val",
-        "val": dict(zip(map(str, options.lrs), found, strict=True)),
-    }
-    probe.keep(best)
+    chosen = probe.keep_best(metric, [tally.scores()[metric] for tally in tallies])
     return Fitted(lambda images: probe(images)[0], data.size, list(backbone.layers), chosen)
 
 

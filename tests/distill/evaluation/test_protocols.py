@@ -58,7 +58,8 @@ def test_heads_of_several_rates_learn_side_by_side_as_they_would_alone() -> None
     known = masks != 255
     assert (fast.argmax(1) == masks)[known].float().mean() > 0.95
     assert (slow.argmax(1) == masks)[known].float().mean() < 0.8
-    probe.keep(1)
+    chosen = probe.keep_best("miou", [0.2, 0.9])
+    assert chosen == {"lr": 3e-2, "chosen_on": "val", "val": {"1e-06": 0.2, "0.03": 0.9}}
     with torch.no_grad():
         assert torch.equal(probe(images)[0], fast)
 
