@@ -290,6 +290,12 @@ def choose_labelled(
     return order[:count]
 
 
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` indices of 0..length-1, evenly spread, as neighbours are alike in videos."""
+    count = min(count, length)
+    return [place * length // count for place in range(count)]
+
+
 def fingerprint(examples: Examples) -> str:
     """sha256 over the number of examples and, where they have any, their names; 64 hex digits."""
     names: Sequence[str] = getattr(examples, "names", ())

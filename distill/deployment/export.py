@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from distill import checkpoint
-from distill.benchmarks import Examples
 from distill.build import build_benchmark, build_student, image_size
 from distill.config import RunConfig
-from distill.data import Resized, as_float
+from distill.data import Resized, as_float, spread
 from distill.deployment import hub, parity
 from distill.deployment.folder import (
     CARD,
@@ -296,7 +295,7 @@ def _sample(source: Source, model: Deployed, labelled: bool = False) -> tuple[pa
         noise = torch.rand(2 * BATCH, 3, *_size(model), generator=torch.Generator().manual_seed(0))
         note = f"  on {len(noise)} images of noise, as there are no held-out ones: {error}"
         return parity.Sample(_batches(noise), [], None), note
-    items = _spread(examples, _count(model, source.card))
+    items = [examples[index] for index in spread(len(examples), _count(model, source.card))]
     truths = [torch.as_tensor(target) for _, target in items]
     known = model.what != "backbone" and benchmark.num_classes == source.card.classes
     note = (
@@ -311,18 +310,12 @@ def _calibration(source: Source, model: Deployed) -> list[Tensor]:
     """Batches of the train split, without its labels."""
     benchmark = build_benchmark(source.config.data)
     images = Resized(benchmark.dataset("train"), _size(model), masks=False)
-    items = [as_float(image) for image, _ in _spread(images, COMPARED)]
+    items = [as_float(images[index][0]) for index in spread(len(images), COMPARED)]
     return _batches(torch.stack(items))
 
 
 def _batches(images: Tensor) -> list[Tensor]:
     return list(torch.split(images, BATCH))
-
-
-def _spread(examples: Examples, count: int) -> list[Any]:
-    """So many examples, evenly spread, as neighbours are alike in videos."""
-    count = min(count, len(examples))
-    return [examples[index * len(examples) // count] for index in range(count)]
 
 
 def _count(model: Deployed, card: StudentCard) -> int:

@@ -13,7 +13,7 @@ from distill import checkpoint
 from distill.benchmarks import Examples
 from distill.build import TrainingSet, build_distiller, build_training_set
 from distill.config import RunConfig
-from distill.data import Resized, as_float, in_order
+from distill.data import Resized, as_float, in_order, spread
 from distill.errors import UserError, blame, one_line
 from distill.studies.comparison import FinishedRun
 from distill.tasks import traits
@@ -144,10 +144,9 @@ def _examples(data: TrainingSet) -> tuple[str, Examples]:
         if not indices:
             examples, split = data.benchmark.dataset("train"), "labelled training images"
             indices = data.labelled_indices
-    count = min(IMAGES, len(indices))
-    chosen = [indices[place * len(indices) // count] for place in range(count)]
+    chosen = [indices[place] for place in spread(len(indices), IMAGES)]
     resized = Resized(examples, data.size, masks=data.benchmark.task == "segmentation")
-    return f"{count} {split}", torch.utils.data.Subset(resized, chosen)  # type: ignore[arg-type]
+    return f"{len(chosen)} {split}", torch.utils.data.Subset(resized, chosen)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from distill.benchmarks import Benchmark, Examples
 from distill.build import TrainingSet, build_accelerator, build_training_set
 from distill.config import Arm, RunConfig
 from distill.costs.flops import flops
-from distill.data import as_float, fingerprint
+from distill.data import as_float, fingerprint, spread
 from distill.deployment.folder import StudentCard, export_student
 from distill.errors import Interrupted, UserError
 from distill.evaluation import pictures, scoring
@@ -235,9 +235,8 @@ def _finish_arm(
 
 
 def predict(student: Student, examples: Examples) -> list[Shown]:
-    """Some examples with truth and prediction; evenly spread, as neighbours are alike in videos."""
-    count = min(SHOWN, len(examples))
-    items = [examples[index * len(examples) // count] for index in range(count)]
+    """Some examples with truth and prediction."""
+    items = [examples[index] for index in spread(len(examples), SHOWN)]
     images = [as_float(image) for image, _ in items]
     device = next(student.parameters()).device
     with torch.no_grad():

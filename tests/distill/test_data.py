@@ -18,6 +18,7 @@ from distill.data import (
     fingerprint,
     in_order,
     loader,
+    spread,
 )
 from distill.errors import UserError
 
@@ -252,3 +253,9 @@ def test_fingerprint_tells_names_and_lengths_apart() -> None:
     assert fingerprint(Blocks(2)) == fingerprint(Blocks(2))
     named.names = ["a", "caf\udce9"]  # type: ignore[attr-defined]  # as a Latin-1 name is listed
     assert fingerprint(named) not in prints
+
+
+def test_indices_are_spread_from_the_first_on_and_are_no_more_than_there_are() -> None:
+    assert spread(10, 4) == [0, 2, 5, 7]
+    assert spread(2, 5) == [0, 1]
+    assert spread(0, 5) == []
