@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from distill import seeding
 from distill.augmentation import Augmentation, Item, resize_image, resize_mask
 from distill.benchmarks import Examples
 from distill.errors import UserError
@@ -100,9 +101,7 @@ class Augmented(Dataset[Item]):
 
     def view(self, image: Tensor, target: Tensor | int, seed: int) -> Item:
         """An example as the seed changes it."""
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would reseed CUDA's generators as well.
-            torch.default_generator.manual_seed(seed)
+        with seeding.seeded_torch(seed):
             image, target = self.augment(image, target)
         if isinstance(target, Tensor) and not target.is_floating_point():
             target = target.long()  # classes; depths and landmarks stay what they are

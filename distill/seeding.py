@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import numpy as np
@@ -31,3 +33,12 @@ def generator(
     On a GPU it draws other numbers than on the CPU, and faster.
     """
     return torch.Generator(device).manual_seed(derive_seed(seed, stream, step, rank))
+
+
+@contextmanager
+def seeded_torch(seed: int) -> Iterator[None]:
+    """Seed torch's default CPU generator for the block, then put it back."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would reseed CUDA's generators as well.
+        torch.default_generator.manual_seed(seed)
+        yield

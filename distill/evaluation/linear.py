@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill import seeding
 from distill.evaluation.backbones import Backbone
 from distill.evaluation.metrics import worth
 from distill.training.optim import lr_factor
@@ -40,8 +41,7 @@ class LinearProbe(nn.Module):
         channels = [backbone.channels[layer] for layer in backbone.layers]
         heads = []
         for _ in rates:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
+            with seeding.seeded_torch(seed):
                 heads.append(LinearHead(channels, classes))
         self.heads = nn.ModuleList(heads)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from timm.models import load_state_dict
 
+from distill import seeding
 from distill.build import build_teacher
 from distill.config import RunConfig, StudentConfig
 from distill.deployment.folder import load_backbone, read_card, student_folder
@@ -105,8 +106,7 @@ def open_backbone(
             backbone.maps(torch.zeros(1, 3, *size, device=device))
         _try_scales(backbone, subject, config, size, device)
         return backbone
-    with blame(subject.text), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    with blame(subject.text), seeding.seeded_torch(config.seed):
         student = _network(subject, config.student, size)
     if config.student.init_from is not None:
         load_backbone(student, config.student.init_from)
