@@ -100,8 +100,8 @@ class Student(nn.Module):
             raise ValueError(f"there is no head {head!r}; {_nearest(head, HEADS)}")
         if head_layers and not dense:
             raise ValueError("head_layers are read by a dense head; the task is classification")
-        self.image_size: tuple[int, ...] = tuple(image_size)
-        self.input_size: tuple[int, ...] = tuple(input_size or image_size)
+        self.image_size = (*image_size,)
+        self.input_size = (*(input_size or image_size),)
         # Any: timm's models share these methods, but no typed base class.
         self.backbone: Any = _create_backbone(
             model, 0 if dense else classes, self.input_size, pretrained, kwargs

@@ -288,11 +288,13 @@ def _sample(source: Source, model: Deployed, labelled: bool = False) -> tuple[pa
     benchmark = None
     try:
         benchmark = build_benchmark(source.config.data)
-        examples = held_out_examples(source.config, benchmark, _size(model))
+        examples = held_out_examples(source.config, benchmark, model.image_size)
     except UserError as error:
         if labelled:
             raise
-        noise = torch.rand(2 * BATCH, 3, *_size(model), generator=torch.Generator().manual_seed(0))
+        noise = torch.rand(
+            2 * BATCH, 3, *model.image_size, generator=torch.Generator().manual_seed(0)
+        )
         note = f"  on {len(noise)} images of noise, as there are no held-out ones: {error}"
         return parity.Sample(_batches(noise), [], None), note
     items = [examples[index] for index in spread(len(examples), _count(model, source.card))]
@@ -309,7 +311,7 @@ def _sample(source: Source, model: Deployed, labelled: bool = False) -> tuple[pa
 def _calibration(source: Source, model: Deployed) -> list[Tensor]:
     """Batches of the train split, without its labels."""
     benchmark = build_benchmark(source.config.data)
-    images = Resized(benchmark.dataset("train"), _size(model), masks=False)
+    images = Resized(benchmark.dataset("train"), model.image_size, masks=False)
     items = [as_float(images[index][0]) for index in spread(len(images), COMPARED)]
     return _batches(torch.stack(items))
 
@@ -323,8 +325,3 @@ def _count(model: Deployed, card: StudentCard) -> int:
     height, width = model.image_size
     each = 4 * height * width * card.classes if model.what == "segmenter" else 1
     return max(BATCH, min(COMPARED, LARGEST_OUTPUT // each))
-
-
-def _size(model: Deployed) -> tuple[int, int]:
-    height, width = model.image_size
-    return height, width

@@ -207,7 +207,7 @@ def at_size(student: Student, size: tuple[int, int]) -> Student:
         UserError: Its backbone takes images of one size alone, as a plain ViT does, or its deepest
             map would have no position.
     """
-    if tuple(student.image_size) == size:
+    if student.image_size == size:
         return student
     if get_model_input_config(student.backbone)["fixed_input_size"]:
         height, width = student.image_size
@@ -217,8 +217,8 @@ def at_size(student: Student, size: tuple[int, int]) -> Student:
         )
     view = copy.copy(student)
     pairs = zip(student.input_size, size, student.image_size, strict=True)
-    view.input_size = tuple(round(seen * now / given) for seen, now, given in pairs)
-    view.image_size = size
+    height, width = (round(seen * now / given) for seen, now, given in pairs)
+    view.input_size, view.image_size = (height, width), size
     deepest = max(info["reduction"] for info in student.backbone.feature_info)
     if min(view.input_size) < deepest:
         raise UserError(

@@ -100,9 +100,8 @@ def own(
         return _exported(subject, config, benchmark)
     student, card = load_student(subject.path)
     _check_classes(benchmark, card.class_names, dense=card.dense)
-    size = (student.image_size[0], student.image_size[1])
-    _check_size(config, size)
-    return Fitted(predictor(student.to(accelerator.device)), size, [], {})
+    _check_size(config, student.image_size)
+    return Fitted(predictor(student.to(accelerator.device)), student.image_size, [], {})
 
 
 def _exported(subject: Subject, config: RunConfig, benchmark: Benchmark) -> Fitted:

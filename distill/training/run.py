@@ -145,8 +145,7 @@ def score(
     student.eval()
     for buffer in student.buffers():  # of batch norm every process has its own statistics
         broadcast(buffer)
-    size = (student.image_size[0], student.image_size[1])
-    look = predictor(student)
+    look, size = predictor(student), student.image_size
     return scoring.score(look, size, examples, benchmark, config, accelerator).scores
 
 
