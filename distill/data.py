@@ -139,7 +139,6 @@ class StepSampler(Sampler[list[Draw]]):
         indices: The examples to draw from.
         batch: Images a step and process.
         seed: The run's seed.
-        stream: Streams of one seed (labelled, unlabelled) are independent of each other.
         rank: This process.
         world: Number of processes.
         start_step: First step of the iteration, to resume.
@@ -152,7 +151,6 @@ class StepSampler(Sampler[list[Draw]]):
         batch: int,
         *,
         seed: int,
-        stream: int = 0,
         rank: int = 0,
         world: int = 1,
         start_step: int = 0,
@@ -163,7 +161,7 @@ class StepSampler(Sampler[list[Draw]]):
         if batch < 1:
             raise UserError(f"data: a batch holds at least one image, not {batch}")
         assert 0 <= rank < world
-        self.indices, self.batch_size, self.seed, self.stream = indices, batch, seed, stream
+        self.indices, self.batch_size, self.seed = indices, batch, seed
         self.rank, self.world = rank, world
         self.start_step, self.stop_step = start_step, stop_step
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
@@ -180,7 +178,8 @@ class StepSampler(Sampler[list[Draw]]):
 
     def _draw_epoch(self, epoch: int) -> tuple[list[int], list[int]]:
         """The order of an epoch and the seed of each place in it."""
-        state = np.random.SeedSequence([self.seed, self.stream, epoch]).generate_state(1, np.uint64)
+        # The 0 is there for the orders of older runs.
+        state = np.random.SeedSequence([self.seed, 0, epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
         order = torch.randperm(len(self.indices), generator=generator)
         seeds = torch.randint(2**62, (len(self.indices),), generator=generator)

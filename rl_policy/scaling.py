@@ -9,17 +9,19 @@ from torch import Tensor, nn
 
 from rl_policy.processes import moments, moments_of_all
 
+MOMENTUM = 0.99
+"""Weight of the past, once there is enough of it."""
+
 
 class RunningScale(nn.Module):
     """Standardises with a running mean and variance of what it was shown.
 
-    The mean and variance of all samples so far at first; from 1 / (1 - momentum) updates on an
+    The mean and variance of all samples so far at first; from 1 / (1 - MOMENTUM) updates on an
     exponential average, because rewards and features drift while the networks that make them
     learn. Before the first update it passes its input on.
 
     Args:
         *shape: of one sample; none for a scalar such as the reward.
-        momentum: weight of the past, once there is enough of it.
         shared: the figures are those of all processes, which are each shown some of the samples,
             as many each; otherwise this one's, which may have been shown all.
         floor: added to the variance, for numbers that hardly vary. 0 is for numbers on any scale:
@@ -35,13 +37,12 @@ class RunningScale(nn.Module):
     def __init__(
         self,
         *shape: int,
-        momentum: float = 0.99,
         shared: bool = False,
         floor: float = 1e-8,
         clip: float | None = 10,
     ) -> None:
         super().__init__()
-        self.momentum, self.shared, self.floor, self.clip = momentum, shared, floor, clip
+        self.shared, self.floor, self.clip = shared, floor, clip
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("variance", torch.ones(shape))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -50,7 +51,7 @@ class RunningScale(nn.Module):
     def update(self, samples: Tensor) -> None:
         """Take in N samples at once: (N, *shape) float32."""
         self.updates += 1
-        rate = (1 / self.updates).clamp(min=1 - self.momentum)
+        rate = (1 / self.updates).clamp(min=1 - MOMENTUM)
         mean, variance = moments(samples)
         if self.shared:
             mean, variance = moments_of_all(mean, variance)

@@ -70,7 +70,6 @@ class Student(nn.Module):
         head: The dense head, None in classification.
         layers: The feature maps returned, shallowest first.
         channels: Channels of each feature map returned.
-        reductions: Pixels that the backbone sees for one position of each feature map returned.
 
     Raises:
         LayerError: On an unknown layer.
@@ -114,7 +113,6 @@ class Student(nn.Module):
 
         self.layers = _in_order(layers, available)
         self.channels = {name: channels[name] for name in self.layers}
-        self.reductions = {name: reductions[name] for name in self.layers}
         self.head: nn.Module | None = None
         self.head_layers: tuple[str, ...] = ()
         if dense:

@@ -112,9 +112,8 @@ def loss_by_timestep(
     scheduler: DDPMScheduler,
     images: Iterable[Tensor],
     generator: torch.Generator,
-    bins: int = 10,
 ) -> list[float]:
-    """The loss of `denoising_loss` in equal parts of the schedule, from little noise to much.
+    """The loss of `denoising_loss` in ten equal parts of the schedule, from little noise to much.
 
     Every image is seen once in every part, at a timestep that is drawn in it.
 
@@ -122,10 +121,9 @@ def loss_by_timestep(
         unet: in eval mode.
         images: batches (B, 3, H, W) as there; at least one image.
         generator: as there; equal generators make the losses of two networks comparable.
-        bins: number of parts; fewer where the schedule is shorter.
     """
     total = scheduler.config["num_train_timesteps"]
-    bins = min(bins, total)
+    bins = min(10, total)
     edges = [part * total // bins for part in range(bins + 1)]
     sums, count = [0.0] * bins, 0
     for batch in images:

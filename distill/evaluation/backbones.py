@@ -104,17 +104,13 @@ class Backbone(Protocol):
     """A frozen network with named feature maps; it never gets gradients.
 
     Attributes:
-        name: For tables.
         layers: The maps it gives, shallowest first.
         channels: C of each map.
-        reductions: Pixels of the image's side for one position of each map.
         parameters: Number of weights of the whole network; None where nothing tells.
     """
 
-    name: str
     layers: Sequence[str]
     channels: Mapping[str, int]
-    reductions: Mapping[str, int]
     parameters: int | None
 
     def flops(self, size: tuple[int, int]) -> int | None:
@@ -136,14 +132,12 @@ class NetworkBackbone:
 
     Args:
         student: Gives at least one map.
-        name: For tables.
     """
 
-    def __init__(self, student: Student, name: str) -> None:
-        self.student, self.name = student.eval().requires_grad_(False), name
+    def __init__(self, student: Student) -> None:
+        self.student = student.eval().requires_grad_(False)
         self.layers: Sequence[str] = student.layers
         self.channels: Mapping[str, int] = student.channels
-        self.reductions: Mapping[str, int] = student.reductions
         weights = student.backbone.parameters()
         self.parameters: int | None = sum(weight.numel() for weight in weights)
 
@@ -178,10 +172,8 @@ class TeacherBackbone:
 
     def __init__(self, teacher: Teacher, timestep: int, seed: int = 0) -> None:
         self.teacher, self.timestep, self.seed = teacher, timestep, seed
-        self.name = teacher.name
         self.layers: Sequence[str] = teacher.layers
         self.channels: Mapping[str, int] = teacher.channels
-        self.reductions: Mapping[str, int] = teacher.reductions
         self.parameters: int | None = getattr(teacher, "parameters", None)
 
     def flops(self, size: tuple[int, int]) -> int | None:

@@ -157,14 +157,14 @@ def boundary_iou(counts: Tensor) -> Tensor:
     return right / (truth + predicted - right)
 
 
-def boundaries(first: Tensor, second: Tensor, ratio: float = 0.02) -> Tensor:
+def boundaries(first: Tensor, second: Tensor) -> Tensor:
     """The pixels of all classes' boundaries, of two masks in the passes of one.
 
     first, second: (H, W) integers -> (H, W) uint8: 1 on a boundary of `first`, 2 of `second`, or
     their sum.
     """
     height, width = first.shape
-    reach = max(1, round(ratio * math.hypot(height, width)))
+    reach = max(1, round(0.02 * math.hypot(height, width)))
     on = torch.full_like(first, 3, dtype=torch.uint8)  # beyond the border is another class
     if min(height, width) > 2 * reach:
         # Elsewhere a square holds two classes where four neighbours in it do.

@@ -110,7 +110,7 @@ def open_backbone(
         student = _network(subject, config.student, size)
     if config.student.init_from is not None:
         load_backbone(student, config.student.init_from)
-    backbone = NetworkBackbone(student, config.student.model).to(device)
+    backbone = NetworkBackbone(student).to(device)
     _try_scales(backbone, subject, config, size, device)
     return backbone
 

@@ -137,9 +137,9 @@ def teacher_card(
     )
 
 
-def means(values: Sequence[float], parts: int = 10) -> list[float]:
-    """Means over equal parts, fewer where there are fewer values."""
-    parts = min(parts, len(values))
+def means(values: Sequence[float]) -> list[float]:
+    """Means over ten equal parts, fewer where there are fewer values."""
+    parts = min(10, len(values))
     edges = [part * len(values) // parts for part in range(parts + 1)]
     return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
 

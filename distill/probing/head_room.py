@@ -49,7 +49,7 @@ class HeadRoom(NamedTuple):
     that a better timestep for all is no gain of choosing by image; `chance`: oracle over honest."""
 
 
-def head_room(rewards: Tensor, held_loss: Tensor, contexts: Tensor, seed: int = 0) -> HeadRoom:
+def head_room(rewards: Tensor, held_loss: Tensor, contexts: Tensor) -> HeadRoom:
     """The head-room of one layer.
 
     The oracle takes the noise of a draw for a property of the image, so that it gains even where
@@ -62,7 +62,6 @@ def head_room(rewards: Tensor, held_loss: Tensor, contexts: Tensor, seed: int = 
             out. With one draw, or noise that plays no part, honest and oracle are the same.
         held_loss: (K,), to choose the fixed timestep by: of other images.
         contexts: (N, D), what a policy may see of each image.
-        seed: Of the folds and the bootstrap.
 
     Raises:
         ValueError: no image is left.
@@ -73,7 +72,7 @@ def head_room(rewards: Tensor, held_loss: Tensor, contexts: Tensor, seed: int = 
     if not images:
         raise ValueError("no image has a reward at every timestep")
     fixed = int(held_loss.argmin())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)  # of the folds and the bootstrap
     constant, learnt = _chosen(contexts, rewards.mean(0), fixed, generator)
     others = (rewards.sum(0) - rewards) / (draws - 1) if draws > 1 else rewards
     honest = rewards.gather(2, others.argmax(2, keepdim=True)).mean((0, 2))  # (N,)

@@ -145,13 +145,9 @@ def test_the_processes_together_draw_what_one_process_draws() -> None:
         assert [draw for sampler in shared for draw in sampler.batch(step)] == alone.batch(step)
 
 
-def test_seed_and_stream_each_change_the_order() -> None:
-    orders = [
-        tuple(StepSampler(range(50), 50, seed=seed, stream=stream).batch(0))
-        for seed in (0, 1)
-        for stream in (0, 1)
-    ]
-    assert len(set(orders)) == 4
+def test_the_seed_changes_the_order() -> None:
+    one, other = (StepSampler(range(50), 50, seed=seed).batch(0) for seed in (0, 1))
+    assert one != other
 
 
 def test_iteration_starts_and_stops_at_the_given_steps() -> None:

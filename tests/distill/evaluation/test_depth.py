@@ -26,9 +26,8 @@ from distill.evaluation.linear import fit
 class Seeing:
     """A backbone that sees the depth: four one-hot channels, from the image's red."""
 
-    name, layers, parameters = "seeing", ("depth",), 0
+    layers, parameters = ("depth",), 0
     channels = {"depth": 4}  # noqa: RUF012
-    reductions = {"depth": 1}  # noqa: RUF012
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         layers = (images[:, 0] * 255).round().long() - 1

@@ -25,9 +25,8 @@ from distill.training.losses import task_loss
 class Colours:
     """A backbone of two maps that are the image itself, at two resolutions."""
 
-    name, layers, parameters = "colours", ("coarse", "fine"), 0
+    layers, parameters = ("coarse", "fine"), 0
     channels = {"coarse": 3, "fine": 3}  # noqa: RUF012
-    reductions = {"coarse": 4, "fine": 1}  # noqa: RUF012
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         return {"coarse": torch.nn.functional.avg_pool2d(images, 4), "fine": images}
