@@ -9,8 +9,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from rl_policy.options import WIDEST
-
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=8, le=4096)]
 HeightWidth = Annotated[
@@ -206,7 +204,7 @@ class RewardHeadConfig:
     beyond_bin: bool = True
     """Take off what the choice of the timestep alone tells of the label; otherwise, and always for
     landmarks, the reward is minus the head's loss."""
-    hidden: Annotated[int, Field(ge=1, le=WIDEST)] = 64
+    hidden: Annotated[int, Field(ge=1, le=2**16)] = 64
     """Width of its hidden layers."""
     layers: Annotated[int, Field(ge=1, le=64)] = 2
     """Its linear layers."""

@@ -184,18 +184,26 @@ def test_only_training_loops_and_policies_compute_gradients():
     }
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["list"]])
-def test_help_and_list_load_no_heavy_library(words):
-    heavy = {"torch", "diffusers", "timm", "stable_baselines3", "numpy", "pydantic", "matplotlib"}
-    code = (
-        "import contextlib, sys\n"
-        "from distill.cli import main\n"
-        "with contextlib.suppress(SystemExit):\n"
-        f"    main({words!r})\n"
-        f"print('loaded', sorted({heavy!r} & sys.modules.keys()))"
-    )
+@pytest.mark.parametrize(
+    ("code", "needed"),
+    [
+        *(
+            (f"from distill.cli import main; main({words})", set())
+            for words in (["--help"], ["train", "--help"], ["list"])
+        ),
+        ("import teachers", set()),
+        ("import distill.recipe", {"pydantic", "yaml"}),
+    ],
+)
+def test_what_must_answer_at_once_loads_no_heavy_library(code, needed):
+    heavy = {"accelerate", "diffusers", "gymnasium", "huggingface_hub", "matplotlib", "numpy"}
+    heavy |= {"pydantic", "stable_baselines3", "timm", "torch", "torchvision", "yaml"}
+    told = f"print('loaded', *sorted({heavy!r} & sys.modules.keys()))"
     output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"import atexit, sys; atexit.register(lambda: {told}); {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
-    assert len(output.splitlines()) > 5
-    assert output.splitlines()[-1] == "loaded []"
+    assert output.splitlines()[-1].split() == ["loaded", *sorted(needed)]
+    assert "main" not in code or len(output.splitlines()) > 5
