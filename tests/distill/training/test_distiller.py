@@ -139,9 +139,8 @@ def test_every_pair_adds_its_loss(load: Load) -> None:
         steps(build(load(f"pairs=[{pairs}]", "policy.name=fixed")))[0].feature.item()
         for pairs in (f"{one}, {two}", one, two)
     )
-    assert first != second
     # Not exactly: the projectors are drawn one after the other.
-    assert both == pytest.approx(first + second, rel=0.2)
+    assert both == pytest.approx(first + second, rel=0.05)
 
 
 def test_rewards_are_what_the_head_tells_beyond_the_classes_of_the_bin(load: Load) -> None:
