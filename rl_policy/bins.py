@@ -41,13 +41,13 @@ def timestep_bins(
     highest = last if highest is None else highest
     if not 0 <= lowest <= highest <= last:
         raise ValueError(
-            f"timesteps from {lowest} to {highest} are no range within 0..{last}, "
-            "the teacher's schedule"
+            f"timesteps from {lowest} to {highest} are not a range within the teacher's "
+            f"schedule, 0..{last}"
         )
     available = highest - lowest + 1
     if not 1 <= count <= available:
         raise ValueError(
-            f"{count} timestep bins do not fit: choose 1 to {available}, as many as there are "
+            f"{count} timestep bins do not fit: choose 1 to {available}, the number of "
             f"timesteps from {lowest} to {highest}"
         )
     fractions = torch.arange(count, dtype=torch.float64) / (count - 1) if count > 1 else [0.5]
@@ -56,7 +56,7 @@ def timestep_bins(
         return (lowest + fractions * (available - 1) + 0.5).floor().long()
     if spacing == "log_snr":
         return lowest + _nearest_distinct(curve[lowest : highest + 1], fractions)
-    raise ValueError(f"unknown spacing {spacing!r} of timestep bins; choose from linear, log_snr")
+    raise ValueError(f"unknown spacing {spacing!r}; choose from linear, log_snr")
 
 
 def _nearest_distinct(curve: Tensor, fractions: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def _nearest_distinct(curve: Tensor, fractions: Tensor) -> Tensor:
     if not bool(torch.isfinite(curve).all()) or bool((curve.diff() >= 0).any()):
         raise ValueError(
             "log-SNR spacing needs a log-SNR that is finite and falls with the timestep; narrow "
-            "the range of timesteps or use linear spacing"
+            "the range of timesteps, or use linear spacing"
         )
     targets = curve[0] + fractions * (curve[-1] - curve[0])
     nearest = (targets[:, None] - curve).abs().argmin(dim=1).tolist()

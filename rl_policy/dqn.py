@@ -92,7 +92,7 @@ class DQNPolicy:
         """
         if len(context) != self.batch:
             raise ValueError(
-                f"DQNPolicy was built for {self.batch} rewards a step, got {len(context)}"
+                f"DQNPolicy was built for {self.batch} rewards per step, got {len(context)}"
             )
         self.reward_scale.update(rewards)
         self._add(self.context_scale(context), bins, self.reward_scale(rewards))

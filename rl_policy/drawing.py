@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor
 
-EXPLODED = "its outputs are not finite any more; try a smaller learning_rate"
+EXPLODED = "the policy diverged: its outputs are no longer finite; try a smaller learning_rate"
 
 
 def check_finite(outputs: Tensor) -> None:

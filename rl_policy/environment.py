@@ -163,5 +163,5 @@ def _check_bins(actions: NDArray[Any], count: int, bins: int) -> None:
     whole = np.issubdtype(actions.dtype, np.integer)
     if not whole or actions.shape != (count,) or (actions < 0).any() or (actions >= bins).any():
         raise gymnasium.error.InvalidAction(
-            f"an action is a whole number from 0 to {bins - 1}, {count} at a time, not {actions}"
+            f"expected {count} whole numbers from 0 to {bins - 1} as actions, got {actions}"
         )

@@ -47,13 +47,13 @@ def create(
             told[name] = fact
     for name in (*list(parameters)[:4], *told):
         if name in options:
-            raise OptionError(f"{name} is no option: the policy is told it by the run")
+            raise OptionError(f"{name} is not an option: the run itself sets it")
     facts = context_size, len(timesteps), batch, seed
     try:
         signature.bind(*facts, **told)
     except TypeError as error:
         raise ValueError(
-            f"{policy} cannot be called as policies are, with context_size, bins, batch and seed: "
+            f"{policy} cannot be called with context_size, bins, batch and seed, as policies are: "
             f"{error}"
         ) from error
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -61,7 +61,7 @@ def create(
     try:
         return policy(*facts, **told, **options)
     except TypeError as error:
-        raise ValueError(f"{policy} cannot be built as policies are: {error}") from error
+        raise ValueError(f"{policy} cannot be built as a policy: {error}") from error
 
 
 def _refuse_unknown(policy: Callable[..., Any], options: Iterable[str]) -> None:
@@ -73,9 +73,9 @@ def _refuse_unknown(policy: Callable[..., Any], options: Iterable[str]) -> None:
             continue
         close = difflib.get_close_matches(name, choices, n=1)
         hint = f"did you mean {close[0]!r}?" if close else ""
-        known = f"choose from {', '.join(choices)}" if choices else "it takes none"
+        known = f"choose from {', '.join(choices)}" if choices else "it has none"
         who = getattr(policy, "__name__", policy)
-        raise OptionError(f"{name} is no option of {who}; {hint or known}")
+        raise OptionError(f"{name} is not an option of {who}; {hint or known}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

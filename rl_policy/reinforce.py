@@ -143,7 +143,7 @@ def convolutions(image_size: int | None, width: int) -> list[nn.Module]:
     """
     if image_size is None:
         raise OptionError(
-            "network=conv reads images alone; it needs policy.context=image, policy.progress=false"
+            "network=conv reads only images; set policy.context=image and policy.progress=false"
         )
     layers: list[nn.Module] = [nn.Unflatten(1, (3, image_size, image_size))]
     for channels in (3, width, width):

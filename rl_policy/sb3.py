@@ -61,7 +61,7 @@ class ActorCritic:
         batch = self.model.n_envs
         if len(context) != batch:
             raise ValueError(
-                f"{type(self).__name__} was built for {batch} rewards a step, got {len(context)}"
+                f"{type(self).__name__} was built for {batch} rewards per step, got {len(context)}"
             )
         buffer = self.model.rollout_buffer
         self.reward_scale.update(rewards)
@@ -159,7 +159,7 @@ class A2CPolicy(ActorCritic):
         entropy = entropy_weight, entropy_end, entropy_until
         _check_common(learning_rate, hidden, *entropy)
         if batch < 2:  # advantages are normalised
-            raise ValueError(f"A2CPolicy needs 2 rewarded images a step or more, got {batch}")
+            raise ValueError(f"A2CPolicy needs at least 2 rewarded images per step, got {batch}")
         with seeded_torch(seed):
             model = A2C(
                 "MlpPolicy",

@@ -64,8 +64,8 @@ class Grid(Fixed):
     ) -> None:
         if not isinstance(table, str):
             raise OptionError(
-                "table must name the recorded rewards of a probe: FOLDER/table.safetensors, as "
-                "`distill probe` writes it"
+                "table must be the recorded rewards of a probe: the FOLDER/table.safetensors that "
+                "`distill probe` writes"
             )
         try:
             recorded = ReplayTable.read(table)

@@ -35,15 +35,15 @@ class ReplayTable:
         if not matrices or contexts[0] != rewards[0]:
             raise ValueError(
                 f"a replay table needs contexts (N, D) and rewards (N, K) of the same N images, "
-                f"got {contexts} and {rewards}"
+                f"got shapes {contexts} and {rewards}"
             )
         if self.timesteps is not None and self.timesteps.shape != rewards[1:]:
             raise ValueError(
-                f"a replay table needs a timestep for each of its {rewards[1]} bins, got an array "
-                f"of {self.timesteps.shape}"
+                f"a replay table needs one timestep per bin, shape ({rewards[1]},), got "
+                f"{self.timesteps.shape}"
             )
         if self.timesteps is not None and not (np.diff(self.timesteps, prepend=-1) > 0).all():
-            raise ValueError("the timesteps of a replay table must rise, from 0 or more")
+            raise ValueError("the timesteps of a replay table must be increasing, from 0 or more")
         for name in ("contexts", "rewards"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"the {name} of a replay table must be finite")
@@ -57,17 +57,20 @@ class ReplayTable:
             OSError: it is missing, or a folder.
         """
         if os.path.isdir(path):
-            raise IsADirectoryError(f"{path} is a folder: name the table.safetensors of a probe")
+            raise IsADirectoryError(f"{path} is a folder; name a probe's table.safetensors")
         try:
             arrays = load_file(path)
         except (SafetensorError, TypeError) as error:  # numpy has no bfloat16
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
         if missing := [name for name in COLUMNS if name not in arrays]:
             raise ValueError(
-                f"{path} has no {' and no '.join(missing)}; a replay table has {', '.join(COLUMNS)}"
+                f"{path} has no {' and no '.join(missing)}; a replay table needs "
+                f"{', '.join(COLUMNS)}"
             )
         if wrong := [name for name in COLUMNS if arrays[name].dtype.kind not in "fiu"]:
-            raise ValueError(f"{path}: {wrong[0]} are {arrays[wrong[0]].dtype}, not real numbers")
+            raise ValueError(
+                f"{path}: {wrong[0]} must be real numbers, got {arrays[wrong[0]].dtype}"
+            )
         if (arrays["timesteps"] != np.floor(arrays["timesteps"])).any():  # NaN too
             raise ValueError(f"{path}: the timesteps of a replay table must be whole numbers")
         try:

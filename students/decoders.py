@@ -31,7 +31,7 @@ class DecoderHead(nn.Module):
     def __init__(self, name: Name, channels: Sequence[int], classes: int) -> None:
         super().__init__()
         if len(channels) not in (3, 4):
-            raise ValueError(f"head {name!r} reads three or four maps, not {len(channels)}")
+            raise ValueError(f"head {name!r} needs three or four maps, got {len(channels)}")
         try:
             from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
             from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDecoder

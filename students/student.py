@@ -96,9 +96,9 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         if head not in HEADS:
-            raise ValueError(f"there is no head {head!r}; {_nearest(head, HEADS)}")
+            raise ValueError(f"unknown head {head!r}; {_nearest(head, HEADS)}")
         if head_layers and not dense:
-            raise ValueError("head_layers are read by a dense head; the task is classification")
+            raise ValueError("head_layers is for dense heads; the task is classification")
         self.image_size = (*image_size,)
         self.input_size = (*(input_size or image_size),)
         # Any: timm's models share these methods, but no typed base class.
@@ -148,8 +148,8 @@ class Student(nn.Module):
         """
         if images.shape[-2:] != self.image_size:
             raise ValueError(
-                f"images of {_text(tuple(images.shape[-2:]))} px given to a student built for "
-                f"{_text(self.image_size)} px; build it with that image_size"
+                f"the images are {_text(tuple(images.shape[-2:]))} px, but the student was built "
+                f"for {_text(self.image_size)} px; build it with that image_size"
             )
         taken = self.layers if labelled == 0 else self._taken
         classify = self.head is None and labelled != 0
@@ -208,16 +208,16 @@ def _create_backbone(
         )
         backbone = timm.create_model(pretrained=pretrained, **arguments)
     except (TypeError, AssertionError, ArithmeticError) as error:  # what timm's networks raise
-        reason = str(error) or "timm refuses it"
-        raise ValueError(f"{model!r} does not take {dict(kwargs)}: {reason}") from error
+        reason = str(error) or "timm rejects it"
+        raise ValueError(f"{model!r} does not accept {dict(kwargs)}: {reason}") from error
     except (OSError, RuntimeError, KeyError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise OSError(
-            f"the model or weights of {model!r} cannot be read: {reason}; "
-            "give 'local-dir:FOLDER', or go without pretrained weights"
+            f"cannot read the model or weights of {model!r}: {reason}; give "
+            "'local-dir:FOLDER', or do without pretrained weights"
         ) from error
     if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "feature_info"):
-        raise ValueError(f"timm gives no feature maps of {model!r}; choose another model")
+        raise ValueError(f"timm has no feature maps for {model!r}; choose another model")
     return backbone
 
 
@@ -249,8 +249,8 @@ def _check_size(size: tuple[int, ...], reductions: list[int], backbone: Any, mod
         fitting = tuple(max(side, deepest) for side in size)
     if size != fitting:
         raise ValueError(
-            f"{model!r} cannot take images of {_text(size)} px: each side must be {rule}; "
-            f"{_text(fitting)} would do, as input_size or image_size"
+            f"{model!r} does not accept images of {_text(size)} px: each side must be {rule}; "
+            f"try {_text(fitting)} as input_size or image_size"
         )
 
 

@@ -82,8 +82,8 @@ def check_image_size(size: tuple[int, int], multiple: int) -> None:
     if any(side < multiple or side % multiple for side in size):
         fit = [max(multiple, round(side / multiple) * multiple) for side in size]
         raise ValueError(
-            f"an image of {size[0]}x{size[1]} does not fit this teacher, which reduces "
-            f"by {multiple}; {fit[0]}x{fit[1]} would do"
+            f"image size {size[0]}x{size[1]} does not suit this teacher: both sides must be "
+            f"divisible by {multiple}; try {fit[0]}x{fit[1]}"
         )
 
 
@@ -150,13 +150,13 @@ def find_layer(name: str, layers: Sequence[TracedLayer]) -> TracedLayer:
     if not calls[0].is_map and len(calls[0].shape) == 4:
         raise LayerError(
             name,
-            f"layer {name!r} gives {calls[0].shape[0]} rows for one image, such as its windows; "
-            "name a block around it",
+            f"layer {name!r} returns {calls[0].shape[0]} rows for one image (its windows, for "
+            "example); name the block that contains it",
         )
     if name not in maps:
         raise LayerError(
             name,
-            f"layer {name!r} gives {len(calls[0].shape)} dimensions, not a (B, C, H, W) feature "
+            f"layer {name!r} returns {len(calls[0].shape)} dimensions, not a (B, C, H, W) feature "
             "map",
         )
     return calls[0]

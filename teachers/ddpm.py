@@ -38,10 +38,10 @@ def build_unet(
     levels = len(block_out_channels)
     if not levels or any(channels < 8 or channels % 8 for channels in block_out_channels):
         raise ValueError(
-            f"block_out_channels {list(block_out_channels)} must be multiples of 8, one or more"
+            f"block_out_channels must be one or more multiples of 8, got {list(block_out_channels)}"
         )
     if layers_per_block < 1:
-        raise ValueError(f"layers_per_block {layers_per_block} must be at least 1")
+        raise ValueError(f"layers_per_block must be at least 1, got {layers_per_block}")
     for level in attention_levels:
         if not 0 <= level < levels:
             raise ValueError(f"attention level {level} is outside 0..{levels - 1}")
@@ -72,8 +72,8 @@ def load_pipeline(path: str, image_size: tuple[int, int]) -> tuple[UNet2DModel, 
     family = PixelUNet(path)
     if (channels := family.configs["unet"]["out_channels"]) != 3:
         raise ValueError(
-            f"{path}: its UNet predicts {channels} channels; to be trained further it must be 3 "
-            "(no learned variance)"
+            f"{path}: its UNet predicts {channels} channels; only one that predicts 3 (no learned "
+            "variance) can be trained further"
         )
     anatomy.check_image_size(image_size, family.multiple)
     unet = family.load(None)["network"].float()
@@ -85,7 +85,7 @@ def load_pipeline(path: str, image_size: tuple[int, int]) -> tuple[UNet2DModel, 
     if not torch.equal(
         family.noise_schedule.signal, NoiseSchedule.from_scheduler(scheduler).signal
     ):
-        raise ValueError(f"{path}: its noise schedule is none of a DDPMScheduler")
+        raise ValueError(f"{path}: its scheduler is not compatible with DDPMScheduler")
     return unet.train(), scheduler  # from_pretrained leaves it in eval mode
 
 
@@ -157,7 +157,7 @@ def _prediction(
         target = x
     else:
         raise ValueError(
-            f"prediction_type {prediction_type!r} is unknown; "
+            f"unknown prediction_type {prediction_type!r}; "
             "choose from epsilon, v_prediction, sample"
         )
     prediction = unet(scheduler.add_noise(x, noise, timesteps), timesteps).sample

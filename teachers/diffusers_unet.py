@@ -49,28 +49,28 @@ class PixelUNet:
         where = self.folder / "config.json"
         if latent := _autoencoder(self.folder):
             raise ValueError(
-                f"{latent}: its UNet works on the latents of an autoencoder, not on pixels; "
-                "a teacher of this kind must see the image"
+                f"{latent}: its UNet works on the latents of an autoencoder; this teacher needs a "
+                "UNet that works on pixels"
             )
         config = loading.read_config(self.folder, UNet2DModel)
         if config["in_channels"] != 3:
             raise ValueError(
-                f"{where}: the UNet takes {config['in_channels']} channels; "
-                "a teacher must take 3 (RGB)"
+                f"{where}: the UNet has {config['in_channels']} input channels; "
+                "a teacher needs 3 (RGB)"
             )
         if config["class_embed_type"] is not None or config["num_class_embeds"] is not None:
-            raise ValueError(f"{where}: the UNet is conditioned on classes; a teacher must not be")
+            raise ValueError(f"{where}: the UNet is class-conditional; it must be unconditional")
         if config["time_embedding_type"] == "fourier":
             raise ValueError(
                 f"{where}: time_embedding_type fourier takes the logarithm of the timestep, which "
-                "0 has not; a teacher's must be positional or learned"
+                "is undefined for t=0; it must be positional or learned"
             )
         scheduler = _scheduler_folder(self.folder)
         self.noise_schedule = loading.load_schedule(scheduler)
         known = config["num_train_timesteps"] or 0
         if config["time_embedding_type"] == "learned" and known < len(self.noise_schedule):
             raise ValueError(
-                f"{where}: the UNet has learnt embeddings of {known} timesteps, and the scheduler "
+                f"{where}: the UNet has learned embeddings of {known} timesteps, but the scheduler "
                 f"has {len(self.noise_schedule)}"
             )
         self.config = config
@@ -82,7 +82,9 @@ class PixelUNet:
         self.coarsest = self.multiple
         side = config["sample_size"]
         if isinstance(side, list | tuple) and len(side) != 2:
-            raise ValueError(f"{where}: sample_size is {side}; it is a side, or height and width")
+            raise ValueError(
+                f"{where}: sample_size must be a side, or height and width, got {side}"
+            )
         self.image_size = side and anatomy.height_width(side)
         self.classes = 0
 
@@ -124,6 +126,6 @@ def _scheduler_folder(unet: Path) -> Path:
         if (folder / "scheduler_config.json").is_file():
             return folder
     raise FileNotFoundError(
-        f"no scheduler_config.json in {unet} or beside it, and a noise schedule cannot be guessed; "
-        f"save the one that the UNet was trained with: scheduler.save_pretrained({str(unet)!r})"
+        f"no scheduler_config.json in {unet} or beside it; save the scheduler that the UNet was "
+        f"trained with: scheduler.save_pretrained({str(unet)!r})"
     )

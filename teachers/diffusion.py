@@ -148,13 +148,11 @@ class DiffusionTeacher:
         compile: bool = False,
     ) -> None:
         if input not in get_args(Input):
-            raise ValueError(
-                f"input {input!r} is unknown; choose from {', '.join(get_args(Input))}"
-            )
+            raise ValueError(f"unknown input {input!r}; choose from {', '.join(get_args(Input))}")
         if draws < 1:
-            raise ValueError(f"draws {draws}: the mean is over one draw of the noise or more")
+            raise ValueError(f"draws must be at least 1, got {draws}")
         if len(set(layers)) < len(layers):
-            raise ValueError(f"layers {list(layers)} must name none twice")
+            raise ValueError(f"layers {list(layers)} names a layer twice")
         self.family, self.layers, self.input = family, tuple(layers), input
         self.draws = draws if input == "average" and family.noise_schedule.has_noise else 1
         self.noise_schedule = family.noise_schedule
@@ -279,11 +277,11 @@ class DiffusionTeacher:
 
     def _check(self, images: Tensor, timesteps: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images of shape {tuple(images.shape)} are not (B, 3, H, W) RGB")
+            raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
         if timesteps.shape != images.shape[:1]:
             raise ValueError(
-                f"timesteps of shape {tuple(timesteps.shape)} do not match {len(images)} images; "
-                "one per image is needed"
+                f"timesteps must have shape ({len(images)},), one per image, got "
+                f"{tuple(timesteps.shape)}"
             )
         self.noise_schedule.check(timesteps)
         if self.image_size is None:
@@ -325,7 +323,7 @@ class DiffusionTeacher:
                 raise
             except Exception as error:  # a config may be wrong in any way at all
                 raise ValueError(
-                    f"{family.name}: its configs do not fit together, or no image of "
+                    f"{family.name}: its configs do not fit together, or do not allow images of "
                     f"{size[0]}x{size[1]} ({type(error).__name__}: "
                     f"{textwrap.shorten(str(error), 200)})"
                 ) from error

@@ -62,8 +62,8 @@ class DiT:
         if self.vae_config["latent_channels"] != self.config["in_channels"]:
             raise ValueError(
                 f"{self.root}: the VAE's latents have {self.vae_config['latent_channels']} "
-                f"channels, and the transformer takes {self.config['in_channels']}; "
-                "they must be of the same pipeline"
+                f"channels, but the transformer needs {self.config['in_channels']}; "
+                "both must be from the same pipeline"
             )
         self.noise_schedule = loading.load_schedule(self.root / "scheduler")
         self.configs: Mapping[str, Any] = {

@@ -70,7 +70,7 @@ def ensemble(
         ValueError, OSError: a wrong `members` or layer, and what a member's factory raises.
     """
     if path:
-        raise ValueError(f"path {path!r}: an ensemble has none (''); each of its members has one")
+        raise ValueError(f"path must be '' for an ensemble (each member has its own), got {path!r}")
     if not isinstance(members, Mapping) or not members:
         raise ValueError(f"members must map names to {{name: ..., path: ...}}, not {members!r}")
     layers = {layer: _parts(layer, members) for layer in view["layers"]}
@@ -82,7 +82,7 @@ def ensemble(
     for name, member in members.items():
         with _blame(f"member {name!r}"):
             if not asked[name]:
-                raise ValueError("no layer is asked of it; leave it out")
+                raise ValueError("none of its layers is used; leave it out")
             try:
                 built[name] = _build(member, factory_of, {**view, "layers": list(asked[name])})
             except LayerError as error:
@@ -197,7 +197,7 @@ def _parts(layer: str, members: Mapping[str, Any]) -> tuple[Part, ...]:
             choices = ", ".join(f"{name}/LAYER" for name in members)
             raise LayerError(layer, f"no layer {layer!r}; choose from {choices}")
     if len(set(parts)) < len(parts):
-        raise LayerError(layer, f"layer {layer!r} joins a layer with itself")
+        raise LayerError(layer, f"layer {layer!r} names the same layer twice")
     return parts
 
 
@@ -210,10 +210,10 @@ def _build(
     given = set(member) if isinstance(member, Mapping) else set()
     needed, more = ("name", "path"), (*OWN, "options")
     if not set(needed) <= given <= {*needed, *more}:
-        raise ValueError(f"{member!r} must hold name and path, and may hold {', '.join(more)}")
+        raise ValueError(f"{member!r} needs name and path, and may have {', '.join(more)}")
     options, factory = member.get("options", {}), factory_of(member["name"])
     if twice := sorted(view.keys() & options):
-        raise ValueError(f"option {twice[0]!r} is not one of a member's own")
+        raise ValueError(f"option {twice[0]!r} cannot be set per member")
     view |= {key: value for key, value in member.items() if key in OWN}
     try:
         return factory(member["path"], **view, **options)

@@ -64,14 +64,14 @@ class FlowTransformer:
         made = self.vae_config["latent_channels"] * (PATCH**2 if self.is_flux else 1)
         if given != made:
             raise ValueError(
-                f"{root / 'transformer' / 'config.json'}: the transformer takes {given} channels "
-                f"and the autoencoder gives {made}; a teacher's must see the latents alone"
+                f"{root / 'transformer' / 'config.json'}: the transformer has {given} input "
+                f"channels, but the autoencoder has {made}; a teacher must see only the latents"
             )
         self.noise_schedule = loading.load_schedule(root / "scheduler")
         if self.noise_schedule.prediction_type != "flow":
             raise ValueError(
-                f"{root / 'scheduler' / 'scheduler_config.json'} is not flow matching; here it "
-                "must be a FlowMatchEulerDiscreteScheduler"
+                f"{root / 'scheduler' / 'scheduler_config.json'} is not a flow-matching scheduler; "
+                "it must be a FlowMatchEulerDiscreteScheduler"
             )
         self.configs: Mapping[str, Any] = {
             "transformer": self.config,
@@ -118,14 +118,14 @@ class FlowTransformer:
         if most and max(grid) > most:
             height, width, side = (self.multiple * count for count in (*grid, most))
             raise ValueError(
-                f"an image of {height}x{width} is larger than the {side}x{side} that this teacher "
+                f"image size {height}x{width} is larger than the {side}x{side} that this teacher "
                 "has positions for"
             )
         if math.prod(grid) == self.text_length:
             height, width = (self.multiple * count for count in grid)
             raise ValueError(
-                f"an image of {height}x{width} has {self.text_length} patches, as many as the text "
-                "has tokens, so that this teacher's maps could be of either; choose another size"
+                f"image size {height}x{width} gives {self.text_length} patches, as many as the "
+                "text has tokens, so the two cannot be told apart; choose another size"
             )
         text = {
             "encoder_hidden_states": x.new_zeros(
@@ -172,5 +172,5 @@ def _architecture(index: Path) -> Any:
         if given == ["diffusers", name]:
             return architecture
     raise ValueError(
-        f"{index}: transformer is {given!r}; here it must be a {' or a '.join(known)} of diffusers"
+        f"{index}: transformer is {given!r}; it must be diffusers' {' or '.join(known)}"
     )

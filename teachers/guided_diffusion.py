@@ -142,9 +142,9 @@ def noise_schedule(schedule: Schedule, timesteps: int) -> NoiseSchedule:
         ValueError: an unknown name, or a linear schedule too short to be stretched.
     """
     if schedule not in get_args(Schedule):
-        raise ValueError(f"schedule {schedule!r} is unknown; choose from linear, cosine")
+        raise ValueError(f"unknown schedule {schedule!r}; choose from linear, cosine")
     if timesteps < 20:
-        raise ValueError(f"timesteps {timesteps} is too few; these schedules have 20 or more")
+        raise ValueError(f"timesteps must be at least 20 for these schedules, got {timesteps}")
     stretch = 1000 / timesteps
     scheduler = DDPMScheduler(
         num_train_timesteps=timesteps,
@@ -164,7 +164,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}; give the state dict of a guided-diffusion model"
+            f"no such file: {path}; give the state dict of a guided-diffusion model"
         )
     try:
         if path.suffix == ".safetensors":
@@ -173,12 +173,12 @@ def read(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way at all
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
-        raise ValueError(f"{path} is damaged, or holds more than tensors ({reason})") from error
+        raise ValueError(f"{path} is damaged or contains more than tensors ({reason})") from error
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(x, Tensor) and x.layout == torch.strided
         for name, x in state.items()
     ):
-        raise ValueError(f"{path} is no state dict; save the weights alone: model.state_dict()")
+        raise ValueError(f"{path} is not a state dict; save only the weights: model.state_dict()")
     tensors = dict(state)
     consume_prefix_in_state_dict_if_present(tensors, "module.")  # of DistributedDataParallel
     return tensors
@@ -191,22 +191,22 @@ def infer(shapes: Shapes) -> Architecture:
         ValueError: it is a conditional one, or none of guided diffusion.
     """
     if "label_emb.weight" in shapes:
-        raise ValueError("the network is conditioned on classes (label_emb); a teacher must not be")
+        raise ValueError("the network is class-conditional (label_emb); it must be unconditional")
     ups = r"output_blocks\.(\d+)\.(?:\d\.conv|[12]\.in_layers\.0)\.weight"
     levels = 1 + len(_indices(ups, shapes))
     outputs = len(_indices(r"output_blocks\.(\d+)\.", shapes))
     res_blocks = outputs // levels - 1
     if res_blocks < 1:
         raise ValueError(
-            f"{levels} levels with {outputs} output_blocks are no UNet of guided diffusion "
-            "(a classifier has none)"
+            f"{levels} levels with {outputs} output_blocks do not make a guided-diffusion UNet "
+            "(a classifier has no output_blocks)"
         )
     taken = _shape("input_blocks.0.0.weight", shapes)[1]
     out_channels = _shape("out.2.weight", shapes)[0]
     if taken != 3 or out_channels not in (3, 6):
         raise ValueError(
-            f"the network turns {taken} channels into {out_channels}; a teacher takes 3 (RGB) and "
-            "predicts 3, or 6 with the variance"
+            f"the network turns {taken} channels into {out_channels}; a teacher needs 3 inputs "
+            "(RGB) and 3 outputs, or 6 with the variance"
         )
     first = [f"input_blocks.{1 + level * (res_blocks + 1)}" for level in range(levels)]
     widths = tuple(_shape(f"{name}.0.out_layers.3.weight", shapes)[0] for name in first)
@@ -232,7 +232,7 @@ def check_shapes(shapes: Shapes, network: nn.Module) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"no UNet of guided diffusion: {len(wrong)} tensors differ ({'; '.join(wrong[:3])})"
+            f"not a guided-diffusion UNet: {len(wrong)} tensors differ ({'; '.join(wrong[:3])})"
         )
 
 
@@ -240,7 +240,7 @@ def _shape(name: str, shapes: Shapes) -> tuple[int, ...]:
     """Of a weight, in two dimensions or more."""
     shape = shapes.get(name, ())
     if len(shape) < 2:
-        raise ValueError(f"no UNet of guided diffusion: there is no weight {name}")
+        raise ValueError(f"not a guided-diffusion UNet: it has no weight {name}")
     return shape
 
 

@@ -61,7 +61,7 @@ class GuidedUNet(nn.Module):
         super().__init__()
         self.architecture = a = architecture
         if any(width % GROUPS for width in a.level_channels):
-            raise ValueError(f"channels {a.level_channels} must be multiples of {GROUPS}")
+            raise ValueError(f"channels must be multiples of {GROUPS}, got {a.level_channels}")
         self.time_embed = nn.Sequential(
             nn.Linear(a.channels, 4 * a.channels),
             nn.SiLU(),
@@ -206,8 +206,8 @@ class Attention(nn.Module):
         if divisor < 1 or channels % divisor:
             what = f"head_channels {size}" if heads is None else f"heads {heads}"
             raise ValueError(
-                f"{what} does not divide the {channels} channels of an attention layer; "
-                "give what the model was trained with, which its weights do not tell"
+                f"{what} does not divide the {channels} channels of an attention layer; give the "
+                "value that the model was trained with (it cannot be read from the weights)"
             )
         self.heads = channels // size if heads is None else heads
         self.new_order = architecture.new_attention_order

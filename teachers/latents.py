@@ -23,18 +23,18 @@ def read_config(pipeline: Path) -> dict[str, Any]:
     where = pipeline / "vae" / "config.json"
     if config["in_channels"] != 3:
         raise ValueError(
-            f"{where}: the autoencoder takes {config['in_channels']} channels; a teacher's must "
-            "take 3 (RGB)"
+            f"{where}: the autoencoder has {config['in_channels']} input channels; a teacher needs "
+            "3 (RGB)"
         )
     if not isinstance(config["scaling_factor"], int | float):
         raise ValueError(
-            f"{where}: scaling_factor is {config['scaling_factor']!r}; it must be a number"
+            f"{where}: scaling_factor must be a number, got {config['scaling_factor']!r}"
         )
     for key in ("latents_mean", "latents_std"):
         if config[key] and len(config[key]) != config["latent_channels"]:
             raise ValueError(
-                f"{where}: {key} has {len(config[key])} numbers for {config['latent_channels']} "
-                "channels of the latents"
+                f"{where}: {key} has {len(config[key])} numbers, but the latents have "
+                f"{config['latent_channels']} channels"
             )
     return config
 

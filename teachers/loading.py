@@ -57,7 +57,7 @@ def pipeline_folder(
         folder = download(path, revision, components)
     elif revision is not None:
         raise ValueError(
-            f"revision {revision!r} is for a hub id, and {path!r} is a folder here; leave it out"
+            f"revision {revision!r} is for hub ids, but {path!r} is a local folder; leave it out"
         )
     return folder.resolve()
 
@@ -94,7 +94,7 @@ def download(hub_id: str, revision: str | None, components: Sequence[str] = ("",
     except (OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise OSError(
-            f"{hub_id!r}{at} is neither a folder here nor to be had from the hub "
+            f"{hub_id!r}{at} is not a local folder, and could not be fetched from the hub "
             f"({type(error).__name__}); check the name and the connection, or give {LOCAL_FOLDER}"
         ) from error
     return folder
@@ -103,13 +103,13 @@ def download(hub_id: str, revision: str | None, components: Sequence[str] = ("",
 def read_json(path: Path) -> dict[str, Any]:
     """Raises FileNotFoundError without the file, ValueError where it is not a JSON object."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; give {LOCAL_FOLDER}")
+        raise FileNotFoundError(f"no such file: {path}; give {LOCAL_FOLDER}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
+        raise ValueError(f"{path} does not contain a JSON object")
     return content
 
 
@@ -136,7 +136,7 @@ def read_config(
     name = architecture.__name__
     if content.get("_class_name") not in (name, *former_names):
         raise ValueError(
-            f"{path} describes a {content.get('_class_name')}; here it must be a {name}"
+            f"{path} describes a {content.get('_class_name')}; it must describe a {name}"
         )
     try:
         with quiet(), torch.device("meta"):
@@ -167,7 +167,7 @@ def load_schedule(folder: Path) -> NoiseSchedule:
     rescaled = "rescale_betas_zero_snr"
     if config.get(rescaled) and rescaled not in signature(scheduler_class.__init__).parameters:
         raise ValueError(
-            f"{path}: {rescaled} is true, and {kind} does not know it; give the config of the "
+            f"{path}: {rescaled} is true, but {kind} does not support it; give the config of the "
             "scheduler that the model was trained with, such as DDIMScheduler"
         )
     try:
@@ -196,7 +196,7 @@ def find_weights(folder: Path, safetensors: str, pickled: str) -> tuple[Path, st
             path = folder / (f"{stem}.{variant}.{ending}" if variant else whole)
             if path.is_file():
                 return path, variant
-    raise FileNotFoundError(f"no weights in {folder}: it should hold {safetensors}")
+    raise FileNotFoundError(f"no weights in {folder}: expected {safetensors}")
 
 
 def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
@@ -220,14 +220,14 @@ def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
             )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{weights} is truncated, or does not fit config.json beside it; copy both again "
+            f"{weights} is truncated or does not match config.json beside it; copy both again "
             f"({textwrap.shorten(str(error), 200)})"
         ) from error
     for what in ("missing", "unexpected"):
         if keys := report[f"{what}_keys"]:
             names = ", ".join(sorted(keys)[:3])
             raise ValueError(
-                f"{weights} does not fit config.json beside it: {len(keys)} {what} weights, "
+                f"{weights} does not match config.json beside it: {len(keys)} {what} weights, "
                 f"such as {names}"
             )
     check_finite(model, weights)
@@ -266,7 +266,7 @@ def check_finite(model: nn.Module, source: Path) -> None:
     """Raises ValueError that names the file and the first weight that is not finite."""
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
-            raise ValueError(f"{source}: {name} holds values that are not finite")
+            raise ValueError(f"{source}: {name} has values that are not finite")
 
 
 def randomly(build: Callable[[], Built], seed: int) -> Built:

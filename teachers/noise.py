@@ -105,22 +105,22 @@ class NoiseSchedule:
         if alphas_cumprod is None:
             raise ValueError(
                 f"scheduler {name} has no alphas_cumprod; a teacher needs a variance-preserving "
-                "schedule such as DDPMScheduler's, or flow matching"
+                "schedule (such as DDPMScheduler's) or flow matching"
             )
         if scheduler.config.get("use_flow_sigmas"):
             raise ValueError(
-                f"scheduler {name} samples flow matching (use_flow_sigmas); give the one that the "
-                "model was trained with, such as FlowMatchEulerDiscreteScheduler"
+                f"scheduler {name} only samples flow matching (use_flow_sigmas); give the one that "
+                "the model was trained with, such as FlowMatchEulerDiscreteScheduler"
             )
         if scheduler.config.get("timestep_type") == "continuous":
             raise ValueError(
-                f"scheduler {name} tells the network the logarithm of the noise (timestep_type "
-                "continuous); a teacher's tells it the timestep"
+                f"scheduler {name} gives the network the logarithm of the noise (timestep_type "
+                "continuous); a teacher needs one that gives it the timestep"
             )
         prediction_type = scheduler.config.get("prediction_type")
         if prediction_type not in DENOISING:
             raise ValueError(
-                f"scheduler {name} has prediction_type {prediction_type!r}; a teacher's is one of "
+                f"scheduler {name} has prediction_type {prediction_type!r}; it must be one of "
                 f"{', '.join(DENOISING)}"
             )
         return cls.variance_preserving(alphas_cumprod, prediction_type)
@@ -141,11 +141,11 @@ class NoiseSchedule:
             ValueError: not an integer dtype, or a value outside 0..T-1.
         """
         if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
-            raise ValueError(f"timesteps are {timesteps.dtype}; they must be integers (int64)")
+            raise ValueError(f"timesteps must be integers (int64), got {timesteps.dtype}")
         outside = timesteps[(timesteps < 0) | (timesteps >= len(self))]
         if outside.numel():
             raise ValueError(
-                f"timestep {int(outside[0])} is outside 0..{len(self) - 1} of this noise schedule"
+                f"timestep {int(outside[0])} is outside this noise schedule, 0..{len(self) - 1}"
             )
 
     def snr(self, timesteps: Tensor) -> Tensor:

@@ -66,13 +66,13 @@ class TextUNet:
     ) -> None:
         if class_prompts is not None and (isinstance(class_prompts, str) or not class_prompts):
             raise ValueError(
-                f"class_prompts {class_prompts!r} must be a list with a prompt for every class; "
+                f"class_prompts must be a list with one prompt per class, got {class_prompts!r}; "
                 "leave it out to give all images the same prompt"
             )
         self.prompts = (prompt, *(class_prompts or ()))
         for given in self.prompts:
             if not isinstance(given, str):
-                raise ValueError(f"prompt {given!r} is not text; put it in quotation marks")
+                raise ValueError(f"prompt must be text, got {given!r}; put it in quotation marks")
         components = ("unet", "vae", "text_encoder", "text_encoder_2")
         self.root = loading.pipeline_folder(path, revision, components)
         self.name = Path(path).name
@@ -105,13 +105,14 @@ class TextUNet:
         given, made = self.config["in_channels"], self.vae_config["latent_channels"]
         if given != made:
             raise ValueError(
-                f"{where}: the UNet takes {given} channels and the autoencoder gives {made}; "
-                "a teacher's must see the latents alone (no mask, no second image)"
+                f"{where}: the UNet has {given} input channels, but the autoencoder has {made}; "
+                "a teacher must see only the latents (no mask, no second image)"
             )
         width = self.config["cross_attention_dim"]
         if not isinstance(width, int):
             raise ValueError(
-                f"{where}: cross_attention_dim is {width!r}; that of Stable Diffusion is one number"
+                f"{where}: cross_attention_dim must be one number, as in Stable Diffusion, "
+                f"got {width!r}"
             )
         wrong = [key for key in UNCONDITIONED if self.config[key] is not None]
         if self.config["addition_embed_type"] not in (None, "text_time"):
@@ -139,8 +140,8 @@ class TextUNet:
         ):
             if given.shape[-1] != width:
                 raise ValueError(
-                    f"{self.root}: {encoder} gives {given.shape[-1]} channels and unet/config.json "
-                    f"takes {width}; they belong to two pipelines"
+                    f"{self.root}: {encoder} gives {given.shape[-1]} channels, but "
+                    f"unet/config.json expects {width}; they are from different pipelines"
                 )
 
     def build(self) -> nn.ModuleDict:

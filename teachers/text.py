@@ -59,8 +59,7 @@ def prompt_length(pipeline: Path, encoders: int) -> int:
             _check_merges(folder)
         else:
             raise FileNotFoundError(
-                f"no vocabulary in {folder}: it should hold vocab.json and merges.txt, or "
-                "tokenizer.json"
+                f"no vocabulary in {folder}: expected vocab.json and merges.txt, or tokenizer.json"
             )
     lengths = []
     for suffix in ("", "_2")[:encoders]:
@@ -70,7 +69,7 @@ def prompt_length(pipeline: Path, encoders: int) -> int:
         ):
             length = loading.read_json(pipeline / file).get(key, 77)
             if not isinstance(length, int | float) or length < 1:
-                raise ValueError(f"{pipeline / file}: {key} must be a number, not {length!r}")
+                raise ValueError(f"{pipeline / file}: {key} must be a number, got {length!r}")
             lengths.append(length)
     return int(min(lengths))  # a tokenizer that knows no limit says so by an absurd one
 
@@ -92,7 +91,7 @@ def embed(pipeline: Path, prompts: Sequence[str], encoders: int) -> Prompts:
         import transformers
     except ImportError as error:
         raise ValueError(
-            f"transformers, which reads the prompts of {pipeline}, is not installed; "
+            f"transformers is not installed; {pipeline} needs it to read prompts: "
             "pip install 'diffusion-distill[text]'"
         ) from error
     length = prompt_length(pipeline, encoders)
@@ -125,13 +124,13 @@ def _token_ids(folder: Path, prompts: Sequence[str], length: int) -> Tensor:
         ids = [torch.tensor(row, dtype=torch.int64) for row in padded.input_ids]
     except Exception as error:  # its files may be wrong in any way at all
         raise ValueError(
-            f"{folder} does not hold a CLIPTokenizer ({textwrap.shorten(str(error), 200)})"
+            f"{folder} does not contain a CLIPTokenizer ({textwrap.shorten(str(error), 200)})"
         ) from error
     for prompt, row in zip(prompts, ids, strict=True):
         if len(row) > length:
             raise ValueError(
-                f"prompt {textwrap.shorten(prompt, 60)!r} has {len(row)} tokens, its marks "
-                f"included; the text encoder reads {length}"
+                f"prompt {textwrap.shorten(prompt, 60)!r} has {len(row)} tokens, start and end "
+                f"included; the text encoder reads at most {length}"
             )
     return torch.stack(ids)
 
@@ -153,7 +152,7 @@ def _check_merges(folder: Path) -> None:
     ]
     if lost:
         raise ValueError(
-            f"{path} does not lead to {len(lost)} tokens of vocab.json beside it, such as "
+            f"{path} cannot produce {len(lost)} tokens of vocab.json beside it, such as "
             f"{lost[0]!r}; copy both again"
         )
 
@@ -174,12 +173,12 @@ def _load_encoder(folder: Path, kind: Any) -> Any:
             )
     except Exception as error:  # its files may be wrong in any way at all
         raise ValueError(
-            f"{folder} does not hold a {kind.__name__} with its weights "
+            f"{folder} does not contain a {kind.__name__} with its weights "
             f"({textwrap.shorten(str(error), 200)})"
         ) from error
     if missing := report["missing_keys"]:
         raise ValueError(
-            f"{folder}: the weights do not fit config.json beside them: {len(missing)} missing, "
+            f"{folder}: the weights do not match config.json beside them: {len(missing)} missing, "
             f"such as {min(missing)}"
         )
     loading.check_finite(encoder, folder)

@@ -94,10 +94,10 @@ class TimmModel:
         except (TypeError, AssertionError, RuntimeError) as error:
             if "dynamic_img_size" in str(error):
                 raise ValueError(
-                    f"{path!r} takes images of one size alone, so image_size must be given; "
+                    f"{path!r} works at a fixed image size, so image_size must be given; "
                     f"its own is {config['input_size'][-1]}"
                 ) from error
-            wrong = f"does not take {dict(kwargs)}" if kwargs else "cannot be built as configured"
+            wrong = f"does not accept {dict(kwargs)}" if kwargs else "cannot be built as configured"
             raise ValueError(f"{path!r} {wrong}: {error}") from error
         if getattr(network, "in_chans", 3) != 3 or not getattr(network, "feature_info", None):
             raise ValueError(f"{path!r} does not turn RGB images into feature maps; choose another")
@@ -170,9 +170,9 @@ def _check_input(path: str, config: Mapping[str, Any]) -> None:
             or not all(isinstance(x, int | float) and least < x < math.inf for x in numbers)
         ):
             wanted = "three numbers" + (" above 0" if least == 0 else "")
-            raise ValueError(f"the config of {path!r}: {key} must be {wanted}, not {numbers!r}")
+            raise ValueError(f"the config of {path!r}: {key} must be {wanted}, got {numbers!r}")
 
 
 def _unreadable(what: str, path: str, error: Exception) -> OSError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return OSError(f"the {what} of {path!r} cannot be had: {reason}; give {LOCAL_FOLDER}")
+    return OSError(f"cannot read the {what} of {path!r}: {reason}; give {LOCAL_FOLDER}")

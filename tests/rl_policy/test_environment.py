@@ -60,14 +60,16 @@ def test_environment_passes_the_check_of_stable_baselines3(table: ReplayTable) -
 def test_an_action_that_is_no_bin_is_refused(table: ReplayTable, action: float) -> None:
     environment = TimestepEnv(table)
     environment.reset(seed=0)
-    with pytest.raises(gymnasium.error.InvalidAction, match="whole number from 0 to 4, 1 at"):
+    with pytest.raises(gymnasium.error.InvalidAction, match="expected 1 whole numbers from 0 to 4"):
         environment.step(np.asarray(action))  # type: ignore[arg-type]
 
 
 def test_a_batch_of_environments_wants_an_action_each(table: ReplayTable) -> None:
     environments = gymnasium.make_vec(ENVIRONMENT_ID, num_envs=4, source=table)
     environments.reset(seed=0)
-    with pytest.raises(gymnasium.error.InvalidAction, match="from 0 to 4, 4 at a time, not"):
+    with pytest.raises(
+        gymnasium.error.InvalidAction, match="expected 4 whole numbers from 0 to 4 as actions, got"
+    ):
         environments.step(np.array([0]))
 
 

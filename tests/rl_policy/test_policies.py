@@ -171,7 +171,7 @@ def test_policy_leaves_the_global_random_states_alone(build: Build) -> None:
 @pytest.mark.parametrize("policy", POLICIES.values())
 def test_unknown_option_is_refused_with_the_choices(policy: Any) -> None:
     policy = getattr(policy, "func", policy)
-    with pytest.raises(OptionError, match=f"temperature is no option of {policy.__name__}; "):
+    with pytest.raises(OptionError, match=f"temperature is not an option of {policy.__name__}; "):
         create(policy, CONTEXT, TIMESTEPS, BATCH, 0, {"temperature": 2})
 
 
@@ -221,12 +221,12 @@ def test_grid_without_a_usable_table_is_refused_in_one_line(tmp_path: Path) -> N
             create(Grid, CONTEXT, TIMESTEPS, BATCH, 0, options)
         return str(raised.value)
 
-    assert "table must name the recorded rewards of a probe: " in refused()
+    assert "table must be the recorded rewards of a probe: " in refused()
     assert "No such file" in refused(table=str(tmp_path / "none"))
     (tmp_path / "foreign").write_text("{}")
-    assert "is damaged or no safetensors file" in refused(table=str(tmp_path / "foreign"))
-    assert "timesteps is no option" in refused(timesteps=[1])
-    assert refused(tabel="x") == "tabel is no option of Grid; did you mean 'table'?"
+    assert "is damaged or not a safetensors file" in refused(table=str(tmp_path / "foreign"))
+    assert "timesteps is not an option" in refused(timesteps=[1])
+    assert refused(tabel="x") == "tabel is not an option of Grid; did you mean 'table'?"
 
 
 def test_soft_mix_goes_against_the_gradient_of_its_weights() -> None:
@@ -308,15 +308,18 @@ def test_reinforce_convolves_images_of_any_size(size: int) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"network": "conv"}, r"network=conv reads images alone; it needs policy\.context=image"),
+        ({"network": "conv"}, r"network=conv reads only images; set policy\.context=image"),
         ({"network": "cnn"}, "network must be one of mlp, conv, got 'cnn'"),
         ({"optimizer": "adamw"}, "optimizer must be one of adam, sgd, got 'adamw'"),
         ({"rate_drops": 0.5}, "rate_drops must be a list of shares of training, got 0.5"),
         ({"rate_drops": [0.5, 100]}, "rate_drops must be a number above 0 and at most 1, got 100"),
         ({"weight_decay": -1}, "weight_decay must be a number at least 0, got -1"),
-        ({"image_size": 8}, "image_size is no option: the policy is told it by the run"),
-        ({"bins": 8}, "bins is no option: the policy is told it by the run"),
-        ({"image_siz": 8}, "image_siz is no option of Reinforce; choose from network, hidden, "),
+        ({"image_size": 8}, "image_size is not an option: the run itself sets it"),
+        ({"bins": 8}, "bins is not an option: the run itself sets it"),
+        (
+            {"image_siz": 8},
+            "image_siz is not an option of Reinforce; choose from network, hidden, ",
+        ),
     ],
 )
 def test_reinforce_refuses_in_one_line(options: dict[str, Any], line: str) -> None:
@@ -344,12 +347,12 @@ def test_ppo_trains_only_when_its_rollout_is_full() -> None:
 @pytest.mark.parametrize("name", ["a2c", "ppo", "dqn"])
 def test_policy_of_sb3_refuses_another_number_of_rewards(name: str) -> None:
     policy = POLICIES[name](CONTEXT, BINS, BATCH, 0)
-    with pytest.raises(ValueError, match="built for 4 rewards a step, got 3"):
+    with pytest.raises(ValueError, match="built for 4 rewards per step, got 3"):
         policy.learn(torch.zeros(3, CONTEXT), torch.zeros(3).long(), torch.zeros(3), 0.0)
 
 
 def test_a2c_refuses_a_single_reward_a_step() -> None:
-    with pytest.raises(ValueError, match="2 rewarded images a step or more, got 1"):
+    with pytest.raises(ValueError, match="at least 2 rewarded images per step, got 1"):
         A2CPolicy(CONTEXT, BINS, 1, 0)
 
 

@@ -39,13 +39,16 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"contexts": None}, "has no contexts; a replay table has rewards, timesteps, contexts"),
-        ({"timesteps": np.arange(4)}, "a timestep for each of its 3 bins"),
+        ({"contexts": None}, "has no contexts; a replay table needs rewards, timesteps, contexts"),
+        ({"timesteps": np.arange(4)}, r"one timestep per bin, shape \(3,\), got"),
         ({"rewards": np.full((2, 3), np.nan, np.float32)}, "the rewards .* must be finite"),
         ({"rewards": np.zeros((3, 3), np.float32)}, "same N images"),
-        ({"rewards": np.zeros((2, 3), np.complex64)}, "rewards are complex64, not real numbers"),
-        ({"timesteps": np.array([2, 1, 0])}, "must rise, from 0 or more"),
-        ({"timesteps": np.array([-1, 1, 2])}, "must rise, from 0 or more"),
+        (
+            {"rewards": np.zeros((2, 3), np.complex64)},
+            "rewards must be real numbers, got complex64",
+        ),
+        ({"timesteps": np.array([2, 1, 0])}, "must be increasing, from 0 or more"),
+        ({"timesteps": np.array([-1, 1, 2])}, "must be increasing, from 0 or more"),
         ({"timesteps": np.array([0, 0.5, 1])}, "must be whole numbers"),
         ({"timesteps": np.array([0, 1, np.nan])}, "must be whole numbers"),
     ],
@@ -61,11 +64,13 @@ def test_a_file_that_is_no_table_is_named(
 def test_a_damaged_or_missing_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "table.safetensors"
     path.write_bytes(write(path).read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"table\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(
+        ValueError, match=r"table\.safetensors is damaged or not a safetensors file"
+    ):
         ReplayTable.read(path)
     with pytest.raises(OSError, match=r"none\.safetensors"):
         ReplayTable.read(tmp_path / "none.safetensors")
-    with pytest.raises(OSError, match=f"{tmp_path} is a folder: name the table.safetensors"):
+    with pytest.raises(OSError, match=f"{tmp_path} is a folder; name a probe's table.safetensors"):
         ReplayTable.read(tmp_path)
 
 

@@ -76,5 +76,5 @@ def test_without_the_library_the_line_says_what_to_install(monkeypatch: pytest.M
 
 
 def test_too_few_maps_are_refused() -> None:
-    with pytest.raises(ValueError, match="three or four maps, not 1"):
+    with pytest.raises(ValueError, match="three or four maps, got 1"):
         student("test_resnet", "segformer", head_layers=["layer4"])

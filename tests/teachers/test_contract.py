@@ -223,7 +223,7 @@ def test_timestep_outside_and_wrong_shapes_are_refused(case: Any, path: str) -> 
     end = len(teacher.noise_schedule)
     with pytest.raises(ValueError, match=rf"timestep {end} is outside 0\.\.{end - 1}"):
         teacher.features(images, torch.full((4,), end))
-    with pytest.raises(ValueError, match=r"not \(B, 3, H, W\) RGB"):
+    with pytest.raises(ValueError, match=r"must have shape \(B, 3, H, W\)"):
         teacher.features(images[:, :1], timesteps)
     with pytest.raises(ValueError, match=r"do not match 4 images"):
         teacher.features(images, timesteps[:3])

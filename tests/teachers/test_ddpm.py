@@ -73,7 +73,7 @@ def test_loss_equals_its_formula(images, prediction_type):
 
 def test_unknown_prediction_type_is_refused(images):
     scheduler = DDPMScheduler(prediction_type="score")
-    with pytest.raises(ValueError, match="'score' is unknown; choose from epsilon"):
+    with pytest.raises(ValueError, match="'score'; choose from epsilon"):
         ddpm.denoising_loss(tiny_unet(), scheduler, images, seeded())
 
 

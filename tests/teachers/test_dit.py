@@ -148,8 +148,8 @@ def test_the_class_name_that_the_published_models_bear_is_taken(folder, copy):
             {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"},
             "does not describe a DiTTransformer2DModel: .*ada_norm_single",
         ),
-        ("transformer", {"in_channels": 8}, "latents have 4 channels, and the transformer takes 8"),
-        ("vae", {"in_channels": 1}, r"must take 3 \(RGB\)"),
+        ("transformer", {"in_channels": 8}, "latents have 4 channels, but the transformer needs 8"),
+        ("vae", {"in_channels": 1}, r"needs 3 \(RGB\)"),
     ],
 )
 def test_models_that_do_not_fit_are_named(copy, component, changes, pattern):
@@ -160,7 +160,7 @@ def test_models_that_do_not_fit_are_named(copy, component, changes, pattern):
 
 
 def test_size_that_vae_and_patches_do_not_divide_names_one_that_they_do(folder):
-    with pytest.raises(ValueError, match=r"18x16 does not fit .* reduces by 4; 16x16 would do"):
+    with pytest.raises(ValueError, match=r"18x16 does not suit .* divisible by 4; try 16x16"):
         dit(str(folder), layers=LAYERS, image_size=(18, 16))
 
 

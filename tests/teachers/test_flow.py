@@ -172,7 +172,7 @@ def test_other_pipelines_are_refused(copied: Any, tmp_path: Path) -> None:
     fails(folder, ValueError, pattern)
     for wrong in (None, 7, "SD3Transformer2DModel"):
         pipelines.edit(index, transformer=wrong)
-        pattern = rf"model_index\.json: transformer is {wrong!r}; here it must be"
+        pattern = rf"model_index\.json: transformer is {wrong!r}; it must be diffusers' "
         fails(folder, ValueError, pattern)
     index.unlink()
     fails(folder, FileNotFoundError, r"there is no .*/model_index\.json; give a local folder")
@@ -181,13 +181,19 @@ def test_other_pipelines_are_refused(copied: Any, tmp_path: Path) -> None:
 def test_flux_that_sees_more_than_the_latents_is_refused(copied: Any) -> None:
     folder = copied("dev")
     pipelines.edit(folder / "transformer" / "config.json", in_channels=32)
-    fails(folder, ValueError, r"takes 32 channels and the autoencoder gives 16; .* latents alone")
+    fails(
+        folder,
+        ValueError,
+        r"has 32 input channels, but the autoencoder has 16; .* only the latents",
+    )
 
 
 def test_scheduler_that_is_no_flow_is_refused(copied: Any) -> None:
     folder = copied("sd3")
     pipelines.ddim("epsilon").save_pretrained(folder / "scheduler")
-    fails(folder, ValueError, r"scheduler_config\.json is not flow matching; here it must be a")
+    fails(
+        folder, ValueError, r"scheduler_config\.json is not a flow-matching scheduler; it must be a"
+    )
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "scheduler"])
@@ -200,7 +206,9 @@ def test_missing_component_is_named(copied: Any, part: str) -> None:
 def test_unknown_layer_and_image_that_does_not_fit_are_refused(paths: dict[str, str]) -> None:
     path = paths["sd3"]
     fails(path, ValueError, r"mean 'transformer_blocks\.1'\?", layers=("transformer_block.1",))
-    fails(path, ValueError, r"18x16 does not fit .* reduces by 4; 16x16", image_size=(18, 16))
+    fails(
+        path, ValueError, r"18x16 does not suit .* divisible by 4; try 16x16", image_size=(18, 16)
+    )
     # 16 by 32 patches: which tokens are the image's could not be told from their number
     fails(paths["dev"], ValueError, r"64x128 has 512 patches, as many as", image_size=(64, 128))
     fails(path, ValueError, r"68x68 is larger than the 64x64 that this teacher", image_size=68)

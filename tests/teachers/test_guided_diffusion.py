@@ -212,7 +212,7 @@ def test_images_of_any_even_size_will_do(state, tmp_path):
     x = torch.rand((1, 3, 10, 24), generator=torch.Generator().manual_seed(2))
     shapes = [x.shape[1:] for x in teacher.features(x, TIMESTEPS[:1]).values()]
     assert shapes == [(32, 5, 12), (64, 5, 12), (64, 10, 24), (32, 10, 24)]
-    with pytest.raises(ValueError, match="11x24 does not fit this teacher, which reduces by 2"):
+    with pytest.raises(ValueError, match=r"11x24 does not suit this teacher: both .* by 2; try"):
         teacher.layer_table((11, 24))
 
 
@@ -262,8 +262,8 @@ def test_a_rescaled_index_is_told_in_thousandths_of_the_schedule(state, tmp_path
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        ({"schedule": "sigmoid"}, "schedule 'sigmoid' is unknown; choose from linear, cosine"),
-        ({"timesteps": 4}, "timesteps 4 is too few"),
+        ({"schedule": "sigmoid"}, "unknown schedule 'sigmoid'; choose from linear, cosine"),
+        ({"timesteps": 4}, "timesteps must be at least 20 .*, got 4"),
         ({"head_channels": 48}, r"model\.pt: head_channels 48 does not divide the 64 channels"),
         ({"head_channels": 0}, "head_channels 0 does not divide the 64 channels"),
         ({"heads": 3}, "heads 3 does not divide the 64 channels"),
@@ -280,23 +280,27 @@ def test_conditional_and_foreign_networks_are_refused(state, guided, tmp_path):
             teacher_of(state, tmp_path)
         assert "\n" not in str(caught.value)
 
-    refused("conditioned on classes", state | {"label_emb.weight": torch.zeros(1000, 128)})
+    refused("class-conditional", state | {"label_emb.weight": torch.zeros(1000, 128)})
     encoder = {name: x for name, x in state.items() if not name.startswith("output_blocks")}
-    refused("1 levels with 0 output_blocks .*classifier has none", encoder)
+    refused("1 levels with 0 output_blocks .*classifier has no output_blocks", encoder)
     refused("1 levels with 0 output_blocks", {"conv_in.weight": torch.zeros(8, 3, 3, 3)})
     refused(
-        "turns 6 channels into 6; a teacher takes 3",
+        "turns 6 channels into 6; a teacher needs 3",
         state | {"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)},
     )
-    refused(r"channels \(16, 32\) must be multiples", guided.state(guided.shapes((16, 32))))
-    refused("is no state dict; save the weights alone", {"step": 3, "model": state})
+    refused(
+        r"channels must be multiples of 32, got \(16, 32\)", guided.state(guided.shapes((16, 32)))
+    )
+    refused("is not a state dict; save only the weights", {"step": 3, "model": state})
 
 
 def test_tensors_that_differ_are_named_with_both_shapes(state, tmp_path):
     del state["middle_block.1.norm.bias"]
     state["out.0.bias"] = torch.zeros(31)
     state["stranger"] = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"model\.pt: no UNet .*: 3 tensors differ") as caught:
+    with pytest.raises(
+        ValueError, match=r"model\.pt: not a guided-diffusion UNet: 3 tensors differ"
+    ) as caught:
         teacher_of(state, tmp_path)
     message = str(caught.value)
     assert "middle_block.1.norm.bias is missing, not (64,)" in message
@@ -306,7 +310,7 @@ def test_tensors_that_differ_are_named_with_both_shapes(state, tmp_path):
 
 def test_weights_that_are_not_finite_are_named(state, tmp_path):
     state["out.0.bias"][3] = torch.nan
-    with pytest.raises(ValueError, match=r"model\.pt: out\.0\.bias holds values that are not fin"):
+    with pytest.raises(ValueError, match=r"model\.pt: out\.0\.bias has values that are not fin"):
         teacher_of(state, tmp_path)
 
 
@@ -321,10 +325,10 @@ def test_damaged_missing_and_dangerous_files_are_refused(state, tmp_path):
         assert "\n" not in str(caught.value)
 
     path = save({"weight": Touch()}, tmp_path)
-    refused(ValueError, "is damaged, or holds more than tensors", path)
+    refused(ValueError, "is damaged or contains more than tensors", path)
     assert not (tmp_path / "ran").exists()
     for wrong in ({3: torch.zeros(1)}, {"weight": torch.zeros(2, 2).to_sparse()}):
-        refused(ValueError, "is no state dict; save the weights alone", save(wrong, tmp_path))
+        refused(ValueError, "is not a state dict; save only the weights", save(wrong, tmp_path))
     whole = Path(save(state, tmp_path)).read_bytes()
     for kept in (0, 100, len(whole) // 2):
         for name in ("short.pt", "short.safetensors"):

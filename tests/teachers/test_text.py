@@ -57,17 +57,19 @@ def test_damaged_text_files_are_one_line(copied: Copied) -> None:
         fails(folder, ValueError, pattern)
 
     broken("tokenizer/vocab.json", '{"a": 0, "b"', r"tokenizer/vocab\.json is not JSON")
-    broken("tokenizer/vocab.json", "{}", r"/tokenizer does not hold a CLIPTokenizer \(")
+    broken("tokenizer/vocab.json", "{}", r"/tokenizer does not contain a CLIPTokenizer \(")
     broken("tokenizer/tokenizer.json", "", r"tokenizer/tokenizer\.json is not JSON")
-    broken("tokenizer/tokenizer.json", "{}", r"/tokenizer does not hold a CLIPTokenizer \(")
+    broken("tokenizer/tokenizer.json", "{}", r"/tokenizer does not contain a CLIPTokenizer \(")
     for cut in ("", "#version: 0.2\n"):  # prompts would fall into other tokens
-        pattern = r"merges\.txt does not lead to 1 tokens of vocab\.json .* such as 'at</w>'"
+        pattern = r"merges\.txt cannot produce 1 tokens of vocab\.json .* such as 'at</w>'"
         broken("tokenizer/merges.txt", cut, pattern)
     broken("tokenizer/merges.txt", "\xff", r"/tokenizer/merges\.txt is damaged \('utf-8' codec")
     for wrong in ({"hidden_size": "x"}, {"num_attention_heads": 0}, {"num_hidden_layers": None}):
         folder = copied("sd1")
         pipelines.edit(folder / "text_encoder" / "config.json", **wrong)
-        fails(folder, ValueError, r"/text_encoder does not hold a CLIPTextModel with its weights")
+        fails(
+            folder, ValueError, r"/text_encoder does not contain a CLIPTextModel with its weights"
+        )
 
 
 def test_text_encoders_of_another_unet_are_refused(copied: Copied) -> None:
@@ -77,13 +79,17 @@ def test_text_encoders_of_another_unet_are_refused(copied: Copied) -> None:
     config.hidden_size = config.intermediate_size = 12
     folder = copied("sd1")
     transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-    fails(folder, ValueError, r"text_encoder gives 12 channels and unet/config\.json takes 8; they")
+    fails(
+        folder, ValueError, r"text_encoder gives 12 channels, but unet/config\.json expects 8; they"
+    )
     folder = copied("sdxl")
     config.hidden_size, config.projection_dim = 8, 44
     other = transformers.CLIPTextModelWithProjection(config)
     other.save_pretrained(folder / "text_encoder_2")
     fails(
-        folder, ValueError, r"text_encoder_2, pooled gives 44 channels and unet/config\.json takes"
+        folder,
+        ValueError,
+        r"text_encoder_2, pooled gives 44 channels, but unet/config\.json expects",
     )
 
 
@@ -97,9 +103,9 @@ def test_missing_and_broken_text_weights_are_named(copied: Copied) -> None:
     folder = copied("sd1")
     weights = folder / "text_encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    fails(folder, ValueError, r"/text_encoder does not hold a CLIPTextModel with its weights")
+    fails(folder, ValueError, r"/text_encoder does not contain a CLIPTextModel with its weights")
     weights.unlink()
-    fails(folder, FileNotFoundError, r"/text_encoder: it should hold model\.safetensors$")
+    fails(folder, FileNotFoundError, r"/text_encoder: expected model\.safetensors$")
     folder = copied("sdxl")
     pipelines.edit(folder / "text_encoder_2" / "config.json", num_hidden_layers=3)
     fails(folder, ValueError, r"/text_encoder_2: the weights do not fit .* missing, such as ")

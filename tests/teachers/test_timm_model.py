@@ -185,12 +185,12 @@ def test_broken_folders_are_one_line(folder: Path, tmp_path: Path) -> None:
     save_file({name: x for name, x in tensors.items() if name != "norm.bias"}, weights)
     fails("the weights of .*broken' cannot be had")
     save_file(tensors | {"norm.bias": torch.full((96,), torch.nan)}, weights)
-    fails(r"norm\.bias holds values that are not finite", ValueError)
+    fails(r"norm\.bias has values that are not finite", ValueError)
     weights.unlink()
     fails("the weights of .*No suitable checkpoints")
     config = json.loads((broken / "config.json").read_text())
     for key, wrong, words in (
-        ("mean", "x", "mean must be three numbers, not 'x'"),
+        ("mean", "x", "mean must be three numbers, got 'x'"),
         ("std", [0, 0, 0], r"std must be three numbers above 0, not \[0, 0, 0\]"),
     ):
         changed = config | {"pretrained_cfg": config["pretrained_cfg"] | {key: wrong}}
