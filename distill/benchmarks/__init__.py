@@ -111,8 +111,8 @@ def hold_out_share(
     """
     if not 0.0 < ratio < 1.0 or len(items) < 2:
         raise UserError(
-            f"{key}: {ratio} of {len(items)} images leaves one of two splits empty; take a share "
-            "between 0 and 1, or write lists"
+            f"{key}: {ratio} of {len(items)} images leaves a split empty; use a share between 0 "
+            "and 1, or write lists"
         )
     count = min(max(round(ratio * len(items)), 1), len(items) - 1)
     kept, held = hold_out(len(items), count, seed)

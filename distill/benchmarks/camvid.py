@@ -140,7 +140,7 @@ def _original(base: Path) -> Mapping[str, Sequence[Pair]]:
         pairs[_split_of(pair.image.stem)].append(pair)
     empty = [split for split in pairs if not pairs[split]]
     if empty:
-        raise UserError(f"{base / '701_StillsRaw_full'} holds no frame of {empty[0]}")
+        raise UserError(f"{base / '701_StillsRaw_full'} has no frames of {empty[0]}")
     return pairs
 
 
@@ -149,7 +149,7 @@ def _split_of(frame: str) -> str:
     test, the frames at 15 Hz in 0016E5 for val."""
     found = re.fullmatch(r"(0001TP|0006R0|0016E5|Seq05VD)_f?(\d+)", frame)
     if found is None:
-        raise UserError(f"{frame!r} is no frame of the 701 (as in 0001TP_006690)")
+        raise UserError(f"{frame!r} is not one of the 701 frames (such as 0001TP_006690)")
     video, number = found[1], int(found[2])
     if video == "0016E5":
         return "val" if 7959 <= number <= 8159 else "train"

@@ -74,7 +74,7 @@ class Faces(Dataset[tuple[Tensor, Tensor]]):
                 mask = torch.full_like(inside, self.background, dtype=torch.uint8)
             if inside.shape != mask.shape:
                 height, width = mask.shape
-                raise UserError(f"{file}: not of {width}x{height} px as the parts before it")
+                raise UserError(f"{file}: must be {width}x{height} px, like the parts before it")
             mask[inside] = target
         if mask is None:
             raise UserError(f"{face.image}: there is no part file {face.parts}_*.png")
@@ -96,13 +96,15 @@ def _numbers(base: Path, images: Mapping[str, Path]) -> dict[str, list[int]]:
         if not columns or columns[0] == "idx":
             continue
         if len(columns) != 3 or not (columns[0].isdecimal() and columns[1].isdecimal()):
-            raise UserError(f"{mapping}, line {place}: not 'idx orig_idx orig_file': {line!r}")
+            raise UserError(
+                f"{mapping}, line {place}: expected 'idx orig_idx orig_file', got {line!r}"
+            )
         numbers[_split_of(int(columns[1]), *CELEBA)].append(int(columns[0]))
     listed = [number for split in numbers.values() for number in split]
     missing = [number for number in listed if str(number) not in images]
     if missing:
         raise UserError(
-            f"{mapping} names {missing[0]}.jpg, which is not in CelebA-HQ-img "
+            f"{mapping} lists {missing[0]}.jpg, which is not in CelebA-HQ-img "
             f"({len(missing)} of {len(listed)} images are missing)"
         )
     return numbers
@@ -135,7 +137,7 @@ def celebamask_hq(root: str | None, *, classes: int = 19) -> Published:
     """
     if classes not in (18, 19):
         raise UserError(
-            f"data.options.classes: 18 (parts alone) or 19 (with background), not {classes}"
+            f"data.options.classes: must be 18 (only parts) or 19 (with background), got {classes}"
         )
     background, first = (0, 1) if classes == 19 else (IGNORE_INDEX, 0)
     with LAYOUT.at(root) as base:

@@ -70,9 +70,9 @@ class CIFAR:
     ) -> None:
         with layout.at(root) as base:
             if not (base / source.base_folder).is_dir():
-                raise UserError(f"there is no {base / source.base_folder}")
+                raise UserError(f"there is no folder {base / source.base_folder}")
         if not 0 <= val < 50_000:
-            raise UserError(f"data.options.val: 0 to 49999 of the training images, not {val}")
+            raise UserError(f"data.options.val: must be 0 to 49999 training images, got {val}")
         self.source, self.layout, self.class_names = source, layout, class_names
         self.name, self.num_classes = layout.name, len(class_names)
         self.palette = distinct_colours(self.num_classes)

@@ -50,10 +50,10 @@ def decode(path: Path, upright: bool = False) -> Image.Image:
     except UNREADABLE as error:
         reason = one_line(error)
         raise UserError(
-            f"{path}: does not decode ({reason}); replace it or leave it out"
+            f"{path}: cannot be decoded ({reason}); replace it or leave it out"
         ) from error
     if deep:
-        raise UserError(f"{path}: has colours of 16 bits; convert it to 8-bit RGB")
+        raise UserError(f"{path}: has 16-bit colours; convert it to 8-bit RGB")
     return picture
 
 
@@ -107,10 +107,10 @@ def image_files(folder: Path) -> dict[str, Path]:
             continue
         stem = composed(path.stem)
         if stem in files:
-            raise UserError(f"{path} and {files[stem].name} have one name; keep one of them")
+            raise UserError(f"{path} and {files[stem].name} have the same name; keep one of them")
         files[stem] = path
     if not files:
-        raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{folder} contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
 
 
@@ -181,7 +181,7 @@ def read_pairs(names: Path, images: Mapping[str, Path], masks: Mapping[str, Path
             mask file.
     """
     if not names.is_file():
-        raise UserError(f"there is no list file {names}; write one image name a line")
+        raise UserError(f"there is no list file {names}; write one image name per line")
     pairs, problems = [], []
     listed: dict[str, int] = {}
     for number, line in enumerate(read_lines(names), start=1):
@@ -191,7 +191,7 @@ def read_pairs(names: Path, images: Mapping[str, Path], masks: Mapping[str, Path
             (stem for stem in _possible_stems(composed(line.strip())) if stem in images), None
         )
         if stem in listed:
-            raise UserError(f"{names}, line {number}: {stem!r} stands in line {listed[stem]} too")
+            raise UserError(f"{names}, line {number}: {stem!r} is also in line {listed[stem]}")
         if stem is None:
             problems.append(f"{names}, line {number}: no image file is named {line.strip()!r}")
         elif stem not in masks:
@@ -205,7 +205,7 @@ def read_pairs(names: Path, images: Mapping[str, Path], masks: Mapping[str, Path
         count = f" ({len(problems)} of {len(problems) + len(pairs)} listed images are incomplete)"
         raise UserError(problems[0] + count)
     if not pairs:
-        raise UserError(f"{names} names no images; write one image name a line")
+        raise UserError(f"{names} lists no images; write one image name per line")
     return pairs
 
 
@@ -214,7 +214,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8: {error.reason}; save it as such") from error
+        raise UserError(f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
 
 
 def pair_all(images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[Pair]:
@@ -222,8 +222,8 @@ def pair_all(images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[Pair
     bare = [name for name in images if name not in masks]
     if bare:
         raise UserError(
-            f"{images[bare[0]]} has no mask of its name ({len(bare)} of {len(images)} images "
-            "have none)"
+            f"{images[bare[0]]} has no mask of the same name ({len(bare)} of {len(images)} "
+            "images have none)"
         )
     return [Pair(image, masks[name]) for name, image in images.items()]
 

@@ -81,16 +81,16 @@ class Folder:
     ) -> None:
         if root is None:
             raise UserError(
-                "folder: no folder given; say with data.root=FOLDER where images/ and masks/ are, "
-                "and train.txt where you have lists"
+                "folder: no folder given; set data.root=FOLDER to where images/ and masks/ are, "
+                "and train.txt if you have lists"
             )
         self.root = Path(root)
         if palette is None:
             labels = _numbered(_class_names(classes, num_classes), value_map, ignore_values)
         elif classes or num_classes or value_map or ignore_values:
             raise UserError(
-                "data.options.palette names the classes and the colours that are ignored: leave "
-                "out classes, num_classes, value_map and ignore_values"
+                "data.options.palette already names the classes and the ignored colours: leave out "
+                "classes, num_classes, value_map and ignore_values"
             )
         else:
             labels = read_palette(self.root / palette)
@@ -102,7 +102,7 @@ class Folder:
             if file != LISTS[split] and not (self.root / file).is_file():
                 raise UserError(
                     f"data.options.{split}_list: there is no file {self.root / file}; write one "
-                    "image name a line"
+                    "image name per line"
                 )
         image_paths, mask_paths = image_files(self.root / images), image_files(self.root / masks)
         if lists == LISTS and not any((self.root / file).exists() for file in lists.values()):
@@ -110,8 +110,8 @@ class Folder:
             if not pairs:
                 image, mask = next(iter(image_paths.values())), next(iter(mask_paths.values()))
                 raise UserError(
-                    f"{self.root}: no image has a mask of its name, as {image.name} in {images}/ "
-                    f"and {mask.name} in {masks}/; a mask has the stem of its image"
+                    f"{self.root}: no image has a mask of the same name: {images}/ has "
+                    f"{image.name}, {masks}/ has {mask.name}; a mask must have its image's stem"
                 )
             self._pairs = _split(pairs, val_ratio, test_ratio, split_seed)
         else:
@@ -150,8 +150,8 @@ def _split(
     rest, test = hold_out_share(pairs, test_ratio, seed, "data.options.test_ratio")
     train, val = hold_out_share(rest, val_ratio, seed, "data.options.val_ratio")
     notice(
-        f"folder: no list files; {len(train)} images are train, {len(val)} val, {len(test)} test "
-        f"by data.options.split_seed={seed}"
+        f"folder: no list files; data.options.split_seed={seed} made {len(train)} images train, "
+        f"{len(val)} val and {len(test)} test"
     )
     return {"train": train, "val": val, "test": test}
 
@@ -163,8 +163,8 @@ def _tell_of_shared(splits: Mapping[str, Sequence[Pair]]) -> None:
         shared = [pair.image for pair in splits.get(split, ()) if pair.image in train]
         if shared:
             notice(
-                f"folder: {len(shared)} images of {split} are also in train, as {shared[0].name}: "
-                f"scores on {split} are not those of unseen images"
+                f"folder: {len(shared)} images of {split} are also in train, such as "
+                f"{shared[0].name}; scores on {split} are not those of unseen images"
             )
 
 
@@ -179,8 +179,8 @@ def _tell_of_255(train: MaskedImages) -> None:
     if IGNORE_INDEX in seen:
         held = f"0 and {IGNORE_INDEX}" if 0 in seen else str(IGNORE_INDEX)
         notice(
-            f"folder: the first masks hold {held} alone, and {IGNORE_INDEX} has no "
-            f"label; if it is class 1, say data.options.value_map={{0: 0, {IGNORE_INDEX}: 1}}"
+            f"folder: the first masks contain only {held}, and {IGNORE_INDEX} means no label; "
+            f"if it is class 1, set data.options.value_map={{0: 0, {IGNORE_INDEX}: 1}}"
         )
 
 
@@ -202,10 +202,14 @@ def read_palette(path: Path) -> Labels:
             continue
         *levels, name = line.split(maxsplit=3)
         if len(levels) != 3 or not all(x.isdecimal() and int(x) < 256 for x in levels):
-            raise UserError(f"{path}, line {place}: not 'R G B name', 0 to 255 each: {line!r}")
+            raise UserError(
+                f"{path}, line {place}: expected 'R G B name' with 0 to 255 each, got {line!r}"
+            )
         colour = (int(levels[0]), int(levels[1]), int(levels[2]))
         if colour in names:
-            raise UserError(f"{path}, line {place}: the colour of {names[colour]!r} again")
+            raise UserError(
+                f"{path}, line {place}: duplicate colour (already used by {names[colour]!r})"
+            )
         names[colour] = name.strip()
     first = {
         name: colour for colour, name in reversed(names.items()) if name.lower() not in UNSCORED
@@ -227,10 +231,12 @@ def _class_names(classes: Sequence[str] | None, num_classes: int | None) -> tupl
     names = tuple(classes) if classes else tuple(f"class {i}" for i in range(num_classes or 0))
     if num_classes not in (None, len(names)):
         raise UserError(
-            f"data.options.num_classes: {num_classes}, but {len(names)} classes are named"
+            f"data.options.num_classes: is {num_classes}, but {len(names)} classes are named"
         )
     if not 2 <= len(names) <= IGNORE_INDEX:
-        raise UserError(f"data.options.classes: 2 to {IGNORE_INDEX} classes, not {len(names)}")
+        raise UserError(
+            f"data.options.classes: must be 2 to {IGNORE_INDEX} classes, got {len(names)}"
+        )
     if len(set(names)) != len(names):
         raise UserError(f"data.options.classes: a name occurs twice in {', '.join(names)}")
     return names
@@ -248,8 +254,8 @@ def _numbered(
     for value, target in table.items():
         if value < 0 or not (0 <= target < count or target == IGNORE_INDEX):
             raise UserError(
-                f"data.options.value_map: {value}: {target} is none of the classes 0 to "
-                f"{count - 1} and not {IGNORE_INDEX} (ignored)"
+                f"data.options.value_map: {value}: {target} is not one of the classes, 0 to "
+                f"{count - 1}, or {IGNORE_INDEX} (ignored)"
             )
     table |= {int(value): IGNORE_INDEX for value in ignore_values}
     read = partial(read_mask, classes=table, upright=True)

@@ -41,7 +41,7 @@ def sorted_images(base: Path, split: str, numbers: Mapping[str, int]) -> Labelle
     """
     strangers = [name for name in class_folders(base / split) if name not in numbers]
     if strangers:
-        raise UserError(f"{base / split / strangers[0]} is none of the {len(numbers)} classes")
+        raise UserError(f"{base / split / strangers[0]} is not one of the {len(numbers)} classes")
     samples = [
         (str(path), numbers[name])
         for name in class_folders(base / split)
@@ -52,7 +52,7 @@ def sorted_images(base: Path, split: str, numbers: Mapping[str, int]) -> Labelle
     full = {target for _, target in samples}
     bare = [name for name in class_folders(base / split) if numbers[name] not in full]
     if bare:
-        notice(f"{base / split / bare[0]} holds no image ({len(bare)} class folders hold none)")
+        notice(f"{base / split / bare[0]} contains no images ({len(bare)} class folders are empty)")
     return LabelledImages(base, samples)
 
 
@@ -72,7 +72,9 @@ def image_folder(root: str | None) -> Published:
     with LAYOUT.at(root) as base:
         class_names = class_folders(base / "train")
         if len(class_names) < 2:
-            raise UserError(f"{base / 'train'} has {len(class_names)} class folders, not 2 or more")
+            raise UserError(
+                f"{base / 'train'} has {len(class_names)} class folders; it needs at least 2"
+            )
         numbers = {name: number for number, name in enumerate(class_names)}
         splits = {
             split: sorted_images(base, split, numbers)

@@ -69,8 +69,8 @@ class UnlabelledImages(Dataset[tuple[Tensor, int]]):
             first = ", ".join(self.names[index] for index in bad[:3])
             raise UserError(
                 f"{next(iter(problems.values()))}; {len(bad)} of {len(self)} images are unreadable "
-                f"({first}{', ...' if len(bad) > 3 else ''}), where {limit} may be: mend them "
-                "(before a training begins, or remove them), or raise data.options.skip"
+                f"({first}{', ...' if len(bad) > 3 else ''}), but at most {limit} may be: fix or "
+                "remove them before training begins, or raise data.options.skip"
             )
         for problem in problems.values():
             notice(f"skipped {problem}")
@@ -83,9 +83,9 @@ def _header_problem(path: Path) -> str:
         with Image.open(path) as image:
             mode, deep = image.mode, is_cut(image)
     except UNREADABLE as error:
-        return f"{path}: does not decode ({one_line(error)})"
+        return f"{path}: cannot be decoded ({one_line(error)})"
     if deep:
-        return f"{path}: has colours of 16 bits"
+        return f"{path}: has 16-bit colours"
     return "" if mode in EIGHT_BIT_MODES else f"{path}: {mode!r} is not an 8-bit image"
 
 
@@ -107,14 +107,14 @@ class Images:
 
     def __init__(self, root: str | None, *, skip: float = 0.01) -> None:
         if root is None:
-            raise UserError("images: no folder given; say where with data.root=FOLDER")
+            raise UserError("images: no folder given; set data.root=FOLDER")
         if not 0 <= skip < 1:
             raise UserError(
-                f"data.options.skip: a share of the files from 0 to below 1, not {skip}"
+                f"data.options.skip: must be a share of the files, 0 to below 1, got {skip}"
             )
         folder = Path(root)
         if not folder.is_dir():
-            raise UserError(f"images: there is no folder {folder}; say where with data.root=FOLDER")
+            raise UserError(f"images: there is no folder {folder}; set data.root=FOLDER")
         paths = images_below(folder)
         if not paths:
             known = ", ".join(sorted(IMAGE_SUFFIXES))
@@ -125,5 +125,7 @@ class Images:
     def dataset(self, split: str) -> UnlabelledImages:
         """The images; the only split is `train`."""
         if split != "train":
-            raise UserError(f"images has no split {split!r}: unlabelled images are for train only")
+            raise UserError(
+                f"images has no split {split!r}: its images have no labels and are for train only"
+            )
         return self._examples

@@ -31,14 +31,14 @@ def _decode_mask(path: Path, size: tuple[int, int], upright: bool = False) -> Im
     picture = decode(path, upright)
     if picture.size != size[::-1]:
         raise _OtherSizeError(
-            f"{path}: mask of {picture.width}x{picture.height} px, its image has "
+            f"{path}: the mask is {picture.width}x{picture.height} px, but its image is "
             f"{size[1]}x{size[0]}"
         )
     raw, largest = picture.info["stored"]
     if largest not in (None, 255, 65_535):
         raise UserError(
-            f"{path}: its values are scaled, as its largest is {largest}; save it with 255 or "
-            "65535 there, or as PNG"
+            f"{path}: its values are scaled (its largest is {largest}); save it with 255 or "
+            "65535 as the largest, or as PNG"
         )
     # What Pillow spreads to 8 bits is made the numbers that the file holds.
     spread = {"L;2": 85, "L;4": 17}.get(raw[:3], 1)
@@ -63,8 +63,8 @@ def read_mask(
     picture = _decode_mask(path, size, upright)
     if picture.mode not in INDEX_MODES:
         raise UserError(
-            f"{path}: a mask has one channel of class numbers; this file's mode is "
-            f"{picture.mode!r} (the benchmark folder reads colours with data.options.palette)"
+            f"{path}: a mask must have one channel of class numbers; this file's mode is "
+            f"{picture.mode!r} (benchmark folder reads colours with data.options.palette)"
         )
     mask, stranger = _look_up(np.array(picture).astype(np.int64), classes)
     if stranger is not None:
@@ -82,7 +82,8 @@ def read_deep(path: Path, size: tuple[int, int]) -> NDArray[np.float32]:
     picture = _decode_mask(path, size)
     if picture.mode not in DEEP_MODES:
         raise UserError(
-            f"{path}: a depth file has one channel of 16 bits; this file's mode is {picture.mode!r}"
+            f"{path}: a depth file must have one 16-bit channel; this file's mode is "
+            f"{picture.mode!r}"
         )
     return np.array(picture).astype(np.float32)
 
@@ -100,14 +101,16 @@ def read_colour_mask(
     """
     picture = _decode_mask(path, size, upright)
     if picture.mode not in EIGHT_BIT_MODES:
-        raise UserError(f"{path}: a colour mask is an 8-bit file; this file's is {picture.mode!r}")
+        raise UserError(
+            f"{path}: a colour mask must be 8-bit; this file's mode is {picture.mode!r}"
+        )
     rgb = np.array(picture.convert("RGB")).astype(np.int64)
     packed = rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
     table = {r << 16 | g << 8 | b: target for (r, g, b), target in classes.items()}
     mask, stranger = _look_up(packed, table)
     if stranger is not None:
         colour = f"{stranger >> 16} {stranger >> 8 & 255} {stranger & 255}"
-        raise UserError(f"{path}: colour {colour} is none of the {len(classes)} in the palette")
+        raise UserError(f"{path}: colour {colour} is not one of the {len(classes)} in the palette")
     return mask
 
 
@@ -158,5 +161,5 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         except _OtherSizeError as error:
             with Image.open(pair.image) as stored:
                 turned = self.upright and stored.size != (width, height)
-            hint = f"; {pair.image.name} is turned by its EXIF orientation: save both upright"
+            hint = f"; {pair.image.name} is rotated by its EXIF orientation; save both upright"
             raise UserError(f"{error}{hint if turned else ''}") from error

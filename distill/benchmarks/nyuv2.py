@@ -78,14 +78,16 @@ def _listed(base: Path, split: str) -> list[Pair]:
         if not words:
             continue
         if len(words) < 2:
-            raise UserError(f"{names}, line {number}: no image and depth file in {line!r}")
+            raise UserError(
+                f"{names}, line {number}: expected an image and a depth file, got {line!r}"
+            )
         pair = Pair(*(folder / word.lstrip("/") for word in words[:2]))
         for path in pair:
             if not path.is_file():
                 raise UserError(f"{names}, line {number}: there is no file {path}")
         pairs.append(pair)
     if not pairs:
-        raise UserError(f"{names} names no images")
+        raise UserError(f"{names} lists no images")
     return pairs
 
 

@@ -173,8 +173,8 @@ class ShapesPairs:
                         return self._pair((other, source), (scene, placed), known & seen)
                 before.append((scene, placed, seen))
         raise UserError(
-            f"data.options.{self.split}: no two of {self.length} scenes show a {form} each; draw "
-            "more, some hundreds"
+            f"data.options.{self.split}: of {self.length} scenes, fewer than two show a {form}; "
+            "draw some hundreds"
         )
 
     def _shown(self, scene: int, form: str) -> list[tuple[Placed, NDArray[np.bool_]]]:
@@ -246,12 +246,12 @@ class Shapes:
         seed: int = 0,
     ) -> None:
         if not 32 <= size <= 128:
-            raise UserError(f"data.options.size: shapes are drawn at 32 to 128 px, not {size}")
+            raise UserError(f"data.options.size: must be 32 to 128 px, got {size}")
         self.size, self.seed = size, seed
         self.lengths = {"train": train, "val": val, "test": test}
         for split, length in self.lengths.items():
             if length < 1:
-                raise UserError(f"data.options.{split}: at least one scene is needed, not {length}")
+                raise UserError(f"data.options.{split}: must be at least 1 scene, got {length}")
 
     def dataset(self, split: str) -> ShapesDataset:
         """The scenes of `train`, `val` or `test`."""

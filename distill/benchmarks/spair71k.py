@@ -50,9 +50,12 @@ class AnnotatedPairs:
             box = _numbers([entry["trg_bndbox"]], 4)[0]
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
-            raise UserError(f"{file} is no annotation of a pair: {reason}") from error
+            raise UserError(f"{file} is not a pair annotation: {reason}") from error
         if len(points[0]) != len(points[1]) or not len(points[0]):
-            raise UserError(f"{file}: {len(points[0])} points of {len(points[1])} correspond")
+            raise UserError(
+                f"{file}: needs as many source as target points, at least one, got "
+                f"{len(points[0])} and {len(points[1])}"
+            )
         return KeypointPair(
             names=names,
             source=read_image(self.images / names[0]),
@@ -68,7 +71,7 @@ def _numbers(rows: Any, width: int) -> Tensor:
     """(N, width) float32; ValueError or TypeError if it is something else."""
     numbers = torch.tensor(rows, dtype=torch.float32)
     if numbers.ndim != 2 or numbers.shape[1] != width:
-        raise ValueError(f"expected rows of {width} numbers, not {rows}"[:200])
+        raise ValueError(f"expected rows of {width} numbers, got {rows}"[:200])
     return numbers
 
 

@@ -35,9 +35,9 @@ def _val(base: Path, numbers: Mapping[str, int]) -> LabelledImages:
     for place, line in enumerate(_lines(annotations), start=1):
         name, wnid = (*map(str.strip, line.split("\t")), "")[:2]
         if wnid not in numbers:
-            raise UserError(f"{annotations}, line {place}: {wnid!r} is none of the classes")
+            raise UserError(f"{annotations}, line {place}: {wnid!r} is not one of the classes")
         if name not in present:
-            raise UserError(f"{annotations}, line {place}: there is no val/images/{name}")
+            raise UserError(f"{annotations}, line {place}: there is no file val/images/{name}")
         samples.append((str(base / "val" / "images" / name), numbers[wnid]))
     return LabelledImages(base, samples)
 

@@ -101,7 +101,7 @@ class Faces(Dataset[tuple[Tensor, Tensor]]):
         image = read_image(face.image)
         height, width = image.shape[1:]
         if x >= width or y >= height or x + side <= 0 or y + side <= 0:
-            raise UserError(f"{face.image}: the rectangle of {face.name} lies outside")
+            raise UserError(f"{face.image}: the rectangle of {face.name} is outside the image")
         rows, columns = _reflected(y, side, height), _reflected(x, side, width)
         points = (face.points - torch.tensor([x, y])) / side
         return image[:, rows][:, :, columns].contiguous(), points
@@ -123,7 +123,7 @@ class WFLW(Published):
 
 def _read_list(path: Path, images: Path) -> list[Face]:
     if not path.is_file():
-        raise UserError(f"there is no {path}")
+        raise UserError(f"there is no file {path}")
     faces = []
     for place, line in enumerate(read_lines(path), start=1):
         columns = line.split()
@@ -131,7 +131,7 @@ def _read_list(path: Path, images: Path) -> list[Face]:
             continue
         try:
             if len(columns) != COLUMNS:
-                raise ValueError(f"{len(columns)} columns of {COLUMNS}")
+                raise ValueError(f"expected {COLUMNS} columns, got {len(columns)}")
             numbers = np.array(columns[: 2 * POINTS + 4], dtype=np.float32)
             if not np.isfinite(numbers).all():
                 raise ValueError("a number is not finite")
@@ -142,10 +142,10 @@ def _read_list(path: Path, images: Path) -> list[Face]:
         box = (left, top, right, bottom)
         faces.append(Face(f"{columns[-1]}:{place}", images / columns[-1], points, box))
     if not faces:
-        raise UserError(f"{path} names no faces")
+        raise UserError(f"{path} lists no faces")
     missing = sorted({str(face.image) for face in faces if not face.image.is_file()})
     if missing:
-        raise UserError(f"{path} names {missing[0]}, which is not there ({len(missing)} are not)")
+        raise UserError(f"{path} lists {missing[0]}, which is missing ({len(missing)} are)")
     return faces
 
 
@@ -162,7 +162,7 @@ def wflw(
         split_seed: Chooses them.
     """
     if not margin >= 0:
-        raise UserError(f"data.options.margin: 0 or more, not {margin}")
+        raise UserError(f"data.options.margin: must be at least 0, got {margin}")
     with LAYOUT.at(root) as base:
         listed, test = (
             _read_list(base / LISTS.format(split), base / "WFLW_images")

@@ -201,7 +201,7 @@ class FeatureCache:
             example = int(tags[int(stale.argmax()), 0])
             raise UserError(
                 f"teacher.cache: training image {example} is not the one whose features are in "
-                f"{self.folder}; delete that folder, or name another"
+                f"{self.folder}; delete that folder, or choose another"
             )
         empty = np.flatnonzero(marks == 0)
         first = np.unique(rows[empty], return_index=True)[1]
@@ -248,8 +248,8 @@ class FeatureCache:
             stored, feature = self.plan.layers[layer], maps[layer][:count]
             if not bool(feature.isfinite().all()):
                 raise UserError(
-                    f"teacher.cache: a feature of layer {layer!r} is not finite and was not kept; "
-                    "try teacher.dtype=bfloat16, or float32"
+                    f"teacher.cache: a feature of layer {layer!r} is not finite; try "
+                    "teacher.dtype=bfloat16, or float32"
                 )
             feature = resize_map(feature, (stored.shape[1], stored.shape[2]))
             flat = feature.to("cpu", stored.dtype).flatten(1).contiguous()
@@ -295,8 +295,8 @@ def _make(folder: Path, plan: Plan, origin: Mapping[str, Any]) -> None:
             raise
         free = shutil.disk_usage(folder).free / 1e9
         raise UserError(
-            f"teacher.cache: {plan}, but at {folder} there is room for {free:.3g} GB; name a "
-            "folder on another disk, or a smaller teacher.cache_gb, to be told what fits"
+            f"teacher.cache: {plan}, but {folder} has only {free:.3g} GB free; choose a folder on "
+            "another disk, or lower teacher.cache_gb to be told what fits"
         ) from error
     finally:
         os.close(file)
@@ -319,13 +319,14 @@ def check_origin(folder: Path, origin: Mapping[str, Any]) -> dict[str, Any] | No
         differing = [key for key in now if was.get(key) != now[key]]
     except (ValueError, AttributeError) as error:
         raise UserError(
-            f"teacher.cache: {folder / 'manifest.json'} is not one of a cache; name another folder"
+            f"teacher.cache: {folder / 'manifest.json'} is not a cache manifest; choose another "
+            "folder"
         ) from error
     if differing:
         changes = [f"{key} {_short(was.get(key))}, now {_short(now[key])}" for key in differing]
         raise UserError(
-            f"teacher.cache: {folder} is of other features ({'; '.join(changes)}); delete it, or "
-            "name another folder"
+            f"teacher.cache: {folder} has other features ({'; '.join(changes)}); delete it, or "
+            "choose another folder"
         )
     return was
 

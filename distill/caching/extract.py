@@ -69,8 +69,8 @@ def extract(config: RunConfig) -> str:
                     computed += len(views)
                 if stop:
                     raise Interrupted(
-                        f"stopped with {len(cache)} of {plan.rows} rows; the same command goes on "
-                        "with the rest"
+                        f"stopped with {len(cache)} of {plan.rows} rows; rerun the command for the "
+                        "rest"
                     )
                 progress.update(computed, {})
         finally:
@@ -78,7 +78,7 @@ def extract(config: RunConfig) -> str:
         rate = progress.rate if len(cache) > found else 0.0
     return (
         f"{found} of {plan.rows} rows were there, {len(cache) - found} were computed at {rate:.0f} "
-        f"images/s; {plan.gb:.3g} GB in {cache.folder}, to be used with "
+        f"images/s; {plan.gb:.3g} GB in {cache.folder}; use them with "
         f"teacher.cache={config.teacher.cache}"
     )
 

@@ -45,13 +45,13 @@ def plan_cache(
         return None
     if strength not in ("none", "flip"):
         raise UserError(
-            f"teacher.cache: with data.augment={strength} an image never comes twice; use flip, or "
+            f"teacher.cache: with data.augment={strength} no image appears twice; use flip or "
             "none, or no cache"
         )
     if teacher.labels:
         raise UserError(
-            "teacher.cache: with teacher.labels an image has other features with its label than "
-            "without; use one of the two"
+            "teacher.cache: cannot be combined with teacher.labels, as an image's features then "
+            "depend on its label; use one of the two"
         )
 
     def stored(dtype: torch.dtype, could: bool) -> dict[str, Stored]:
@@ -100,7 +100,7 @@ def check_budget(plan: Plan, gb: float, smaller: Mapping[str, Plan]) -> None:
         return
     fitting = [f"{change} ({p.gb:.3g} GB)" for change, p in smaller.items() if p.gb <= gb]
     raise UserError(
-        f"teacher.cache: {plan}, more than teacher.cache_gb={gb:g} allows; what fits: "
+        f"teacher.cache: {plan} exceeds teacher.cache_gb={gb:g}; what fits: "
         + ", ".join([*fitting, f"teacher.cache_gb={math.ceil(plan.gb)} or more"])
     )
 

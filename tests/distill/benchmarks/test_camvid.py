@@ -101,7 +101,7 @@ def test_truncated_image_is_named(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     message = refusal(root)
     assert str(path) in message
-    assert "does not decode" in message
+    assert "cannot be decoded" in message
 
 
 def test_file_that_is_no_image_is_named(root: Path) -> None:
@@ -195,13 +195,13 @@ def test_lists_beside_the_original_are_used(original: Path) -> None:
 def test_a_strange_frame_of_the_original_is_named(original: Path) -> None:
     for folder, name in (("701_StillsRaw_full", "x.png"), ("LabeledApproved_full", "x_L.png")):
         Image.new("RGB", (32, HEIGHT)).save(original / folder / name)
-    assert "'x' is no frame of the 701" in refusal(original)
+    assert "'x' is not one of the 701 frames" in refusal(original)
 
 
 def test_a_split_without_frames_is_named(original: Path) -> None:
     for name in FRAMES["val"]:
         (original / f"701_StillsRaw_full/{name}.png").unlink()
-    assert "701_StillsRaw_full holds no frame of val" in refusal(original)
+    assert "701_StillsRaw_full has no frames of val" in refusal(original)
 
 
 def test_a_colour_that_is_no_class_is_named(original: Path) -> None:

@@ -32,7 +32,7 @@ def test_eighteen_classes_are_the_parts_alone(build: Callable[..., Any]) -> None
 
 
 def test_another_number_of_classes_is_refused(refusal: Callable[..., str]) -> None:
-    assert "data.options.classes: 18" in refusal("celebamask_hq", classes=17)
+    assert "data.options.classes: must be 18" in refusal("celebamask_hq", classes=17)
 
 
 def test_the_split_is_that_of_the_number_in_celeba(build: Callable[..., Any]) -> None:
@@ -85,7 +85,7 @@ def test_a_broken_line_of_the_mapping_is_named(
 ) -> None:
     build("celebamask_hq")
     (tmp_path / FACES / "CelebA-HQ-to-CelebA-mapping.txt").write_text("idx orig_idx\n0 x.jpg\n")
-    assert "mapping.txt, line 2: not 'idx orig_idx orig_file'" in refusal("celebamask_hq")
+    assert "mapping.txt, line 2: expected 'idx orig_idx orig_file'" in refusal("celebamask_hq")
 
 
 def test_the_mapping_may_begin_with_a_byte_order_mark(

@@ -73,7 +73,7 @@ def test_colours_are_told_apart_by_all_three_channels(tmp_path: Path) -> None:
 def test_a_deep_file_is_no_colour_mask(tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
     Image.fromarray(np.zeros((2, 2), dtype=np.uint16)).save(path)
-    with pytest.raises(UserError, match="a colour mask is an 8-bit file; this file's is 'I;16'"):
+    with pytest.raises(UserError, match="a colour mask must be 8-bit; this file's mode is 'I;16'"):
         read_colour_mask(path, (2, 2), {(0, 0, 0): 0})
 
 

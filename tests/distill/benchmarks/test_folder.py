@@ -80,7 +80,7 @@ def test_lists_with_further_columns_are_read(root: Path) -> None:
 def test_an_image_that_a_list_names_twice_is_refused(root: Path) -> None:
     """Held out for val, it would be in train as well."""
     (root / "train.txt").write_text("cell.0\ncell.1.png\ncell.0.png\n")
-    with pytest.raises(UserError, match=r"train\.txt, line 3: 'cell\.0' stands in line 1 too"):
+    with pytest.raises(UserError, match=r"train\.txt, line 3: 'cell\.0' is also in line 1"):
         Folder(str(root), num_classes=3)
 
 
@@ -92,14 +92,14 @@ def test_images_that_train_shares_with_another_list_are_told(
     Folder(str(root), num_classes=3)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "1 images of test are also in train, as cell.3.png" in lines[0]
+    assert "1 images of test are also in train, such as cell.3.png" in lines[0]
 
 
 def test_lists_may_begin_with_a_byte_order_mark_and_are_utf8(root: Path) -> None:
     (root / "test.txt").write_bytes(b"\xef\xbb\xbfcell.9\n")
     assert Folder(str(root), num_classes=3).dataset("test").names == ["cell.9"]
     (root / "test.txt").write_bytes(b"cell.9\n\xe9\n")
-    with pytest.raises(UserError, match=r"test\.txt is no text in UTF-8"):
+    with pytest.raises(UserError, match=r"test\.txt is not UTF-8 text"):
         Folder(str(root), num_classes=3)
 
 
@@ -131,7 +131,7 @@ def test_masks_that_hold_255_alone_are_told(root: Path, capsys: pytest.CaptureFi
     for name in NAMES:
         Image.new("L", (4, 4), 255).save(root / "masks" / f"{name}.png")
     Folder(str(root), num_classes=2)
-    assert "the first masks hold 255 alone, and 255 has no label" in capsys.readouterr().err
+    assert "the first masks contain only 255, and 255 means no label" in capsys.readouterr().err
 
 
 def test_photographs_are_upright_below_their_masks(root: Path) -> None:
@@ -146,7 +146,7 @@ def test_photographs_are_upright_below_their_masks(root: Path) -> None:
     shown, labels = Folder(str(root), num_classes=3).dataset("test")[0]
     assert torch.equal(shown[0] == 0, labels == 1)
     Image.fromarray(mask.T.copy()).save(root / "masks" / f"{name}.png")
-    with pytest.raises(UserError, match=r"turned by its EXIF orientation: save both upright"):
+    with pytest.raises(UserError, match=r"rotated by its EXIF orientation; save both upright"):
         Folder(str(root), num_classes=3).dataset("test")[0]
 
 
@@ -175,7 +175,7 @@ def test_without_lists_the_pairs_are_split_by_ratio_and_seed_and_it_is_said(
         return [folder.dataset(split).names for split in ("train", "val", "test")]
 
     assert [len(split) for split in names(0)] == [3, 3, 3]
-    assert "no list files; 3 images are train, 3 val, 3 test" in capsys.readouterr().err
+    assert "made 3 images train, 3 val and 3 test" in capsys.readouterr().err
     assert sorted(name for split in names(0) for name in split) == NAMES[:9]
     assert names(0) == names(0) != names(1)
     unlabelled = Folder(str(root), num_classes=3).unlabelled()
@@ -279,11 +279,11 @@ def test_colours_without_a_palette_file_point_to_it(coloured: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1 2 3 a\n4 5 b\n", "line 2: not 'R G B name'"),
-        ("1 2 256 a\n", "line 1: not 'R G B name'"),
-        ("1 2 3\n", "line 1: not 'R G B name'"),
-        ("1 2 3 a\n1 2 3 b\n", "line 2: the colour of 'a' again"),
-        ("1 2 3 a\n0 0 0 void\n", "2 to 255 classes, not 1"),
+        ("1 2 3 a\n4 5 b\n", "line 2: expected 'R G B name'"),
+        ("1 2 256 a\n", "line 1: expected 'R G B name'"),
+        ("1 2 3\n", "line 1: expected 'R G B name'"),
+        ("1 2 3 a\n1 2 3 b\n", "line 2: duplicate colour (already used by 'a')"),
+        ("1 2 3 a\n0 0 0 void\n", "must be 2 to 255 classes, got 1"),
     ],
 )
 def test_a_broken_palette_file_is_named(coloured: Path, text: str, message: str) -> None:
@@ -299,7 +299,7 @@ def test_a_broken_palette_file_is_named(coloured: Path, text: str, message: str)
         ({"num_classes": 1}, "2 to 255 classes"),
         ({"classes": ["a", "a"]}, "occurs twice"),
         ({"classes": ["a", "b"], "num_classes": 3}, "3, but 2 classes"),
-        ({"num_classes": 2, "value_map": {7: 2}}, "7: 2 is none of the classes 0 to 1"),
+        ({"num_classes": 2, "value_map": {7: 2}}, "7: 2 is not one of the classes, 0 to 1"),
         ({"num_classes": 3, "val_ratio": 1.0}, "val_ratio"),
         ({"palette": "colours.txt"}, "no file .*colours.txt; write 'R G B name'"),
         ({"palette": "colours.txt", "num_classes": 3}, "leave out classes, num_classes"),

@@ -56,7 +56,7 @@ def test_class_folders_without_images_are_told(
     build("image_folder")
     (tmp_path / "train" / "empty").mkdir()
     assert build("image_folder").num_classes == 3
-    assert "train/empty holds no image (1 class folders hold none)" in capsys.readouterr().err
+    assert "train/empty contains no images (1 class folders are empty)" in capsys.readouterr().err
 
 
 def test_hidden_files_and_folders_are_left_out(build: Callable[..., Any], tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_what_is_no_image_is_named_at_the_start_and_the_next_takes_its_place(
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(root / "9.png")
     examples = Images(str(root), skip=0.2).dataset("train")
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"distill: skipped {root / '3.png'}: does not decode (")
+    assert first.startswith(f"distill: skipped {root / '3.png'}: cannot be decoded (")
     assert second == f"distill: skipped {root / '9.png'}: 'I;16' is not an 8-bit image"
     assert levels(examples) == [0, 1, 2, 4, 4, 5, 6, 7, 8, 0]
     assert capsys.readouterr().err == ""
@@ -133,12 +133,12 @@ def test_colours_of_sixteen_bits_are_refused(
     (elsewhere / "deep.ppm").write_bytes(b"P6\n2 2\n65535\n" + 24 * b"\x12")
     (elsewhere / "plain.ppm").write_bytes(b"P3\n2 2\n4095\n" + 12 * b"300 ")
     for file in sorted(elsewhere.iterdir()):
-        with pytest.raises(UserError, match=f"{file}: has colours of 16 bits; convert it to 8-bit"):
+        with pytest.raises(UserError, match=f"{file}: has 16-bit colours; convert it to 8-bit"):
             read_image(file)
-        with pytest.raises(UserError, match="has colours of 16 bits"):
+        with pytest.raises(UserError, match="has 16-bit colours"):
             read_colour_mask(file, (2, 2), {(0, 0, 0): 0})
         shutil.copy(file, root / "0.png")
-        with pytest.raises(UserError, match=f"{root / '0.png'}: has colours of 16 bits; 1 of 10"):
+        with pytest.raises(UserError, match=f"{root / '0.png'}: has 16-bit colours; 1 of 10"):
             Images(str(root))
 
 
@@ -170,7 +170,7 @@ def test_what_is_damaged_is_named_once_when_it_is_read(
     assert capsys.readouterr().err == ""
     assert levels(examples) == [0, 1, 2, 5, 5, 5, 6, 7, 8, 9]
     lines = capsys.readouterr().err.splitlines()
-    assert ["3.png: does not decode" in lines[0], "4.png: does not decode" in lines[1]] == [
+    assert ["3.png: cannot be decoded" in lines[0], "4.png: cannot be decoded" in lines[1]] == [
         True
     ] * 2
     assert levels(examples)[3] == 5
@@ -192,10 +192,10 @@ def test_too_many_that_are_no_images_stop_the_start_and_the_first_are_named(
     with pytest.raises(UserError) as caught:
         Images(str(root), skip=0.4)
     line = str(caught.value)
-    assert line.startswith(f"{root / '2.png'}: does not decode (")
+    assert line.startswith(f"{root / '2.png'}: cannot be decoded (")
     assert line.endswith(
-        "; 5 of 10 images are unreadable (2.png, 3.png, 4.png, ...), where 4 may be: mend "
-        "them (before a training begins, or remove them), or raise data.options.skip"
+        "; 5 of 10 images are unreadable (2.png, 3.png, 4.png, ...), but at most 4 may be: fix "
+        "or remove them before training begins, or raise data.options.skip"
     )
     assert capsys.readouterr().err == ""
 
@@ -206,7 +206,9 @@ def test_damaged_files_count_against_the_same_limit(root: Path) -> None:
     truncate(root / "6.png")
     examples = Images(str(root), skip=0.2).dataset("train")
     examples[4]
-    with pytest.raises(UserError, match=r"6\.png: does not decode .*3 of 10 .*\(1\.png, 4\.png, 6"):
+    with pytest.raises(
+        UserError, match=r"6\.png: cannot be decoded .*3 of 10 .*\(1\.png, 4\.png, 6"
+    ):
         examples[6]
 
 
@@ -225,7 +227,7 @@ def test_worker_processes_count_together(root: Path) -> None:
 
 @pytest.mark.parametrize("skip", [1, -0.1, float("nan")])
 def test_a_share_that_is_none_is_refused(root: Path, skip: Any) -> None:
-    with pytest.raises(UserError, match="skip: a share of the files from 0 to below 1"):
+    with pytest.raises(UserError, match="skip: must be a share of the files, 0 to below 1"):
         Images(str(root), skip=skip)
 
 
@@ -233,7 +235,9 @@ def test_without_a_limit_the_first_damaged_file_raises_its_own_line(root: Path) 
     truncate(root / "3.png")
     examples = UnlabelledImages(root, sorted(root.iterdir()))
     for _ in range(2):
-        with pytest.raises(UserError, match=r"3\.png: does not decode .*; replace it or leave it"):
+        with pytest.raises(
+            UserError, match=r"3\.png: cannot be decoded .*; replace it or leave it"
+        ):
             examples[3]
     with pytest.raises(IndexError):
         examples[10]

@@ -102,8 +102,8 @@ def test_a_missing_part_shows_the_tree_and_the_source(root: Path, part: str) -> 
 def test_a_depth_of_eight_bits_or_another_size_is_named(root: Path) -> None:
     path = root / "official_splits/test/office/sync_depth_00045.png"
     for pixels, told in (
-        (np.zeros((480, 640), np.uint8), "one channel of 16 bits; this file's mode is 'L'"),
-        (np.zeros((4, 4), np.uint16), "4x4 px, its image has 640x480"),
+        (np.zeros((480, 640), np.uint8), "one 16-bit channel; this file's mode is 'L'"),
+        (np.zeros((4, 4), np.uint16), "4x4 px, but its image is 640x480"),
     ):
         Image.fromarray(pixels).save(path)
         with pytest.raises(UserError) as caught:
@@ -114,7 +114,9 @@ def test_a_depth_of_eight_bits_or_another_size_is_named(root: Path) -> None:
 
 def test_a_line_without_two_files_is_named(root: Path) -> None:
     (root / "nyudepthv2_test_files_with_gt.txt").write_text("office/rgb_00045.jpg\n")
-    with pytest.raises(UserError, match="line 1: no image and depth file in 'office/rgb_00045"):
+    with pytest.raises(
+        UserError, match="line 1: expected an image and a depth file, got 'office/rgb_00045"
+    ):
         NYUv2(str(root))
 
 
@@ -146,5 +148,5 @@ def test_the_scenes_of_a_room_are_in_one_split(root: Path) -> None:
 
 def test_a_list_in_another_encoding_is_named(root: Path) -> None:
     (root / "nyudepthv2_test_files_with_gt.txt").write_bytes(b"caf\xe9/rgb_00045.jpg")
-    with pytest.raises(UserError, match=r"test_files_with_gt\.txt is no text in UTF-8"):
+    with pytest.raises(UserError, match=r"test_files_with_gt\.txt is not UTF-8 text"):
         NYUv2(str(root))

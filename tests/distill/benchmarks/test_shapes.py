@@ -171,7 +171,7 @@ def test_every_class_occurs_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("size", [31, 129, 0, -64])
 def test_a_size_outside_32_to_128_is_refused(size: int) -> None:
-    with pytest.raises(UserError, match=f"data.options.size: .*32 to 128 px, not {size}"):
+    with pytest.raises(UserError, match=f"data.options.size: .*32 to 128 px, got{size}"):
         Shapes(size=size)
 
 
@@ -181,7 +181,7 @@ def test_sizes_from_32_to_128_are_drawn(size: int) -> None:
 
 
 def test_an_empty_split_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.options\.val: at least one scene"):
+    with pytest.raises(UserError, match=r"data\.options\.val: must be at least 1 scene"):
         Shapes(val=0)
 
 
@@ -300,5 +300,7 @@ def test_corners_of_a_pair_correspond() -> None:
 
 
 def test_too_few_scenes_for_a_pair_are_named() -> None:
-    with pytest.raises(UserError, match=r"data\.options\.val: no two of 1 scenes show a square"):
+    with pytest.raises(
+        UserError, match=r"data\.options\.val: of 1 scenes, fewer than two show a square"
+    ):
         Shapes(val=1).pairs("val")[0]

@@ -101,10 +101,10 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
     assert f"{LIST}, line 1: 206 columns of 207" in refused(good.partition(" ")[2])
     assert "could not convert string" in refused("x" + good)
-    assert f"{LIST} names no faces" in refused("\n")
+    assert f"{LIST} lists no faces" in refused("\n")
     assert "not finite" in refused("nan " + good.partition(" ")[2])
     assert "data.options.val_ratio" in refused(good, val_ratio=1.5)
     far = " ".join(["5"] * 196 + ["900", "900", "950", "950"] + ["0"] * 6 + ["test--Event/0.png"])
     assert "the rectangle of test--Event/0.png:1 lies outside" in refused(far)
-    assert "data.options.margin: 0 or more, not -1" in refused(good, margin=-1)
+    assert "data.options.margin: must be at least 0, got -1" in refused(good, margin=-1)
     assert LAYOUT.source in refused("x" + good)

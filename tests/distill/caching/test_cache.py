@@ -185,8 +185,8 @@ def test_a_stale_cache_is_refused(
     build(load(*cached))
     line = refuse("train", recipe, *cached, change)
     assert line.startswith("teacher.cache: ")
-    assert f" is of other features ({words}" in line
-    assert line.endswith("; delete it, or name another folder")
+    assert f" has other features ({words}" in line
+    assert line.endswith("; delete it, or choose another folder")
     assert not (recipe.parent / "runs").exists()
 
 
@@ -196,7 +196,7 @@ def test_a_stale_cache_is_refused_before_the_training_too(
 ) -> None:
     build(load(*cached))
     line = refuse(*command, recipe, *cached, "teacher.input=clean")
-    assert ' is of other features (teacher.input "noised", now "clean")' in line
+    assert ' has other features (teacher.input "noised", now "clean")' in line
 
 
 def test_a_cache_may_be_used_with_another_batch(
@@ -218,7 +218,7 @@ def test_features_of_an_older_version_are_stale(
 ) -> None:
     build(load(*cached))
     monkeypatch.setattr("distill.caching.plan.FEATURES", 99)
-    assert " is of other features (features 1, now 99" in refuse("train", recipe, *cached)
+    assert " has other features (features 1, now 99" in refuse("train", recipe, *cached)
 
 
 def test_a_stale_cache_of_a_later_arm_is_refused_before_the_first_is_trained(
@@ -229,7 +229,7 @@ def test_a_stale_cache_of_a_later_arm_is_refused_before_the_first_is_trained(
     later.mkdir(parents=True)
     (later / "manifest.json").write_text("{}")
     line = refuse("train", recipe, *both)
-    assert line.startswith(f"teacher.cache: {later} is of other features (")
+    assert line.startswith(f"teacher.cache: {later} has other features (")
     assert not (recipe.parent / "runs").exists()
 
 

@@ -91,7 +91,7 @@ def test_ctrl_c_saves_and_a_second_call_goes_on(
     monkeypatch.undo()
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("distill: stopped with 24 of ")
-    assert last.endswith(" rows; the same command goes on with the rest")
+    assert last.endswith(" rows; rerun the command for the rest")
     assert main(["teacher", "extract", str(recipe), *cached]) == 0
     assert capsys.readouterr().out.startswith("24 of ")
 

@@ -24,7 +24,7 @@ Refuse = Callable[..., str]
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("data.augment=crop", "with data.augment=crop an image never comes twice; use flip"),
+        ("data.augment=crop", "with data.augment=crop no image appears twice; use flip"),
         ("teacher.labels=true", "a mask is no class"),
     ],
 )
@@ -46,7 +46,7 @@ def test_the_plan_says_what_a_cache_takes() -> None:
     with pytest.raises(UserError) as caught:
         check_budget(plan, 20, smaller)
     assert str(caught.value) == (
-        f"teacher.cache: {text}, more than teacher.cache_gb=20 allows; what fits: "
+        f"teacher.cache: {text} exceeds teacher.cache_gb=20; what fits: "
         "one=1 (13.1 GB), teacher.cache_gb=27 or more"
     )
 
