@@ -75,9 +75,11 @@ def bench(
         The table to print.
     """
     if batch < 2 or rounds < 1:
-        raise UserError(f"bench: two images and one round at least, not {batch} and {rounds}")
+        raise UserError(f"bench: needs at least 2 images and 1 round, got {batch} and {rounds}")
     if out is not None and (Path(out).suffix == ".png" or Path(out).is_dir()):
-        raise UserError(f"--out: {out} is for the figures, such as bench.json; a chart lies beside")
+        raise UserError(
+            f"--out: {out} must be a JSON file, such as bench.json (a chart goes beside it)"
+        )
     if out is not None and not Path(out).parent.is_dir():
         raise UserError(f"--out: there is no folder {Path(out).parent}")
     with tempfile.TemporaryDirectory() as scratch:

@@ -63,8 +63,8 @@ def parse_subject(text: str) -> Subject:
         kind = "file"
     elif place.endswith(".ts"):
         raise UserError(
-            f"{text}: a TorchScript file is a program, and is not evaluated; name the run or the "
-            f"exported student that it is of, or a file of {' or '.join(EXPORTED)}"
+            f"{text}: a TorchScript file is a program and is not evaluated; name the run or the "
+            f"exported student that it came from, or a {' or '.join(EXPORTED)} file"
         )
     known = ("layers", "timestep", "family") if kind == "teacher" else ("layers",)
     options = dict(word.partition("=")[::2] for word in words)
@@ -73,7 +73,9 @@ def parse_subject(text: str) -> Subject:
             raise UserError(f"{text}: unknown option {name!r} of a {kind}; {nearest(name, known)}")
     timestep = options.get("timestep", "0")
     if not timestep.isdecimal():
-        raise UserError(f"{text}: timestep={timestep} is no index 0..T-1 of a noise schedule")
+        raise UserError(
+            f"{text}: timestep={timestep} must be an index of the noise schedule, 0..T-1"
+        )
     weights = ""
     if kind == "timm" and place.endswith((f":{SCRATCH}", *WEIGHT_FILES)):
         place, _, weights = place.rpartition(":")
@@ -82,7 +84,7 @@ def parse_subject(text: str) -> Subject:
         raise UserError(f"{text}: a {kind} needs a name or a folder, as in timm:resnet18")
     if kind == "teacher" and not layers:
         raise UserError(
-            f"{text}: say which feature maps, for instance {text},layers=up_blocks.1,timestep=50 "
+            f"{text}: name the feature maps, for example {text},layers=up_blocks.1,timestep=50 "
             f"(`distill teacher layers {place}` lists them)"
         )
     return Subject(
@@ -204,7 +206,7 @@ def at_size(student: Student, size: tuple[int, int]) -> Student:
     if get_model_input_config(student.backbone)["fixed_input_size"]:
         height, width = student.image_size
         raise UserError(
-            f"evaluate.scales: this network takes images of {height}x{width} px alone; leave the "
+            f"evaluate.scales: this network only accepts images of {height}x{width} px; leave the "
             "scales at [1.0], or cut larger images with evaluate.window"
         )
     view = copy.copy(student)
@@ -215,7 +217,7 @@ def at_size(student: Student, size: tuple[int, int]) -> Student:
     if min(view.input_size) < deepest:
         raise UserError(
             f"evaluate.scales: images of {size[0]}x{size[1]} px are too small for this network, "
-            f"which reduces by {deepest}; leave the smallest scale out"
+            f"whose reduction is {deepest}; leave the smallest scale out"
         )
     return view
 

@@ -57,10 +57,10 @@ def compare(
         UserError: A mistake; other images are refused before anything is fitted.
     """
     if len(subjects) < 2:
-        raise UserError(f"compare: name two results or subjects or more, not {len(subjects)}")
+        raise UserError(f"compare: needs at least two results or subjects, got {len(subjects)}")
     for option, number in (("--batch", batch), ("--rounds", rounds)):
         if number < 1:
-            raise UserError(f"{option}: at least 1, not {number}")
+            raise UserError(f"{option}: must be at least 1, got {number}")
     if out is not None:
         checkpoint.check_folder("--out", Path(out))
     given = {word: _read(Path(word), overrides) for word in subjects if word.endswith(".json")}
@@ -79,7 +79,7 @@ def compare(
     _check(results, subjects)
     costs, machine = _measure(results, batch, rounds)
     rows = [_row(result, cost) for result, cost in zip(results, costs, strict=True)]
-    told = f"{batch} images a pass, median and range of {rounds} rounds in turn"
+    told = f"{batch} images per pass, median and range of {rounds} rounds in turn"
     notes = [*_differences(results), f"{machine}, {told}"]
     table = _markdown(rows)
     if out is not None:
@@ -95,8 +95,8 @@ def _refuse_idle(overrides: Sequence[str], protocol: str | None, benchmark: str 
     idle += [o for o in overrides if not o.partition("=")[0].endswith(code)]
     if idle:
         raise UserError(
-            f"compare: {idle[0]} has no effect, as all that is compared are results, which were "
-            "evaluated already; leave it out, or name subjects in their place"
+            f"compare: {idle[0]} has no effect on results that are already evaluated; leave it "
+            "out, or name subjects instead"
         )
 
 
@@ -146,13 +146,13 @@ def _check(results: Sequence[Mapping[str, Any]], words: Sequence[str]) -> None:
         if None not in images and images[0] != images[1]:
             roots = [one["recipe"]["data"].get("root") for one in (result, results[0])]
             raise UserError(
-                f"compare: {word} was scored on other images (data.root={roots[0]}) than "
-                f"{words[0]} (data.root={roots[1]})"
+                f"compare: {word} and {words[0]} were scored on different images "
+                f"(data.root={roots[0]} and {roots[1]})"
             )
         for key in mine:
             if key in first and mine[key] != first[key]:
                 raise UserError(
-                    f"compare: {word} has {key} {mine[key]!r}, {words[0]} {first[key]!r}"
+                    f"compare: {word} has {key} {mine[key]!r}, but {words[0]} has {first[key]!r}"
                 )
 
 

@@ -90,7 +90,7 @@ class Tally:
         names = self.benchmark.class_names
         if counts.sum() == 0:
             name = self.benchmark.name
-            raise UserError(f"{name}: the split has no labelled pixel or image to score")
+            raise UserError(f"{name}: the split has no labelled pixels or images to score")
         if self.benchmark.task == "classification":
             of_images = classification_scores(counts)
             return {**of_images._asdict(), "accuracy": _by_name(names, of_images.accuracy)}

@@ -109,7 +109,7 @@ def mean_scores(each: Sequence[DepthScores], name: str) -> DepthScores:
     """Means over the images with known depth; a UserError about data `name` if there is none."""
     known = [scores for scores in each if not math.isnan(scores.rmse)]
     if not known:
-        raise UserError(f"{name}: the split has no pixel of known depth to score")
+        raise UserError(f"{name}: the split has no pixels of known depth to score")
     return DepthScores(*torch.tensor(known, dtype=torch.float64).mean(0).tolist())
 
 

@@ -128,7 +128,7 @@ def one_process(device: str) -> Accelerator:
     accelerator = build_accelerator(device)
     if accelerator.num_processes > 1:
         raise UserError(
-            f"evaluate and compare run in one process, not in {accelerator.num_processes}; start "
+            f"evaluate and compare need one process, got {accelerator.num_processes}; start "
             "them without torchrun or accelerate launch"
         )
     return accelerator

@@ -126,8 +126,8 @@ def _check(config: RunConfig, protocol: str) -> None:
     options = config.evaluate
     if options.window is not None or options.flip or list(options.scales) != [1.0]:
         raise UserError(
-            f"--protocol {protocol} looks at each image once and whole; leave evaluate.window, "
-            "evaluate.flip and evaluate.scales out"
+            f"--protocol {protocol} looks at each image once and whole; leave out evaluate.window, "
+            "evaluate.flip and evaluate.scales"
         )
 
 

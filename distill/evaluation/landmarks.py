@@ -122,6 +122,6 @@ class LandmarkTally:
         sums = [errors.sum(), failed.float().sum(), area.sum(), errors.new_tensor(len(errors))]
         *sums, faces = total(torch.stack(sums)).tolist()
         if not faces:
-            raise UserError(f"{self.benchmark.name}: the split has no face to score")
+            raise UserError(f"{self.benchmark.name}: the split has no faces to score")
         names = ("nme", "failure_rate", "auc")
         return {name: value / faces for name, value in zip(names, sums, strict=True)}

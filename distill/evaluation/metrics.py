@@ -70,7 +70,7 @@ class ConfusionMatrix:
 
 def _check_shapes(predictions: Tensor, targets: Tensor) -> None:
     if predictions.shape != targets.shape:
-        raise ValueError(f"predictions {tuple(predictions.shape)}, targets {tuple(targets.shape)}")
+        raise ValueError(f"shapes differ: {tuple(predictions.shape)} and {tuple(targets.shape)}")
 
 
 def _check_classes(name: str, values: Tensor, num_classes: int, rows: int | None = None) -> None:
@@ -82,7 +82,7 @@ def _check_classes(name: str, values: Tensor, num_classes: int, rows: int | None
     most = int(values.max())
     if least < 0 or most >= (rows or num_classes):
         wrong = least if least < 0 else most
-        raise ValueError(f"{name} {wrong} is not a class, 0 to {num_classes - 1}")
+        raise ValueError(f"{name} {wrong} is not a class from 0 to {num_classes - 1}")
 
 
 class BoundaryMatrix:

@@ -114,7 +114,7 @@ def _exported(subject: Subject, config: RunConfig, benchmark: Benchmark) -> Fitt
     _check_size(config, size)
     if config.evaluate.scales != [1.0] and not told["any_size"]:
         raise UserError(
-            f"evaluate.scales: {subject.text} takes images of {size[0]}x{size[1]} px alone; leave "
+            f"evaluate.scales: {subject.text} only accepts images of {size[0]}x{size[1]} px; leave "
             "it out"
         )
 
@@ -135,18 +135,18 @@ def _check_classes(
     """Refuse a head that predicts something else than the benchmark's classes."""
     if benchmark.num_classes != len(names):
         raise UserError(
-            f"the student predicts {len(names)} classes, {benchmark.name} has "
+            f"the student predicts {len(names)} classes, but {benchmark.name} has "
             f"{benchmark.num_classes}; {remedy}"
         )
     if dense != traits(benchmark).dense:
         raise UserError(
-            f"the student predicts {'every position' if dense else 'whole images'}, and "
+            f"the student predicts {'every position' if dense else 'whole images'}, but "
             f"{benchmark.name} has {traits(benchmark).labels}; {remedy}"
         )
     pairs = zip(names, benchmark.class_names, strict=True)
     if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
         raise UserError(
-            f"the student predicts {other[0]!r} where {benchmark.name} has {other[1]!r}; {remedy}"
+            f"the student predicts {other[0]!r}, but {benchmark.name} has {other[1]!r}; {remedy}"
         )
 
 
@@ -154,7 +154,7 @@ def _check_size(config: RunConfig, size: tuple[int, int]) -> None:
     """Refuse images of another size than the student's."""
     if config.data.size not in (None, size):
         raise UserError(
-            f"data.size: with its own head the student sees images of {size[0]}x{size[1]} px; "
+            f"data.size: with its own head the student needs images of {size[0]}x{size[1]} px; "
             "leave it out, or choose --protocol linear"
         )
 
@@ -163,8 +163,8 @@ def _whole(subject: Subject, protocol: str) -> None:
     """Refuse a choice of feature maps where all of the network is used."""
     if subject.layers:
         raise UserError(
-            f"{subject.text}: layers={'+'.join(subject.layers)} names maps to read, and --protocol "
-            f"{protocol} takes the whole network; leave it out"
+            f"{subject.text}: layers={'+'.join(subject.layers)} names maps to read, but --protocol "
+            f"{protocol} uses the whole network; leave it out"
         )
 
 
@@ -183,9 +183,7 @@ def fit_linear(
     benchmark, options, device = data.benchmark, config.evaluate, accelerator.device
     val = benchmark.dataset("val")
     if not len(val):
-        raise UserError(
-            f"{benchmark.name}: the split val has no images to choose the learning rate on"
-        )
+        raise UserError(f"{benchmark.name}: split val has no images to choose the learning rate on")
     probe = LinearProbe(
         backbone,
         options.lrs,
@@ -219,7 +217,7 @@ def knn(subject: Subject, config: RunConfig, data: TrainingSet, accelerator: Acc
     """Votes of the most similar labelled images (`evaluation.neighbours`); trains nothing."""
     if data.benchmark.task != "classification":
         raise UserError(
-            f"--protocol knn: {data.benchmark.name} has {traits(data.benchmark).labels}, and knn "
+            f"--protocol knn: {data.benchmark.name} has {traits(data.benchmark).labels}, but knn "
             "votes on whole images; choose linear"
         )
     backbone = open_backbone(subject, config, data.size, accelerator.device)
@@ -239,7 +237,7 @@ def finetune(
 ) -> Fitted:
     """The whole network on labels alone, by the one training loop, in a scratch folder."""
     if subject.kind == "teacher":
-        raise UserError(f"{subject.text}: a teacher stays frozen; choose --protocol linear")
+        raise UserError(f"{subject.text}: teachers cannot be fine-tuned; choose --protocol linear")
     _whole(subject, "finetune")
     backbone = open_backbone(subject, config, data.size, torch.device("cpu"))
     pair = PairConfig(student=list(backbone.layers), teacher="none")  # a map that the network has
@@ -307,8 +305,8 @@ def label_counts(labels: list[int | str], available: int) -> list[int]:
             number = max(1, round(available * Fraction(entry)))
         if number > available:
             raise UserError(
-                f"evaluate.labels: {entry} of {available} training images; give smaller numbers, "
-                "or shares such as 1/4"
+                f"evaluate.labels: {entry} requested, but there are {available} training images; "
+                "give a smaller number, or a share such as 1/4"
             )
         counts.add(number)
     return sorted(counts)

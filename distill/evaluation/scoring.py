@@ -46,14 +46,13 @@ def check_looks(options: EvaluateConfig, benchmark: Benchmark) -> None:
     task = traits(benchmark)
     if options.window is not None and not (task.dense and task.classes):
         raise UserError(
-            f"evaluate.window: {benchmark.name} has {task.labels}, and windows are for masks; "
+            f"evaluate.window: {benchmark.name} has {task.labels}, but windows are for masks; "
             "leave it out"
         )
     if not task.classes and (options.flip or options.scales != [1.0]):
         key = "flip" if options.flip else "scales"
         raise UserError(
-            f"evaluate.{key}: heat maps of landmarks are not averaged over several looks; leave it "
-            "out"
+            f"evaluate.{key}: landmarks are not averaged over several looks; leave it out"
         )
 
 
@@ -74,7 +73,7 @@ def held_out_examples(
     split = split or config.evaluate.split
     examples = benchmark.dataset(split)
     if not len(examples):
-        raise UserError(f"{benchmark.name}: the split {split} has no images")
+        raise UserError(f"{benchmark.name}: split {split} has no images")
     if config.evaluate.window is None:
         examples = Resized(examples, size, masks=False)
     if config.evaluate.images is not None:

@@ -77,8 +77,8 @@ def refuse_file(subject: Subject) -> None:
     """Refuse an exported file, which has no maps to read."""
     if subject.kind == "file":
         raise UserError(
-            f"{subject.text} runs as a whole, which `distill evaluate --protocol own` scores; for "
-            "other protocols and for compare name the run folder or the exported folder"
+            f"{subject.text} only works with `distill evaluate --protocol own`; for other "
+            "protocols and for compare, name the run folder or the exported folder"
         )
 
 
@@ -161,9 +161,9 @@ def _check_weights(student: Student, path: Path) -> None:
     try:
         names = load_state_dict(str(path)).keys()
     except Exception as error:  # a damaged file can fail in any way at all
-        raise ValueError(f"{path} holds no weights that can be read safely") from error
+        raise ValueError(f"{path} has no weights that can be read safely") from error
     missing = [name for name, _ in student.backbone.named_parameters() if name not in names]
     if missing:
         raise ValueError(
-            f"{path} has no weight {missing[0]!r}; it must hold a state dict in timm's own names"
+            f"{path} has no weight {missing[0]!r}; it must be a state dict with timm's names"
         )

@@ -51,8 +51,8 @@ class Columns:
         for key, value in settings.items():
             if written.get(key) != value:
                 raise UserError(
-                    f"{path} was made with other {key}: {written.get(key)!r:.60}, now "
-                    f"{value!r:.60}; go on with the same, or give another --out"
+                    f"{path} was made with another {key}: {written.get(key)!r:.60}, but now it is "
+                    f"{value!r:.60}; use the same, or choose another --out"
                 )
         self.columns = {
             tuple(key): {layer: Cell(**cell) for layer, cell in column.items()}

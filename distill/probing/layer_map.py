@@ -100,7 +100,7 @@ def measure(
                 loss = F.cross_entropy(logits, part.classes, reduction="none")
                 rewards[layer][draw].append(-_image_means(loss, part.images, count))
     if not all(int(matrix.counts.sum()) for matrix in matrices.values()):
-        raise UserError("there is no labelled example to score the probe on")
+        raise UserError("there are no labelled examples to score the probe on")
     return {
         layer: Cell(
             score=probe_score(matrices[layer].counts, dense),
@@ -142,7 +142,7 @@ def _fit(
     fitted = {}
     for layer, fit in fits.items():
         if not helds[layer].count:
-            raise UserError("there is no labelled example in the held-out training images")
+            raise UserError("there are no labelled examples in the held-out training images")
         row, column = divmod(int(losses[layer].argmin()), len(TEMPERATURES))
         held_loss = losses[layer].min().item() / helds[layer].count
         fit.add(helds[layer])

@@ -81,7 +81,7 @@ class Ridge:
     def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean (C,), covariance (C, C), and standard deviation (C,), inf for a constant channel."""
         if not self.count:
-            raise UserError("there is no labelled example for the probe")
+            raise UserError("there are no labelled examples for the probe")
         mean = self.x / self.count
         covariance = self.xx / self.count - torch.outer(mean, mean)
         spread = covariance.diagonal().clamp(min=0).sqrt()

@@ -180,14 +180,14 @@ class LayerMap:
         )
         told = {
             "uniform": "every t alike",
-            "fixed": f"t={int(self.timesteps[room.fixed])} for all, as the training images say",
-            "constant": "the best t for all by the rewards of other images here",
+            "fixed": f"t={int(self.timesteps[room.fixed])} for all, chosen on the training images",
+            "constant": "the best t for all, chosen by the rewards of other images here",
             "learnt": "by a linear rule on the 8x8 image, from other images",
-            "honest": "best t of each image by other draws of the noise; it knows the label",
+            "honest": "best t of each image, chosen on other draws of the noise; needs the label",
             "oracle": "best t of each image and draw",
-            "chance": "oracle over honest: what it takes the noise for",
-            "learnt_gain": "over constant: what choosing by image brings at least",
-            "honest_gain": "over constant: and at most, up to the noise of its choice",
+            "chance": "oracle over honest: noise that the oracle takes for a gain",
+            "learnt_gain": "over constant: what choosing by image brings, at least",
+            "honest_gain": "over constant: the same, at most (up to the noise of its choice)",
         }
         figures = written(room.estimates[name] for name in told)
         lines += [

@@ -61,13 +61,13 @@ def fit(
         UserError: The table or the policy is not usable.
     """
     if steps < 1 or batch < 1:
-        raise UserError(f"--steps and --batch: at least 1, not {steps} and {batch}")
+        raise UserError(f"--steps and --batch: must be at least 1, got {steps} and {batch}")
     if out is not None:
         checkpoint.check_json("--out", Path(out))
     with blame("--table"):
         rewards = ReplayTable.read(table)
     if rewards.images < 4:
-        raise UserError(f"--table: {table} has {rewards.images} images; it takes 4 to have halves")
+        raise UserError(f"--table: {table} has {rewards.images} images; it needs at least 4")
     given: dict[str, Any] = {}
     for option in options:
         apply_override(given, option)
@@ -84,7 +84,7 @@ def fit(
             built = create(factory, *facts, given, size)
             if isinstance(built, MixingPolicy):
                 raise UserError(
-                    f"--policy: {policy} mixes the features of all timesteps, and a table has the "
+                    f"--policy: {policy} mixes the features of all timesteps, but a table has the "
                     "rewards of one at a time; try it with `distill train`"
                 )
             train_policy(built, training, steps=steps, batch=batch, seed=seed, raw=raw)
@@ -222,7 +222,7 @@ def show(figures: dict[str, Any]) -> str:
     digits = decimals(figures)
     mean, best, images = figures["mean"], figures["best_fixed"], figures["images"]
     bins, seeds = len(figures["timesteps"]), figures["seeds"]
-    raw = "rewards as they come, " if figures["raw"] else ""
+    raw = "raw rewards, " if figures["raw"] else ""
     closed = "" if mean["gap_closed"] is None else f", {mean['gap_closed']:.0%} of the gap closed"
     rows = [
         ("uniform", figures["uniform"], ""),
@@ -245,7 +245,7 @@ def show(figures: dict[str, Any]) -> str:
             f"{figures['policy']} on {figures['table']}: {images['train']} images to train on, "
             f"{images['held_out']} to judge by, {figures['steps']} steps of {figures['batch']}, "
             f"{raw}seed {', '.join(map(str, seeds))}, "
-            f"{1e3 * figures['seconds_a_step']:.1f} ms a step",
+            f"{1e3 * figures['seconds_a_step']:.1f} ms per step",
             *lines,
             f"  entropy {mean['entropy']:.2f} of {np.log(bins):.2f}, "
             f"{mean['effective_arms']:.1f} effective arms of {bins}",

@@ -72,17 +72,17 @@ def survey(
     """
     for option, value in (("timesteps", timesteps), ("seeds", seeds), ("images", images)):
         if value is not None and value < 1:
-            raise UserError(f"--{option}: {value} is none; give 1 or more")
+            raise UserError(f"--{option}: must be at least 1, got {value}")
     device = build_accelerator(config.device).device
     data, train, val = _images(config, images)
     if not traits(data.benchmark).classes:
         raise UserError(
-            f"probe: {data.benchmark.name} has {traits(data.benchmark).labels}, and linear probes "
-            "tell classes; use a benchmark of masks or classes"
+            f"probe: {data.benchmark.name} has {traits(data.benchmark).labels}, but linear probes "
+            "need classes; use a benchmark of masks or classes"
         )
     dense = data.benchmark.task == "segmentation"
     if probe == "logistic" and dense:
-        raise UserError("--probe logistic: masks have too many positions to keep; use ridge")
+        raise UserError("--probe logistic: masks have too many positions to store; use ridge")
     teacher = _teacher(config, layers, data.size, device)
     grid = _timesteps(teacher.noise_schedule, timesteps)
     settings = _settings(config, data, teacher) | {
@@ -152,15 +152,15 @@ def _images(config: RunConfig, most: int | None) -> tuple[TrainingSet, Images, I
     chosen = data.labelled_indices[:most]
     if len(chosen) < HELD_OUT:
         raise UserError(
-            f"data.labelled, or --images: {len(chosen)} labelled training images; one in "
-            f"{HELD_OUT} chooses the penalty, so that {HELD_OUT} are needed at least"
+            f"data.labelled, or --images: must be at least {HELD_OUT} labelled training images, as "
+            f"one in {HELD_OUT} is held out to choose the penalty; got {len(chosen)}"
         )
     with blame("data"):
         val = data.benchmark.dataset("val")
     if not len(val):
         raise UserError(
-            f"data: {data.benchmark.name} has no val image to score the probe on; hold some out of "
-            "train with data.options.val"
+            f"data: {data.benchmark.name} has no val images to score the probe on; hold some out "
+            "of train with data.options.val"
         )
     count = len(val) if most is None else min(most, len(val))
     targets = getattr(val, "targets", None)
@@ -229,7 +229,7 @@ def _measure_all(
                     if stop:
                         raise Interrupted(
                             f"stopped with {len(state.columns)} of {len(wanted)} columns of the "
-                            "map; go on with --resume"
+                            "map; continue with --resume"
                         )
                     yield batch
                     progress.update(len(batch[0]), {})

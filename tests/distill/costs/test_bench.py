@@ -130,11 +130,11 @@ def test_the_network_is_the_published_one() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--batch", "1"], "bench: two images and one round at least, not 1 and 5"),
-        (["--rounds", "0"], "bench: two images and one round at least, not 64 and 0"),
+        (["--batch", "1"], "bench: needs at least 2 images and 1 round, got 1 and 5"),
+        (["--rounds", "0"], "bench: needs at least 2 images and 1 round, got 64 and 0"),
         (["--layer", "mid_blok"], "--layer: no layer 'mid_blok'; did you mean 'mid_block'?"),
         (["--out", "nowhere/at/all.json"], "--out: there is no folder nowhere/at"),
-        (["--out", "."], "--out: . is for the figures, such as bench.json"),
+        (["--out", "."], "--out: . must be a JSON file, such as bench.json"),
         (["--teacher", "nowhere/at/all"], "nowhere/at/all"),
     ],
 )

@@ -114,7 +114,7 @@ def test_a_convolutional_student_takes_other_sizes(finished_run: Path) -> None:
 def test_a_transformer_says_that_it_takes_one_size() -> None:
     small = "student.kwargs={patch_size: 8, depth: 1}"
     backbone = opened("timm:vit_tiny_patch16_224:scratch", small)
-    with pytest.raises(UserError, match=r"32x32 px alone; .* evaluate.window"):
+    with pytest.raises(UserError, match=r"only accepts images of 32x32 px; .* evaluate.window"):
         backbone.maps(torch.rand(1, 3, 64, 64))
 
 
@@ -123,8 +123,12 @@ def test_scales_that_a_network_does_not_take_are_refused_when_it_is_opened(
 ) -> None:
     teacher = f"teacher:{teacher_folder},layers=mid_block"
     for text, scale, told in (
-        (teacher, 0.9, "at evaluate.scales 0.9: an image of 29x29 does not fit this teacher"),
-        (str(finished_run), 0.01, "images of 1x1 px are too small for this network, which reduces"),
+        (teacher, 0.9, "at evaluate.scales 0.9: image size 29x29 does not suit this teacher"),
+        (
+            str(finished_run),
+            0.01,
+            "images of 1x1 px are too small for this network, whose reduction",
+        ),
         ("timm:test_vit:scratch", 1.25, "at evaluate.scales 1.25: "),
     ):
         with pytest.raises(UserError) as caught:
@@ -142,8 +146,8 @@ def test_scales_that_a_network_does_not_take_are_refused_when_it_is_opened(
         ("timm:resnet18,layer=a", "did you mean 'layers'?"),
         ("exports/a.ts", "a TorchScript file is a program"),
         ("runs/a,timestep=3", "unknown option 'timestep' of a student"),
-        ("teacher:runs/t", "say which feature maps"),
-        ("teacher:runs/t,layers=a,timestep=-1", "timestep=-1 is no index"),
+        ("teacher:runs/t", "name the feature maps"),
+        ("teacher:runs/t,layers=a,timestep=-1", "timestep=-1 must be an index"),
         ("timm:resnet18:/none.safetensors", "/none.safetensors"),
         ("timm:resnet17:scratch", "did you mean 'resnet"),
         ("timm:test_resnet:scratch,layers=layer9", "did you mean 'layer"),

@@ -136,7 +136,7 @@ def test_no_gradient_is_kept() -> None:
 
 def test_split_of_void_alone_is_refused() -> None:
     image, mask = halves(8, 8)
-    with pytest.raises(UserError, match="no labelled pixel"):
+    with pytest.raises(UserError, match="no labelled pixels"):
         evaluate(bright_or_dark, [(image, mask.fill_(255))], benchmark("segmentation", 3))
 
 

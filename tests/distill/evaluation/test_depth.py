@@ -96,7 +96,7 @@ def test_means_are_over_the_images_with_known_depth() -> None:
     nothing = torch.full((2, 2), math.nan)
     each = [depth_scores(one, truth) for truth in (one, two, nothing)]
     assert mean_scores(each, "a").rmse == pytest.approx((0 + 1) / 2)
-    with pytest.raises(UserError, match="a: the split has no pixel of known depth"):
+    with pytest.raises(UserError, match="a: the split has no pixels of known depth"):
         mean_scores(each[2:], "a")
 
 

@@ -100,7 +100,8 @@ def test_results_of_other_images_are_told_apart(protocol: str, tmp_path: Path, r
         path = tmp_path / f"{test}.json"
         path.write_text(json.dumps(result))
         words.append(path)
-    assert f"{words[1]} was scored on other images" in refuse("compare", *words)
+    line = f"{words[1]} and {words[0]} were scored on different images"
+    assert line in refuse("compare", *words)
 
 
 def test_they_are_compared_with_what_they_cost(
@@ -133,4 +134,4 @@ def test_mistakes_are_one_line(refuse: Callable[..., str]) -> None:
     assert "looks at each image once and whole" in refused("depth", "evaluate.flip=true")
     assert "looks at each image once and whole" in refused("correspondence", "evaluate.window=32")
     assert "unknown key 'data.options.sise'" in refused("depth", "data.options.sise=32")
-    assert "data.labelled: 1 to 16" in refused("depth", SHAPES, "data.labelled=17")
+    assert "data.labelled: must be between 1 and 16" in refused("depth", SHAPES, "data.labelled=17")

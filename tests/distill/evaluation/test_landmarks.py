@@ -158,7 +158,7 @@ def test_errors_are_scored_as_by_hand() -> None:
 
 def test_a_split_without_faces_is_refused() -> None:
     benchmark: Any = SimpleNamespace(name="faces", eyes=(0, 1))
-    with pytest.raises(UserError, match="faces: the split has no face to score"):
+    with pytest.raises(UserError, match="faces: the split has no faces to score"):
         LandmarkTally(benchmark, "cpu").scores()
 
 
@@ -249,13 +249,16 @@ def test_evaluate_scores_and_draws_the_points(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["evaluate", "RUN", "--protocol", "knn"], "wflw has landmarks, and knn votes on whole"),
-        (["evaluate", "RUN", "evaluate.window=16"], "wflw has landmarks, and windows are for"),
-        (["evaluate", "RUN", "evaluate.flip=true"], "evaluate.flip: heat maps of landmarks are"),
-        (["evaluate", "RUN", "evaluate.scales=[1.0,1.5]"], "evaluate.scales: heat maps of"),
-        (["export", "RUN", "--format", "onnx"], "leaves whole as timm or hub; choose one of"),
-        (["predict", "RUN", "RUN", "--out", "OUT"], "finds landmarks, and predictions are masks"),
-        (["probe", "RUN/config.yaml", "--out", "OUT"], "wflw has landmarks, and linear probes"),
+        (["evaluate", "RUN", "--protocol", "knn"], "wflw has landmarks, but knn votes on whole"),
+        (["evaluate", "RUN", "evaluate.window=16"], "wflw has landmarks, but windows are for"),
+        (["evaluate", "RUN", "evaluate.flip=true"], "evaluate.flip: landmarks are not averaged"),
+        (["evaluate", "RUN", "evaluate.scales=[1.0,1.5]"], "evaluate.scales: landmarks are"),
+        (
+            ["export", "RUN", "--format", "onnx"],
+            "can be exported whole only as timm or hub; choose one of",
+        ),
+        (["predict", "RUN", "RUN", "--out", "OUT"], "finds landmarks, but predict writes masks"),
+        (["probe", "RUN/config.yaml", "--out", "OUT"], "wflw has landmarks, but linear probes"),
         (["train", "RUN/config.yaml", "name=x", "output=OUT", "teacher.labels=true"], "a set of"),
     ],
 )

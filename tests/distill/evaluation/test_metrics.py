@@ -208,7 +208,7 @@ def test_a_stray_value_is_not_counted_in_another_classes_boundary(
     matrix = BoundaryMatrix(2)
     masks = torch.zeros(2, 6, 6, dtype=torch.int64)
     masks[0, 2, 2], masks[1, 3, 3] = prediction, target
-    with pytest.raises(ValueError, match=f"{name} is not a class, 0 to 1"):
+    with pytest.raises(ValueError, match=f"{name} is not a class from 0 to 1"):
         matrix.update(masks[0], masks[1])
     assert not matrix.counts.any()
 

@@ -160,12 +160,12 @@ def test_fine_tuning_starts_from_the_subjects_weights_and_fits(finished_run: Pat
 def test_what_fine_tuning_cannot_do_is_refused_before_it_starts() -> None:
     small = (SHAPES, "train.steps=1", "train.warmup=1")
     for changes, pattern in (
-        (["train.batch=4", "train.accumulate=3"], "do not divide into train.accumulate=3 parts"),
-        (["train.batch=auto", "device=cpu"], "auto measures the memory of a GPU"),
+        (["train.batch=4", "train.accumulate=3"], "are not divisible by train.accumulate=3"),
+        (["train.batch=auto", "device=cpu"], "auto needs a GPU to measure"),
     ):
         with pytest.raises(UserError, match=pattern):
             evaluated("timm:test_resnet:scratch", "finetune", *small, *changes)
-    with pytest.raises(UserError, match=r"layers=layer3 names maps to read, and --protocol fine"):
+    with pytest.raises(UserError, match=r"layers=layer3 names maps to read, but --protocol fine"):
         evaluated("timm:test_resnet:scratch,layers=layer3", "finetune", *small)
 
 

@@ -157,7 +157,7 @@ def test_draws_differ_in_their_noise_and_teachers_do_not() -> None:
 def test_a_part_without_labels_is_refused(part: int, words: str) -> None:
     images, targets = columns(masks=False)
     targets[[slice(0, 20), slice(20, 25), slice(25, 40)][part]] = 255
-    with pytest.raises(UserError, match=f"no labelled example.*{words}"):
+    with pytest.raises(UserError, match=f"no labelled examples.*{words}"):
         measure(teacher(a=pixels), 0, parts(images, targets, 8), classes=3, dense=False)
 
 

@@ -185,7 +185,7 @@ def test_the_same_noise_and_timestep_are_shown_to_every_teacher() -> None:
 
 def test_a_probe_without_labels_is_refused() -> None:
     batch = [(torch.rand(2, 3, 2, 2), torch.tensor([255, 255]))]
-    with pytest.raises(UserError, match="no labelled example"):
+    with pytest.raises(UserError, match="no labelled examples"):
         linear_probe(
             teacher(lambda images: images, 3), batch, batch, timestep=0, classes=2, dense=False
         )

@@ -263,31 +263,38 @@ def test_what_is_wrong_is_one_line(refuse: Refuse, planted: Path, tmp_path: Path
     tiny.write_bytes(ReplayTable(contexts=noise(3, 1), rewards=noise(3, 2)).to_bytes())
     for arguments, words in (
         (["--table", tmp_path / "none"], "--table: "),
-        (["--table", tiny], "has 3 images; it takes 4 to have halves"),
+        (["--table", tiny], "has 3 images; it needs at least 4"),
         (["--table", planted, "--policy", "a2"], "--policy: unknown name 'a2'; did you mean 'a2c'"),
-        (["--table", planted, "rate=2"], "--policy: rate is no option of A2CPolicy"),
+        (["--table", planted, "rate=2"], "--policy: rate is not an option of A2CPolicy"),
         (
             ["--table", planted, "--steps", "9", "learning_rate=1e30"],
-            "--policy: its outputs are not finite any more; try a smaller learning_rate",
+            "--policy: the policy diverged: its outputs are no longer finite; "
+            "try a smaller learning_rate",
         ),
-        (["--table", planted, "bins=3"], "--policy: bins is no option: the policy is told it"),
+        (["--table", planted, "bins=3"], "--policy: bins is not an option: the run itself"),
         (
             ["--table", planted, "--policy", "soft_mix"],
             "--policy: soft_mix mixes the features of all timesteps",
         ),
-        (["--table", planted, "--policy", "grid"], "--policy: table must name the recorded"),
+        (["--table", planted, "--policy", "grid"], "--policy: table must be the recorded"),
         (
             ["--table", planted, "--policy", "grid", f"table={tmp_path / 'no'}"],
             "--policy: table: No such file",
         ),
-        (["--table", planted, "--steps", "0"], "--steps and --batch: at least 1, not 0 and 64"),
+        (
+            ["--table", planted, "--steps", "0"],
+            "--steps and --batch: must be at least 1, got 0 and 64",
+        ),
         (["--table", planted, "--seed", "x"], "--seed: 'x' is no seed, which is a whole number"),
         (["--table", planted, "--seed", "-1"], "--seed: '-1' is no seed"),
         (["--table", planted, "--seed", str(2**64)], "is too large; seeds are below 2**31"),
         (["--table", planted, "--seed", "0", "00"], "--seed: 0 stands twice among 0 00"),
         (["--table", planted, "--policy", "thompson", "prior=1e-200"], "prior must be a number at"),
-        (["--table", planted, "--policy", "json:loads"], "cannot be called as policies are"),
-        (["--table", planted, "--seed", "0", "bins=3"], "--policy: bins is no option"),
+        (
+            ["--table", planted, "--policy", "json:loads"],
+            "cannot be called with context_size, bins, batch and seed",
+        ),
+        (["--table", planted, "--seed", "0", "bins=3"], "--policy: bins is not an option"),
         ([], "the following arguments are required: --table"),
     ):
         assert words in refuse("policy", "fit", *arguments), words

@@ -217,7 +217,7 @@ def test_a_stopped_and_resumed_map_equals_an_uninterrupted_one(
     capsys.readouterr()
     assert main(words) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "distill: stopped with 1 of 4 columns of the map; go on with --resume"
+    assert last == "distill: stopped with 1 of 4 columns of the map; continue with --resume"
     assert len(calls) == 2
     resumed = probe(*whole, "--out", tmp_path / "stopped", "--resume")  # type: ignore[arg-type]
     assert len(calls) == 2 + 3
@@ -230,13 +230,13 @@ def test_a_stopped_and_resumed_map_equals_an_uninterrupted_one(
 def test_other_settings_are_not_gone_on_with(planted: Path, refuse: Refuse) -> None:
     probe(planted, "--timesteps", 2, "--images", 20)
     line = refuse("probe", planted, "--timesteps", 2, "--images", 30, "--resume")
-    assert "state.pt was made with other images: [20, 20], now [30, 30]; go on with" in line
+    assert "state.pt was made with another images: [20, 20], but now it is [30, 30]; use" in line
     line = refuse("probe", planted, "--timesteps", 2, "data.labelled=20", "--resume")
-    assert "state.pt was made with other data.labelled: None, now 20; go on with" in line
-    assert "planted-probe exists; go on with --resume" in refuse("probe", planted)
+    assert "state.pt was made with another data.labelled: None, but now it is 20; use" in line
+    assert "planted-probe exists; continue with --resume" in refuse("probe", planted)
     checkpoint.save(next(planted.parent.rglob("state.pt")), {"step": 3})
     line = refuse("probe", planted, "--timesteps", 2, "--images", 20, "--resume")
-    assert line.endswith("state.pt is a checkpoint of something else: it has no 'settings'")
+    assert line.endswith("state.pt is another kind of checkpoint: it has no 'settings'")
 
 
 def test_the_best_recipe_of_an_ensemble_has_the_members_of_its_layer(load: Load) -> None:
@@ -259,7 +259,7 @@ def test_the_best_recipe_fits_the_channels_of_its_layer(load: Load) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--timesteps", "0"], "--timesteps: 0 is none; give 1 or more"),
+        (["--timesteps", "0"], "--timesteps: must be at least 1, got 0"),
         (["--timesteps", "few"], "argument --timesteps: invalid int value: 'few'"),
         (["--images", "4"], "data.labelled, or --images: 4 labelled training images"),
         (["--layers", "mid_blok"], "--layers: no layer 'mid_blok'; did you mean 'mid_block'?"),
@@ -283,7 +283,7 @@ def test_a_probe_without_images_to_score_it_on_says_where_they_come_from(
 ) -> None:
     line = refuse("probe", planted, "data.options.val=0")
     assert line.endswith(
-        "no val image to score the probe on; hold some out of train with data.options.val"
+        "no val images to score the probe on; hold some out of train with data.options.val"
     )
 
 
