@@ -66,14 +66,14 @@ def demo(model: str, *, port: int, trust: bool = False) -> None:
             prevent_thread_lock=True, ssr_mode=False, footer_links=[], css=STYLE,
             theme=gradio.themes.Default(primary_hue="blue", font=FONT, font_mono="monospace"),
         )  # fmt: skip
-        print(f"{model} at http://{HOST}:{port}; Ctrl-C ends it", flush=True)
+        print(f"{model} at http://{HOST}:{port}; press Ctrl-C to stop", flush=True)
         threading.Event().wait()  # the server's thread ends with the program
 
 
 def _check_free(port: int) -> None:
     """Before anything is loaded, which takes seconds."""
     if not 1 <= port <= 65535:
-        raise UserError(f"--port {port}: a port is a number from 1 to 65535")
+        raise UserError(f"--port {port}: must be a number from 1 to 65535")
     try:
         socket.create_server((HOST, port)).close()
     except OSError as error:

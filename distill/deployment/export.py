@@ -108,8 +108,8 @@ def export_run(
     task: What = "classifier" if source.student.head is None else "segmenter"
     if source.card.task == "landmarks" and format not in ("timm", "hub") and what != "backbone":
         raise UserError(
-            f"--format {format}: a student of landmarks leaves whole as timm or hub; choose one of "
-            "these, or --what backbone"
+            f"--format {format}: a landmark student can be exported whole only as timm or hub; "
+            "choose one of these, or --what backbone"
         )
     target = Path(out) if out else source.default(format, what or task, precision)
     if format in ("timm", "hub"):
@@ -128,17 +128,17 @@ def _check_options(
     if precision not in known:
         able = [name for name, all_of in PRECISIONS.items() if precision in all_of]
         raise UserError(
-            f"--precision {precision}: {format} is written in {', '.join(known)}; for {precision} "
-            f"take --format {' or '.join(able)}"
+            f"--precision {precision}: {format} supports only {', '.join(known)}; for {precision} "
+            f"use --format {' or '.join(able)}"
         )
     if format in ("timm", "hub") and what is not None:
         raise UserError(
-            f"--what {what}: the {format} folder always holds the whole student; leave it out"
+            f"--what {what}: the {format} folder always contains the whole student; leave it out"
         )
     if push and format != "hub":
-        raise UserError(f"--push goes with --format hub, not {format}")
+        raise UserError(f"--push needs --format hub, got {format}")
     if out and format in SUFFIXES and Path(out).suffix != SUFFIXES[format]:
-        raise UserError(f"--out {out}: {format} files end in {SUFFIXES[format]}")
+        raise UserError(f"--out {out}: {format} files must end in {SUFFIXES[format]}")
 
 
 def _source(path: Path, arm: str | None, overrides: Sequence[str]) -> Source:
@@ -148,7 +148,7 @@ def _source(path: Path, arm: str | None, overrides: Sequence[str]) -> Source:
     elif (path / "config.yaml").is_file():
         source = _of_run(path, arm or "distilled", overrides)
     else:
-        raise UserError(f"{path} is neither a run folder nor an exported student")
+        raise UserError(f"{path} is not a run folder or an exported student")
     if source.config.evaluate.window is not None:
         raise UserError("evaluate.window: exports are compared on whole images; leave it out")
     return source
@@ -174,7 +174,7 @@ def _of_run(path: Path, arm: str, overrides: Sequence[str]) -> Source:
     made, config = load_config(RunConfig, recipe), load_config(RunConfig, recipe, overrides)
     refuse_foreign(config, overrides, path)
     if arm not in made.train.arms:
-        raise UserError(f"--arm {arm}: {path} has {', '.join(made.train.arms)}")
+        raise UserError(f"--arm {arm}: {path} has only {', '.join(made.train.arms)}")
     saved = checkpoint_path(path, arm)
     state = checkpoint.load(saved, "step", "teacher", "average")
     provenance = {"arm": arm, "step": state["step"], "teacher": state["teacher"] or None}
@@ -185,7 +185,7 @@ def _of_run(path: Path, arm: str, overrides: Sequence[str]) -> Source:
         student.load_state_dict(state["average"])
     except RuntimeError as error:
         line = one_line(error, 200)
-        raise UserError(f"{saved} does not fit the student of {recipe}: {line}") from error
+        raise UserError(f"{saved} does not match the student of {recipe}: {line}") from error
     result = saved.with_name("result.json")  # written at the end of training
     scores = checkpoint.read_json(result, "scores")["scores"] if result.exists() else {}
     return Source(student.eval(), card, config, scores, path)
@@ -212,7 +212,7 @@ def _card_of_run(path: Path, made: RunConfig, config: RunConfig) -> StudentCard:
 def _check_replaced(target: Path, card: StudentCard) -> None:
     """Refuse to replace another student by this one."""
     if (target / CARD).is_file() and _origin(read_card(target)) != _origin(card):
-        raise UserError(f"{target} holds another student; name another folder with --out")
+        raise UserError(f"{target} contains another student; choose another folder with --out")
 
 
 def _origin(card: StudentCard) -> tuple[Any, ...]:
@@ -270,7 +270,7 @@ def _export_file(source: Source, target: Path, what: What, precision: Precision)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(new, target)
     except OSError as error:
-        raise UserError(f"the export cannot be written to {target}: {error}") from error
+        raise UserError(f"cannot write the export to {target}: {error}") from error
     size = "any height and width" if model.any_size else "{} x {} px".format(*model.image_size)
     written = f"{what} of {source.card.model} in {precision} written to {target}"
     takes = f"takes RGB images in [0, 1], float32 (B, 3, H, W), any B, {size}"
@@ -295,7 +295,7 @@ def _sample(source: Source, model: Deployed, labelled: bool = False) -> tuple[pa
         noise = torch.rand(
             2 * BATCH, 3, *model.image_size, generator=torch.Generator().manual_seed(0)
         )
-        note = f"  on {len(noise)} images of noise, as there are no held-out ones: {error}"
+        note = f"  on {len(noise)} images of noise, as no held-out ones could be read: {error}"
         return parity.Sample(_batches(noise), [], None), note
     items = [examples[index] for index in spread(len(examples), _count(model, source.card))]
     truths = [torch.as_tensor(target) for _, target in items]

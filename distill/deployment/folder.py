@@ -86,7 +86,7 @@ def export_student(
         UserError: The folder holds something else, or the disk is full.
     """
     if folder.exists() and not (folder / CARD).is_file():
-        raise UserError(f"{folder} exists and is no exported student; name another folder")
+        raise UserError(f"{folder} exists and is not an exported student; choose another folder")
     # safetensors writes contiguous tensors only, and training may have left others.
     student = copy.deepcopy(student).to("cpu").to(memory_format=torch.contiguous_format)
     try:
@@ -97,7 +97,7 @@ def export_student(
             checkpoint.write_text(new / CARD, json.dumps(asdict(card), indent=2) + "\n")
             check(new)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the student cannot be written to {folder}: {error}") from error
+        raise UserError(f"cannot write the student to {folder}: {error}") from error
 
 
 def load_student(path: str | Path) -> tuple[Student, StudentCard]:
@@ -138,10 +138,14 @@ def read_card(folder: Path) -> StudentCard:
     try:
         card = StudentCard(**content)
     except TypeError as error:
-        raise UserError(f"{path} is of another version of distill: {one_line(error)}") from error
+        raise UserError(
+            f"{path} was written by another version of distill: {one_line(error)}"
+        ) from error
     for key, least in (("class_names", card.classes), ("palette", 0)):
         if len(getattr(card, key)) not in (least, card.classes):
-            raise UserError(f"{path} is damaged: {key} has not {card.classes} entries, as classes")
+            raise UserError(
+                f"{path} is damaged: {key} must have {card.classes} entries, as classes has"
+            )
     return card
 
 
@@ -151,7 +155,7 @@ def student_folder(path: str | Path) -> Path:
         if (folder / CARD).is_file():
             return folder
     raise UserError(
-        f"{path} holds no exported student: name a run folder that is finished, or its student/"
+        f"{path} contains no exported student; name a finished run folder, or its student/"
     )
 
 
@@ -176,7 +180,7 @@ def load_backbone(student: Student, path: str | Path) -> None:
         student.backbone.load_state_dict(kept)
     except RuntimeError as error:
         raise UserError(
-            f"student.init_from: {folder} is a {read_card(folder).model!r}, which does not fit "
+            f"student.init_from: {folder} is a {read_card(folder).model!r}, which does not match "
             f"student.model: {one_line(error, 200)}..."
         ) from error
 
@@ -233,13 +237,13 @@ def _load(module: torch.nn.Module, path: Path) -> None:
     except RuntimeError as error:
         line = one_line(error, 200)
         raise UserError(
-            f"{path} does not fit the student that its card describes: {line}"
+            f"{path} does not match the student that its card describes: {line}"
         ) from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.exists() and not os.access(path, os.R_OK):
-        raise UserError(f"{path} may not be read by you; its owner can `chmod a+r` it")
+        raise UserError(f"permission denied: {path} (ask its owner for read access)")
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -190,8 +190,8 @@ def write(
         raise
     except Exception as error:  # architectures fail under tracing in any way at all
         raise UserError(
-            f"torch cannot export this student as {path.suffix}: {_reason(error)}; another "
-            "--format may do"
+            f"torch cannot export this student as {path.suffix}: {_reason(error)}; try "
+            "another --format"
         ) from error
     if calibration is not None:
         try:
@@ -200,7 +200,9 @@ def write(
             raise
         except Exception as error:  # onnxruntime has its own, some of them bare Exceptions
             reason = one_line(error, 200)
-            raise UserError(f"onnxruntime cannot turn this student into int8: {reason}") from error
+            raise UserError(
+                f"onnxruntime cannot quantise this student to int8: {reason}"
+            ) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -147,7 +147,7 @@ def token_for(repository: str) -> str:
     token = get_token()
     if token is None:
         raise UserError(
-            "--push needs a token that may write: set HF_TOKEN, or log in with `hf auth login`"
+            "--push needs a token with write access: set HF_TOKEN, or log in with `hf auth login`"
         )
     return token
 
@@ -172,8 +172,8 @@ def push(folder: Path, repository: str, *, token: str, endpoint: str | None = No
         )
     except Exception as error:  # its own, and those of whichever HTTP library it uses
         reason = one_line(error, 200)
-        raise UserError(f"{folder} is written, but was not uploaded: {reason}") from error
+        raise UserError(f"{folder} was written, but not uploaded: {reason}") from error
     return (
-        f"uploaded to {address} (private where it is new; its page makes it public); open it with "
+        f"uploaded to {address} (private if new; its page can make it public); open it with "
         f'timm.create_model("hf-hub:{repository}", pretrained=True)'
     )

@@ -140,7 +140,7 @@ def check_logits(student: Student, again: Student, sample: Sample) -> None:
     if not difference <= limit:  # a NaN is no number that small
         raise UserError(
             "the export failed its comparison with the student: the logits of the folder are "
-            f"{difference:.1e} off, the limit is {limit:.1e}"
+            f"{difference:.1e} off; the limit is {limit:.1e}"
         )
 
 
@@ -184,7 +184,7 @@ def _in_fresh_process(
         )  # fmt: skip
         if done.returncode:
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-            raise UserError(f"the export does not run in a process of its own: {reason}")
+            raise UserError(f"the export does not run in its own process: {reason}")
         with np.load(outputs) as found:
             arrays = [found[name] for name in found.files]
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -196,7 +196,7 @@ def _pairs(mine: Sequence[Array], other: Sequence[Array]) -> list[tuple[Array, A
     """Outputs side by side. Plain timm gives the first of them alone."""
     for one, two in zip(mine, other, strict=False):
         if one.shape != two.shape:
-            raise UserError(f"the export gives {two.shape} where the student gives {one.shape}")
+            raise UserError(f"the export returns shape {two.shape}, but the student {one.shape}")
     return list(zip(mine, other, strict=False))
 
 
@@ -206,7 +206,7 @@ def _problem(
     """What differs by more than the precision explains."""
     assert row.difference is not None
     if not np.isfinite(row.difference):
-        return "it gives values that are not finite"
+        return "it returns values that are not finite"
     if precision != "int8":
         limit = LARGEST_DIFFERENCE[precision]
         if precision != "fp32" or row.equal is None:
@@ -224,7 +224,7 @@ def _problem(
             return f"its score is {lost:.1f} points lower, the limit is {most:.0f}"
     elif row.equal < FEWEST_EQUAL:
         share, fewest = f"{row.equal:.1%}", f"{FEWEST_EQUAL:.0%}"
-        return f"{share} of its predictions are the student's, the limit is {fewest}"
+        return f"only {share} of its predictions are the student's; the limit is {fewest}"
     return None
 
 

@@ -106,8 +106,8 @@ def open_model(path: str, *, trust: bool = False) -> ModelFile:
         student, card = load_student(path)
         if card.task == "landmarks":
             raise UserError(
-                f"{path} finds landmarks, and predictions are masks or classes; `distill evaluate "
-                f"{path} --out scores.json` draws its points"
+                f"{path} finds landmarks, but predict writes masks or classes; to draw its points "
+                f"use `distill evaluate {path} --out scores.json`"
             )
         model = Deployed(student, "classifier" if student.head is None else "segmenter")
         return ModelFile(describe(model, card, "fp32"), torch_run(model, 0))
@@ -132,7 +132,7 @@ def find_pictures(images: Sequence[str], results: Sequence[Path] = ()) -> list[P
             if own:
                 files = [f for f in files if own.isdisjoint(f.resolve().parents)]
             if not files:
-                raise UserError(f"{image} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                raise UserError(f"{image} contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
             pictures = [Picture(f, f.relative_to(image).with_suffix("")) for f in files]
         elif image.is_file():
             pictures = [Picture(image, Path(image.stem))]
@@ -143,7 +143,9 @@ def find_pictures(images: Sequence[str], results: Sequence[Path] = ()) -> list[P
     names: dict[Path, Path] = {}
     for picture in found.values():
         if other := names.get(picture.name):
-            raise UserError(f"{other} and {picture.path} have one name; predict them apart")
+            raise UserError(
+                f"{other} and {picture.path} have the same name; predict them separately"
+            )
         names[picture.name] = picture.path
     return list(found.values())
 
@@ -174,7 +176,7 @@ def _check_free(folder: Path, pictures: Sequence[Picture], what: str, force: boo
     taken = [path for path in targets if path.exists()]
     if taken and not force:
         more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
-        raise UserError(f"{taken[0]}{more} exist; replace with --force, or take another --out")
+        raise UserError(f"{taken[0]}{more} exist; replace with --force, or choose another --out")
 
 
 def _groups(
@@ -213,7 +215,7 @@ def _make(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out: {folder} cannot be made: {error.strerror}") from error
+        raise UserError(f"--out: cannot create {folder}: {error.strerror}") from error
     return not found
 
 

@@ -59,11 +59,11 @@ def load(path: Path, threads: int = 0, *, trust: bool = False) -> ModelFile:
         raise UserError(f"there is no file or folder {path}")
     loader = LOADERS.get(path.suffix)
     if loader is None:
-        raise UserError(f"{path} is no exported file: {', '.join(LOADERS)}")
+        raise UserError(f"{path} is not an exported file: {', '.join(LOADERS)}")
     if loader is _torchscript and not trust:
         raise UserError(
-            f"{path} is TorchScript, a program that may do anything to this machine; --trust opens "
-            "it if you know where it comes from, otherwise take .onnx or .pt2"
+            f"{path} is TorchScript, a program that may do anything to this machine; open it with "
+            "--trust if you know where it comes from, otherwise use .onnx or .pt2"
         )
     text, run = loader(path, threads)
     try:
@@ -82,7 +82,7 @@ def load_predictor(path: Path, threads: int = 0, *, trust: bool = False) -> Mode
     """
     opened = load(path, threads, trust=trust)
     if opened.metadata["what"] == "backbone":
-        raise UserError(f"{path} gives features, no predictions; export a segmenter or classifier")
+        raise UserError(f"{path} returns features; export a segmenter or classifier to predict")
     return opened
 
 
@@ -187,7 +187,9 @@ def _readable(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # each runtime has its own, some of them bare Exceptions
         reason = one_line(error, 160)
-        raise UserError(f"{path} is damaged or no file of distill export: {reason}") from error
+        raise UserError(
+            f"{path} is damaged or was not written by distill export: {reason}"
+        ) from error
 
 
 # What a graph may be made of: arithmetic and formulas of sizes, torch's core operators, which have
@@ -234,7 +236,7 @@ def refuse_code(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if len(set(names)) != len(names):
-            raise UserError(f"{path} holds two files of one name; it is not opened")
+            raise UserError(f"{path} contains two files of the same name; it is not opened")
         for name in names:
             inner = name.partition("/")[2]
             if not inner or not _is_plain(inner, archive.read(name)):

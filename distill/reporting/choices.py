@@ -83,7 +83,7 @@ def load_policy(
     except (RuntimeError, ValueError, KeyError) as error:
         line = one_line(error, 200)
         raise UserError(
-            f"{checkpoint_path(run.folder, arm)}: its policy cannot be built again: {line}"
+            f"{checkpoint_path(run.folder, arm)}: its policy cannot be rebuilt: {line}"
         ) from error
     return built
 
@@ -122,7 +122,9 @@ def recall_choices(run: FinishedRun, arm: str, config: RunConfig) -> Choices:
         distiller.student.load_state_dict(weights)
     except RuntimeError as error:
         line = one_line(error, 200)
-        raise UserError(f"{checkpoint_path(run.folder, arm)}: another student: {line}") from error
+        raise UserError(
+            f"{checkpoint_path(run.folder, arm)}: has another student: {line}"
+        ) from error
     contexts, shares = _look(distiller.eval(), examples, data, config.evaluate.batch)
     policy = load_policy(run, arm, state, distiller.context_size)
     return Choices(

@@ -148,7 +148,9 @@ def policy(
     at, bins = np.asarray(steps, dtype=np.float64), np.asarray(timesteps)
     shares, noise = np.asarray(history, dtype=np.float64), np.asarray(noise_fraction)
     if shares.shape != (len(at), len(bins)) or noise.shape != bins.shape:
-        raise ValueError(f"history {shares.shape}, {len(at)} steps, {len(bins)} timesteps")
+        raise ValueError(
+            f"history {shares.shape} does not match {len(at)} steps, {len(bins)} timesteps"
+        )
     rows = np.arange(len(bins))
     with rc_context(STYLE):
         figure = Figure(figsize=(9.0, 3.6), dpi=150, layout="constrained")

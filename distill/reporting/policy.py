@@ -68,8 +68,8 @@ def history(run: FinishedRun) -> list[dict[str, Any]]:
     count = len(run.summary["policy"]["timesteps"])
     if wrong := [row["step"] for row in rows if len(row["probabilities"]) != count]:
         raise UserError(
-            f"{run.folder / 'metrics.jsonl'}: the row of step {wrong[0]} has not {count} "
-            "probabilities; put a copy of the file there, or remove the line"
+            f"{run.folder / 'metrics.jsonl'}: the row of step {wrong[0]} must have {count} "
+            "probabilities; restore the file from a backup, or remove the line"
         )
     return rows
 

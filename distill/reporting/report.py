@@ -74,16 +74,14 @@ def write_report(
         UserError: A folder is no finished run, the runs do not compare, or an argument is wrong.
     """
     if not runs:
-        raise UserError("report: name a run folder")
+        raise UserError("report: name at least one run folder")
     groups = group_runs([read_run(run) for run in runs])
     if html is None and len(runs) == 1:
         html = str(Path(runs[0]) / "report.html")
     if html is None and (probe or overrides):
-        raise UserError(
-            "--probe and data.KEY=value are for the page: say where it goes with --html PAGE.html"
-        )
+        raise UserError("--probe and data.KEY=value need a page: give --html PAGE.html")
     if html is not None and Path(html).suffix not in (".html", ".htm"):
-        raise UserError(f"--html: {html} is a page, such as report.html")
+        raise UserError(f"--html: {html} must be an HTML file, such as report.html")
     if out is not None:
         checkpoint.check_json("--out", Path(out))
     for place in () if html is None else (Path(html).parent, _pictures(Path(html))):
@@ -106,8 +104,8 @@ def _opened(groups: Sequence[Group], overrides: Sequence[str]) -> dict[str, RunC
     for override in overrides:
         if override not in places and override not in known:  # the known trust code of their own
             raise UserError(
-                f"report: {override!r}: a finished run's recipe is as it is; only data.KEY=value "
-                "may say where its data lie today"
+                f"report: {override!r}: the recipe of a finished run is fixed; only data.KEY=value "
+                "can be set, for data that moved"
             )
     configs = {}
     for run in runs:
@@ -127,11 +125,13 @@ def _read_probe(path: str, groups: Sequence[Group]) -> Probe:
         table = ReplayTable.read(folder / "table.safetensors")
         figures = checkpoint.read_json(folder / "probe.json", kind=ProbeFigures)
     if table.images < 4:
-        raise UserError(f"--probe: {folder} has {table.images} images; it takes 4 to have halves")
+        raise UserError(f"--probe: {folder} has {table.images} images; it needs at least 4")
     mine = run.config.data.benchmark
     theirs = figures["settings"]["data.benchmark"]
     if theirs != mine:
-        raise UserError(f"--probe: {folder} is of {theirs}, {run.folder} was trained on {mine}")
+        raise UserError(
+            f"--probe: {folder} is for {theirs}, but {run.folder} was trained on {mine}"
+        )
     return Probe(folder, table, figures)
 
 
@@ -206,7 +206,7 @@ def _earned(runs: Sequence[FinishedRun], probe: Probe) -> tuple[list[Block], str
     """The table of rewards of one recipe's policies, and what it comes to."""
     if mixes(runs[0].config):
         raise UserError(
-            f"{runs[0].config.policy.name} mixes the features of all timesteps, and a table has "
+            f"{runs[0].config.policy.name} mixes the features of all timesteps, but a table has "
             "the rewards of one at a time"
         )
     training, held_out = policy_fit.halves(_at_bins(probe.table, runs[0]))

@@ -130,7 +130,7 @@ def read_run(folder: str | Path) -> FinishedRun:
     """Read a run folder. Raises UserError if it is none, or not finished."""
     run = Path(folder)
     if not (run / "summary.json").is_file():
-        raise UserError(f"{run} has no summary.json: name a run folder that is finished")
+        raise UserError(f"{run} has no summary.json; name a finished run folder")
     summary = read_summary(run)
     results = {
         arm: read_result(checkpoint_path(run, arm).with_name("result.json"))
@@ -159,8 +159,8 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
         if not _same_images(run, runs[0], "scored"):
             roots = run.config.data.root, runs[0].config.data.root
             raise UserError(
-                f"report: {run.folder} was scored on other images (data.root={roots[0]}) than "
-                f"{runs[0].folder} (data.root={roots[1]}): they do not compare"
+                f"report: {run.folder} and {runs[0].folder} cannot be compared: they were scored "
+                f"on different images (data.root={roots[0]} and {roots[1]})"
             )
     members: list[list[FinishedRun]] = []
     for run in runs:
@@ -174,7 +174,7 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
     for group in members:
         if len({run.seed for run in group}) < len(group):
             raise UserError(
-                "report: two runs have the same seed; name runs with different seeds or recipes "
+                "report: two runs have the same recipe and seed; name runs that differ in either "
                 f"({', '.join(str(run.folder) for run in group)})"
             )
     return [
@@ -201,8 +201,8 @@ def _check_equal(
     for key, value in of(run.config).items():
         if value != theirs[key]:
             raise UserError(
-                f"report: {run.folder} has {key}={value}, {other.folder} {theirs[key]}: they do "
-                "not compare"
+                f"report: {run.folder} and {other.folder} cannot be compared: {key} is {value} and "
+                f"{theirs[key]}"
             )
 
 

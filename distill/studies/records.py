@@ -38,7 +38,7 @@ class Policy(Bins):
     @model_validator(mode="after")
     def _one_each(self) -> Self:
         if not len(self.timesteps) == len(self.probabilities) == len(self.noise_fraction):
-            raise ValueError("timesteps, probabilities and noise_fraction have one length")
+            raise ValueError("timesteps, probabilities and noise_fraction must have equal lengths")
         return self
 
 
@@ -51,9 +51,9 @@ class Floor(BaseModel):
     @model_validator(mode="after")
     def _one_each(self) -> Self:
         if self.mean and self.mean.keys() != self.bins.keys():
-            raise ValueError("mean and bins have the same pairs")
+            raise ValueError("mean and bins must have the same pairs")
         if len({len(row) for row in self.bins.values()}) > 1:
-            raise ValueError("the rows of bins have one length")
+            raise ValueError("the rows of bins must have equal lengths")
         return self
 
 
@@ -79,7 +79,7 @@ class Summary(BaseModel):
         metric = METRICS[self.task]
         for arm, scores in self.metrics.items():
             if not is_score(metric, scores.get(metric)):
-                raise ValueError(f"metrics.{arm}.{metric} is a score")
+                raise ValueError(f"metrics.{arm}.{metric} must be a score")
         return self
 
 
@@ -125,7 +125,7 @@ class Result(BaseModel):
     def _measured_at_all(self) -> Self:
         rows = self.noise_floor.bins.values() if self.noise_floor else ()
         if rows and (self.policy is None or len(next(iter(rows))) != len(self.policy.timesteps)):
-            raise ValueError("noise_floor.bins has a number for each of policy.timesteps")
+            raise ValueError("noise_floor.bins must have one number per entry of policy.timesteps")
         return self
 
 

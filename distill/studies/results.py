@@ -100,10 +100,9 @@ def check_teachers(study: Study, teachers: Mapping[Cell, str | None]) -> None:
         if teacher != before:
             runs = [f"arm {arm}, seed {seed}" for arm, seed in (other, cell)]
             raise UserError(
-                f"study {study.path}: {runs[0]} is of teacher {before[:12]}, {runs[1]} of "
-                f"{teacher[:12]}: what lies at {config.path or 'the paths of its members'} has "
-                "changed between them; put that back, or give the study another name= to train "
-                "all of it again"
+                f"study {study.path}: {runs[0]} used teacher {before[:12]}, but {runs[1]} used "
+                f"{teacher[:12]}: {config.path or 'the paths of its members'} changed between "
+                "them; change it back, or give the study another name= to train it all again"
             )
 
 
@@ -129,34 +128,36 @@ def kept_scores(study: Study, file: str) -> Scores:
                 # older files lack some
                 mine = {of: row[name][place] for name, of in COLUMNS.items() if name in row}
                 if not is_score(about["metric"], mine["value"]):
-                    raise ValueError(f"{mine['value']!r} of arm {arm} is no {about['metric']}")
+                    raise ValueError(
+                        f"arm {arm}: {mine['value']!r} is not a valid {about['metric']}"
+                    )
                 mine |= about | made | {"run_seconds": mine["seconds"]}
                 scores[Cell(arm, seed)] = SCORE.validate_python(mine)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--keep: {file} is no JSON of a sweep ({one_line(error)}); name the "
-            f"{study.config.name}.json that one wrote"
+            f"--keep: {file} is not the JSON of a sweep ({one_line(error)}); name the "
+            f"{study.config.name}.json that a sweep wrote"
         ) from error
     now = {"the study": study.config.overrides}
     now |= {f"arm {arm.name}": [study.takes[arm.name], *arm.overrides] for arm in study.config.arms}
     for where, overrides in before.items():
         if where in now and now[where] != overrides:
             raise UserError(
-                f"--keep: {file} is of other settings: {where} had {overrides}, and has "
+                f"--keep: {file} has other settings: {where} had {overrides}, but has "
                 f"{now[where]} in {study.path}"
             )
     if changed:
         key = changed[0]
         raise UserError(
-            f"--keep: {file} is of another recipe: {key} was {recipe.get(key)!r}, and is "
+            f"--keep: {file} has another recipe: {key} was {recipe.get(key)!r}, but is "
             f"{study.recipe.get(key)!r} now"
         )
     for cell, score in scores.items():
         drawn = study.cells[cell].data.split_seed if cell in study.cells else None
         if None not in (score.split_seed, drawn) and score.split_seed != drawn:
             raise UserError(
-                f"--keep: {file} is of other labelled images: data.split_seed of arm {cell.arm}, "
-                f"seed {cell.seed} was {score.split_seed}, and is {drawn} now"
+                f"--keep: {file} has other labelled images: data.split_seed of arm {cell.arm}, "
+                f"seed {cell.seed} was {score.split_seed}, but is {drawn} now"
             )
     return scores
 
@@ -168,7 +169,7 @@ def _read_score(run: RunConfig, arm: Arm) -> Score:
         result = read_result(checkpoint_path(folder, arm).with_name("result.json"))
         metric = METRICS[summary["task"]]
         if not is_score(metric, score := result["scores"][metric]):
-            raise UserError(f"{score!r} of {arm} is no {metric}")
+            raise UserError(f"{arm}: {score!r} is not a valid {metric}")
         return Score(
             summary["benchmark"],
             summary["split"],
@@ -189,7 +190,7 @@ def _read_score(run: RunConfig, arm: Arm) -> Score:
         )
     except (UserError, KeyError) as error:
         raise UserError(
-            f"{folder} is no whole run ({one_line(error)}); remove that folder to train it again"
+            f"{folder} is not a complete run ({one_line(error)}); remove it to train it again"
         ) from error
 
 

@@ -21,15 +21,17 @@ from distill.recipe import apply_override, build_config, flat, load_config, read
 from distill.studies.comparison import NOT_THE_RECIPE, main_arm, scored_on
 
 
-def _file_name(name: str, mend: str = "") -> str:
+def _file_name(name: str, remedy: str = "") -> str:
     if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise ValueError(f"letters, digits and . + - _ alone, none of . + - first{mend}")
+        raise ValueError(
+            f"must have only letters, digits and . + - _, and not start with . + -{remedy}"
+        )
     return name
 
 
 FileName = Annotated[str, AfterValidator(_file_name)]
 StudyName = Annotated[
-    str, AfterValidator(partial(_file_name, mend="; say name=, or rename the file"))
+    str, AfterValidator(partial(_file_name, remedy="; set name=, or rename the file"))
 ]
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
@@ -112,12 +114,13 @@ class Study:
         for arm in arms:
             if arm not in self.takes:
                 raise UserError(
-                    f"--only: {arm!r} is no arm of study {self.path}; {nearest(arm, self.takes)}"
+                    f"--only: {arm!r} is not an arm of study {self.path}; "
+                    f"{nearest(arm, self.takes)}"
                 )
         for seed in seeds:
             if seed not in known:
                 raise UserError(
-                    f"--seeds: {seed} is no seed of study {self.path}; "
+                    f"--seeds: {seed} is not a seed of study {self.path}; "
                     f"choose from {', '.join(map(str, known))}"
                 )
         chosen = [
@@ -183,16 +186,16 @@ def _check_names(study: StudyConfig, path: Path) -> None:
     names = [arm.name for arm in study.arms]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"study {path}: two arms have the name {name!r}")
+            raise UserError(f"study {path}: two arms are named {name!r}")
     for baseline in study.baselines:
         if baseline not in names:
             raise UserError(
-                f"study {path}: baselines: {baseline!r} is no arm; {nearest(baseline, names)}"
+                f"study {path}: baselines: {baseline!r} is not an arm; {nearest(baseline, names)}"
             )
     for seeds in (study.seeds, *(arm.seeds or [] for arm in study.arms)):
         for seed in seeds:
             if seeds.count(seed) > 1:
-                raise UserError(f"study {path}: seeds: {seed} stands twice among {seeds}")
+                raise UserError(f"study {path}: seeds: {seed} appears twice in {seeds}")
 
 
 def _run(
@@ -227,8 +230,8 @@ def _check_comparable(runs: Mapping[Cell, RunConfig], path: Path) -> None:
         for key, value in (scored_on(run) | {"data.root": run.data.root}).items():
             if value != expected[key]:
                 raise UserError(
-                    f"study {path}, arm {cell.arm}: {key} is {value!r}, in arm {first.arm} "
-                    f"{expected[key]!r}; all arms of a study are scored alike"
+                    f"study {path}, arm {cell.arm}: {key} is {value!r}, but {expected[key]!r} in "
+                    f"arm {first.arm}; all arms of a study must be scored alike"
                 )
 
 

@@ -29,7 +29,7 @@ from distill.tracking import stop_on_signals
 from distill.training.fit import with_batch
 from distill.training.run import run
 
-GOES_ON = "the same command goes on"
+GOES_ON = "rerun the command to continue"
 
 
 def sweep(
@@ -93,7 +93,7 @@ def sweep(
             try:
                 _train(study.cells[cell])
             except UserError as error:
-                line = f"distill: {error}; going on with the other runs"
+                line = f"distill: {error}; continuing with the other runs"
                 print(line, file=sys.stderr, flush=True)
                 failed.append(str(error))
             else:
@@ -101,7 +101,7 @@ def sweep(
                 write_results(study, folder, scores)
     if failed:
         raise UserError(
-            f"study {study.path}: {len(failed)} of {len(todo)} runs failed, the others are done: "
+            f"study {study.path}: {len(failed)} of {len(todo)} runs failed, the others finished: "
             + "; ".join(failed)
         )
     table = write_results(study, folder, scores)
@@ -124,8 +124,8 @@ def _check_folders(study: Study) -> None:
         if not path.exists():
             if path.parent.is_dir() and any(path.parent.iterdir()) and not finished(config):
                 raise UserError(
-                    f"study {study.path}, arm {cell.arm}: {path.parent} has no config.yaml, so "
-                    "that it is no run to go on with; remove that folder"
+                    f"study {study.path}, arm {cell.arm}: {path.parent} has no config.yaml and "
+                    "cannot be continued; remove that folder"
                 )
             continue
         saved = load_config(RunConfig, path)
@@ -134,7 +134,7 @@ def _check_folders(study: Study) -> None:
         if changed := first_difference(saved, config):
             raise UserError(
                 f"study {study.path}, arm {cell.arm}: {changed.key} is {changed.before!r} in "
-                f"{path} and {changed.now!r} in the study; remove that folder to train it again, "
+                f"{path}, but {changed.now!r} in the study; remove that folder to train it again, "
                 "or give the study another name="
             )
 
@@ -198,7 +198,7 @@ def _plan(
     """What would be trained, arm by arm."""
     seconds = _seconds(tried, scores)
     lines = [
-        "| arm | scored | seeds | to train | seconds a run | overrides |",
+        "| arm | scored | seeds | to train | seconds per run | overrides |",
         "|---|---|---|---|---|---|",
     ]
     for arm in study.config.arms:

@@ -72,7 +72,7 @@ def served(model: Path, uploads: Path) -> Iterator[tuple[str, subprocess.Popen[s
     try:
         assert process.stdout
         told = process.stdout.readline()
-        assert told == f"{model} at http://127.0.0.1:{port}; Ctrl-C ends it\n"
+        assert told == f"{model} at http://127.0.0.1:{port}; press Ctrl-C to stop\n"
         yield f"http://127.0.0.1:{port}", process
     finally:
         process.kill()
@@ -229,7 +229,7 @@ def test_mistakes_are_one_line(
     student, card = load_student(finished_run / "student")
     backbone, file = Deployed(student, "backbone"), tmp_path / "backbone.pt2"
     write(backbone, file, describe(backbone, card, "fp32"))
-    assert "gives features, no predictions" in refuse("demo", file, "--trust")
+    assert "returns features; export" in refuse("demo", file, "--trust")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert refuse("demo", finished_run) == (
         "gradio is not installed; pip install 'diffusion-distill[demo]'"

@@ -34,13 +34,13 @@ Refuse = Callable[..., str]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--format torchscript --precision int8", "for int8 take --format onnx"),
-        ("--format torchexport --precision int8", "torchexport is written in fp32, fp16; for int8"),
-        ("--precision fp16", "timm is written in fp32; for fp16 take --format onnx or torchexport"),
-        ("--what backbone", "the timm folder always holds the whole student; leave it out"),
-        ("--format onnx --out x.pt2", "onnx files end in .onnx"),
+        ("--format torchscript --precision int8", "for int8 use --format onnx"),
+        ("--format torchexport --precision int8", "torchexport supports only fp32, fp16; for int8"),
+        ("--precision fp16", "timm supports only fp32; for fp16 use --format onnx or torchexport"),
+        ("--what backbone", "the timm folder always contains the whole student; leave it out"),
+        ("--format onnx --out x.pt2", "onnx files must end in .onnx"),
         ("--format onnx --what classifier", "the student is a segmenter; choose that, or backbone"),
-        ("--push me/student", "--push goes with --format hub, not timm"),
+        ("--push me/student", "--push needs --format hub, got timm"),
         ("--format onxx", "invalid choice: 'onxx'"),
     ],
 )
@@ -70,8 +70,8 @@ def test_whatever_the_exporter_fails_with_is_its_first_cause_in_one_line(
     with pytest.raises(UserError) as caught:
         export.export_run(str(exported), format="torchexport", out=str(tmp_path / "a.pt2"))
     assert str(caught.value) == (
-        "torch cannot export this student as .pt2: only 4D queries are supported; another "
-        "--format may do"
+        "torch cannot export this student as .pt2: only 4D queries are supported; try another "
+        "--format"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -88,7 +88,7 @@ def test_a_full_disk_is_one_line_that_blames_no_exporter(
         line = refuse(*words)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert line.startswith(f"the export cannot be written to {words[-1]}: ")
+    assert line.startswith(f"cannot write the export to {words[-1]}: ")
     assert "File too large" in line
     assert list(tmp_path.iterdir()) == []
 
@@ -128,7 +128,7 @@ def test_without_data_a_file_is_compared_on_noise(exported: Path, tmp_path: Path
         printed
     )
     assert "any B, 32 x 32 px" in printed
-    assert "on 16 images of noise, as there are no held-out ones: camvid" in printed
+    assert "on 16 images of noise, as no held-out ones could be read: camvid" in printed
     assert (tmp_path / "student-classifier.ts").is_file()
 
 
@@ -168,7 +168,7 @@ def test_a_value_that_is_no_number_fails_in_any_batch(
         return outputs, {"loaded": [], "rate": 1.0}
 
     monkeypatch.setattr(parity, "_in_fresh_process", spoilt)
-    with pytest.raises(UserError, match="it gives values that are not finite"):
+    with pytest.raises(UserError, match="it returns values that are not finite"):
         parity.compare(Path("x.onnx"), "x", model, "fp16", sample, ours)
 
 
@@ -226,7 +226,7 @@ def test_another_student_is_not_replaced(
 ) -> None:
     before = (exported / "head.safetensors").read_bytes()
     line = refuse("export", finished_run, "--arm", "scratch")
-    assert line == f"{exported} holds another student; name another folder with --out"
+    assert line == f"{exported} contains another student; choose another folder with --out"
     assert (exported / "head.safetensors").read_bytes() == before
 
 
@@ -240,7 +240,7 @@ def test_a_finished_run_is_exported_without_its_data_and_teacher(
     (run / "student" / "student.json").write_text(json.dumps(content))
     (run / "config.yaml").write_text(yaml.safe_dump(content["recipe"]))
     assert main(["export", str(run), "--arm", "scratch", "--out", str(tmp_path / "out")]) == 0
-    assert "images of noise, as there are no held-out ones" in capsys.readouterr().out
+    assert "images of noise, as no held-out ones could be read" in capsys.readouterr().out
     student, card = load_student(tmp_path / "out")
     assert (card.provenance["arm"], card.provenance["teacher"]) == ("scratch", None)
     average = checkpoint.load(checkpoint_path(finished_run, "scratch"))["average"]

@@ -217,11 +217,11 @@ def test_mistakes_of_the_verb_are_one_line(
     line = refuse("export", stopped_run, "--arm", "scratch")
     assert "no checkpoint at" in line
     line = refuse("export", tmp_path / "none")
-    assert "none is neither a run folder nor an exported student" in line
+    assert "none is not a run folder or an exported student" in line
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     line = refuse("export", stopped_run, "--out", tmp_path / "mine")
-    assert "mine exists and is no exported student; name another folder" in line
+    assert "mine exists and is not an exported student; choose another folder" in line
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
@@ -291,7 +291,7 @@ def test_weights_that_may_not_be_read_are_not_called_missing(
     exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(UserError, match=r"model\.safetensors may not be read by you; its owner"):
+    with pytest.raises(UserError, match=r"permission denied: .*model\.safetensors \(ask its owner"):
         load_student(exported)
 
 
@@ -318,7 +318,7 @@ def test_a_card_of_another_model_names_the_weights(exported: Path, tmp_path: Pat
     card = json.loads((folder / "student.json").read_text())
     (folder / "student.json").write_text(json.dumps(card | {"head": "linear"}))
     with pytest.raises(
-        UserError, match=r"head\.safetensors does not fit the student that its card"
+        UserError, match=r"head\.safetensors does not match the student that its card"
     ):
         load_student(folder)
 
@@ -351,7 +351,7 @@ def test_a_card_that_was_edited_wrongly_is_named(
 
 
 def test_a_folder_without_a_student_says_what_to_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no exported student: name a run folder"):
+    with pytest.raises(UserError, match="contains no exported student; name a finished run folder"):
         load_student(tmp_path)
 
 

@@ -151,7 +151,7 @@ def test_upload_sends_every_file_to_a_private_repository(hub_folder: Path, serve
 def test_a_hub_that_refuses_is_one_line(hub_folder: Path, server: Hub) -> None:
     server.refuse = True
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    with pytest.raises(UserError, match=r"is written, but was not uploaded: .*401"):
+    with pytest.raises(UserError, match=r"was written, but not uploaded: .*401"):
         hub.push(hub_folder, "me/student", token="hf_ours", endpoint=endpoint)
 
 
@@ -160,6 +160,6 @@ def test_push_needs_a_token_and_a_name(
 ) -> None:
     monkeypatch.setattr(hub, "get_token", lambda: None)
     words = ["export", finished_run, "--format", "hub", "--out", tmp_path / "out", "--push"]
-    assert "--push needs a token that may write: set HF_TOKEN" in refuse(*words, "me/student")
+    assert "--push needs a token with write access: set HF_TOKEN" in refuse(*words, "me/student")
     assert "--push me/my/student: Repo id must be" in refuse(*words, "me/my/student")
     assert list(tmp_path.iterdir()) == []

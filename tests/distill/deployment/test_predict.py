@@ -126,7 +126,7 @@ def test_unreadable_images_are_named_and_the_others_done(
     out = tmp_path / "out"
     assert main(["predict", str(finished_run), str(pictures), "--out", str(out)]) == 2
     skipped, *_, last = capsys.readouterr().err.splitlines()
-    assert skipped.startswith(f"skipped {pictures / 'a' / 'bad.png'}: does not decode")
+    assert skipped.startswith(f"skipped {pictures / 'a' / 'bad.png'}: cannot be decoded")
     assert last == (
         f"distill: error: 1 of 3 images could not be read: {pictures / 'a' / 'bad.png'}; "
         f"the results of the other 2 are in {out}"
@@ -147,7 +147,8 @@ def test_results_are_replaced_only_with_force(
     (out / "masks" / "one.png").write_bytes(b"mine")
     line = refuse(*words)
     assert (
-        line == f"{out}/masks/one.png and 1 more exist; replace with --force, or take another --out"
+        line
+        == f"{out}/masks/one.png and 1 more exist; replace with --force, or choose another --out"
     )
     assert (out / "masks" / "one.png").read_bytes() == b"mine"
     assert main([*words, "--force"]) == 0
@@ -173,24 +174,24 @@ def test_mistakes_are_one_line_before_anything_is_written(
     out = ["--out", tmp_path / "out"]
     (tmp_path / "empty").mkdir()
     assert "there is no image" in refuse("predict", finished_run, tmp_path / "none.png", *out)
-    assert "holds no images (.bmp" in refuse("predict", finished_run, tmp_path / "empty", *out)
+    assert "contains no images (.bmp" in refuse("predict", finished_run, tmp_path / "empty", *out)
     Image.new("RGB", (8, 8)).save(pictures / "a" / "one.bmp")
     line = refuse("predict", finished_run, pictures, *out)
-    assert line.endswith("a/one.png have one name; predict them apart")
-    assert "holds no exported student" in refuse("predict", tmp_path / "empty", pictures, *out)
+    assert line.endswith("a/one.png have the same name; predict them separately")
+    assert "contains no exported student" in refuse("predict", tmp_path / "empty", pictures, *out)
     assert "there is no file or folder runs/typo" in refuse("predict", "runs/typo", pictures, *out)
     (tmp_path / "x.pth").touch()
-    assert "is no exported file" in refuse("predict", tmp_path / "x.pth", pictures, *out)
+    assert "is not an exported file" in refuse("predict", tmp_path / "x.pth", pictures, *out)
     student, card = load_student(exported)
     backbone, file = Deployed(student, "backbone"), tmp_path / "backbone.pt2"
     write(backbone, file, describe(backbone, card, "fp32"))
-    assert "gives features, no predictions" in refuse("predict", file, pictures / "a" / "b", *out)
+    assert "returns features; export" in refuse("predict", file, pictures / "a" / "b", *out)
     script = tmp_path / "script.ts"
     script.touch()
-    assert "--trust opens it" in refuse("predict", script, pictures / "a" / "b", *out)
+    assert "open it with --trust" in refuse("predict", script, pictures / "a" / "b", *out)
     assert not (tmp_path / "out").exists()
     words = ("predict", finished_run, pictures / "a" / "b", "--out", pictures / "notes.txt")
-    assert "notes.txt cannot be made: File exists" in refuse(*words)
+    assert "cannot create notes.txt: File exists" in refuse(*words)
 
 
 def test_a_dot_in_a_name_makes_two_images_not_one(

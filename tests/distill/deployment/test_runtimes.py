@@ -99,7 +99,7 @@ def test_torchscript_is_a_program_and_opened_on_trust_alone(
 def test_a_damaged_file_is_one_line(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"broken{suffix}"
     file.write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(UserError, match="is damaged or no file of distill export"):
+    with pytest.raises(UserError, match="is damaged or was not written by distill export"):
         load(file, trust=True)
 
 
@@ -110,5 +110,5 @@ def test_a_foreign_file_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no file"):
         load(tmp_path / "missing.onnx")
     (tmp_path / "x.pth").touch()
-    with pytest.raises(UserError, match=r"is no exported file: .onnx, .pt2, .ts, .pt"):
+    with pytest.raises(UserError, match=r"is not an exported file: .onnx, .pt2, .ts, .pt"):
         load(tmp_path / "x.pth")

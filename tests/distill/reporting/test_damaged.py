@@ -21,11 +21,11 @@ from distill.cli import main
             b'{"arm": "a", "st\n{"arm": "a", "step": 2}\n',
             "jsonl, line 1 is damaged",
         ),
-        ("metrics.jsonl", b"\xff\xfe\n[1]\n", "metrics.jsonl, line 1 is damaged; put a copy"),
+        ("metrics.jsonl", b"\xff\xfe\n[1]\n", "metrics.jsonl, line 1 is damaged; restore"),
         (
             "metrics.jsonl",
             b'{"arm": "distilled", "step": 1, "loss/task": "q"}\n{"arm": "distilled", "step": 2}\n',
-            "metrics.jsonl, line 1 is damaged; put a copy",
+            "metrics.jsonl, line 1 is damaged; restore",
         ),
         (
             "metrics.jsonl",
@@ -35,17 +35,21 @@ from distill.cli import main
         (
             "metrics.jsonl",
             b'{"arm": "distilled", "step": 1, "probabilities": null}\n{"arm": "a", "step": 2}\n',
-            "metrics.jsonl, line 1 is damaged; put a copy",
+            "metrics.jsonl, line 1 is damaged; restore",
         ),
         (
             "metrics.jsonl",
             b'{"arm": "distilled", "step": []}\n{"arm": "a", "step": 2}\n',
-            "metrics.jsonl, line 1 is damaged; put a copy",
+            "metrics.jsonl, line 1 is damaged; restore",
         ),
         ("summary.json", b'{"metrics": {}}', "summary.json is damaged: name is missing"),
         ("summary.json", b'{"metrics"', "summary.json is missing or damaged: "),
         ("checkpoints/scratch/result.json", None, "scratch/result.json is missing or damaged: "),
-        ("checkpoints/scratch/result.json", b"[]", "result.json is damaged: it holds no JSON obj"),
+        (
+            "checkpoints/scratch/result.json",
+            b"[]",
+            "result.json is damaged: it does not contain a JSON obj",
+        ),
     ],
 )
 def test_a_damaged_run_names_the_file(
@@ -70,7 +74,11 @@ def test_a_damaged_run_names_the_file(
         ("summary.json", {"metrics": {}}, "metrics: dictionary should have at least 1 item"),
         ("summary.json", {"metrics": [1]}, "metrics: input should be a valid dictionary"),
         ("summary.json", {"metrics": {"scratch": {"miou": "high"}}}, "metrics.scratch.miou is a"),
-        ("summary.json", {"metrics": {"scratch": {"miou": 9}}}, "metrics.scratch.miou is a score"),
+        (
+            "summary.json",
+            {"metrics": {"scratch": {"miou": 9}}},
+            "metrics.scratch.miou must be a score",
+        ),
         ("summary.json", {"policy": {}}, "policy.timesteps is missing"),
         ("summary.json", {"wall_seconds": "x"}, "wall_seconds: input should be a valid number"),
         ("checkpoints/scratch/result.json", {"scores": []}, "scores: input should be a valid dict"),
@@ -78,17 +86,17 @@ def test_a_damaged_run_names_the_file(
         (
             "checkpoints/distilled/result.json",
             {"noise_floor": {"mean": {"a": 1}}},
-            "noise_floor: mean and bins have the same pairs",
+            "noise_floor: mean and bins must have the same pairs",
         ),
         (
             "checkpoints/distilled/result.json",
             {"noise_floor": {"mean": {}, "bins": {"a": [1], "b": [1, 2]}}},
-            "noise_floor: the rows of bins have one length",
+            "noise_floor: the rows of bins must have equal lengths",
         ),
         (
             "checkpoints/distilled/result.json",
             {"noise_floor": {"mean": {}, "bins": {"a": [1]}}},
-            "noise_floor.bins has a number for each of policy.timesteps",
+            "noise_floor.bins must have one number per entry of policy.timesteps",
         ),
         ("checkpoints/scratch/result.json", {"scores": {"iou": {"a": "x"}}}, "scores.iou.a: input"),
         ("checkpoints/scratch/result.json", {"parts": {"data": "x"}}, "parts.data: input should"),

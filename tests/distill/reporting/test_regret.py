@@ -83,7 +83,7 @@ def test_a_mixture_of_timesteps_is_not_judged_by_the_rewards_of_single_ones(
     section = report._regret(groups, probe)
     assert [block.text for block in section.blocks if isinstance(block, Text)][-1] == (
         "The policy cannot be tried on the table: soft_mix mixes the features of all timesteps, "
-        "and a table has the rewards of one at a time."
+        "but a table has the rewards of one at a time."
     )
     assert sum(isinstance(block, Table) for block in section.blocks) == 1
     assert [about for about, _ in section.findings] == ["a2c"]

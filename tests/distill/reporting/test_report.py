@@ -240,9 +240,9 @@ def test_grid_is_a_yardstick(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["policy.bins=5"], "only data.KEY=value may say where its data lie today"),
+        (["policy.bins=5"], "only data.KEY=value can be set"),
         (["data.rot=x"], "unknown key 'data.rot'; did you mean 'data.root'?"),
-        (["--html", "page.png"], "--html: page.png is a page, such as report.html"),
+        (["--html", "page.png"], "--html: page.png must be an HTML file, such as report.html"),
         (["--probe", "nowhere"], "--probe: "),
     ],
 )
@@ -258,8 +258,8 @@ def test_a_page_that_cannot_be_written_is_named_before_the_figures_are(
     figures, access = tmp_path / "figures.json", os.access
     monkeypatch.setattr(os, "access", lambda at, mode: at != finished_run and access(at, mode))
     line = refuse("report", finished_run, "--out", figures)
-    assert line.startswith(f"--html: {finished_run} is no folder to write to")
-    assert line.endswith("; name another place")
+    assert line.startswith(f"--html: cannot write to {finished_run}: {finished_run} is not")
+    assert line.endswith("; choose another place")
     (tmp_path / "page.html").mkdir()
     assert "Is a directory" in refuse(
         "report", finished_run, "--html", tmp_path / "page.html", "--out", figures
@@ -269,9 +269,7 @@ def test_a_page_that_cannot_be_written_is_named_before_the_figures_are(
 
 def test_a_probe_without_a_page_is_refused(refuse, finished_run, tmp_path):
     other = copied(finished_run, tmp_path / "other", 3, 0.5)
-    assert "say where it goes with --html" in refuse(
-        "report", finished_run, other, "--probe", tmp_path
-    )
+    assert "give --html PAGE.html" in refuse("report", finished_run, other, "--probe", tmp_path)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome")

@@ -209,24 +209,27 @@ def test_runs_on_other_images_are_refused(runs: list[FinishedRun]) -> None:
     assert [len(group.runs) for group in group_runs([runs[0], read_run(folder)])] == [1, 1]
     path.write_text(json.dumps(result | {"data": other | {"scored": "y"}}))
     with pytest.raises(
-        UserError, match=r"a1 was scored on other images \(data.root=None\) than .*a0 \("
+        UserError, match=r"a1 and .*a0 .* scored on different images \(data.root=None and "
     ):
         group_runs([runs[0], read_run(folder)])
 
 
 def test_a_seed_given_twice_is_refused(finished_run: Path) -> None:
-    with pytest.raises(UserError, match="two runs have the same seed"):
+    with pytest.raises(UserError, match="two runs have the same recipe and seed"):
         group_runs([read_run(finished_run), read_run(finished_run)])
 
 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"evaluate__split": "val"}, r"has evaluate.split=val, .* test: they do not compare"),
-        ({"evaluate__images": 3}, r"has evaluate.images=3, .* None"),
-        ({"evaluate__flip": True}, r"has evaluate.flip=True, .* False"),
-        ({"data__options": {"size": 32, "test": 6}}, r"has data.options={'size': 32, 'test': 6}, "),
-        ({"data__split_seed": 1, "name": "b"}, r"has data.split_seed=1, .* 0"),
+        ({"evaluate__split": "val"}, r"cannot be compared: evaluate.split is val and test"),
+        ({"evaluate__images": 3}, r"evaluate.images is 3 and None"),
+        ({"evaluate__flip": True}, r"evaluate.flip is True and False"),
+        (
+            {"data__options": {"size": 32, "test": 6}},
+            r"data.options is {'size': 32, 'test': 6} and ",
+        ),
+        ({"data__split_seed": 1, "name": "b"}, r"data.split_seed is 1 and 0"),
     ],
 )
 def test_runs_that_were_scored_on_other_images_are_refused(
@@ -274,5 +277,5 @@ def test_one_main_arm_and_one_taught_arm() -> None:
 
 
 def test_a_folder_that_is_no_finished_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no summary.json: name a run folder"):
+    with pytest.raises(UserError, match=r"has no summary.json; name a finished run folder"):
         read_run(tmp_path)

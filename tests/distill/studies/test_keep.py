@@ -58,7 +58,7 @@ def test_scores_of_other_labelled_images_are_refused(
     file = results_of(load_study(path), {("scratch", 1): 0.2}, tmp_path)
     refused = ["sweep", str(path), "--keep", str(file), "--dry-run"]
     line = refuse(*refused, "data.split_seed=5")
-    assert f"--keep: {file} is of other labelled images: data.split_seed of arm scratch, " in line
+    assert f"--keep: {file} has other labelled images: data.split_seed of arm scratch, " in line
     assert "seed 1 was 1, and is 5 now" in line
 
 
@@ -70,15 +70,15 @@ def test_scores_of_other_settings_or_of_no_study_are_refused(
     refused = ["sweep", str(path), "--keep", str(file), "--dry-run"]
 
     write(overrides=["train.arms=[distilled]", "train.steps=3"])
-    assert "the study had ['train.arms=[distilled]', 'train.steps=2'], and has" in refuse(*refused)
+    assert "the study had ['train.arms=[distilled]', 'train.steps=2'], but has" in refuse(*refused)
     write(
         arms=[{"name": "scratch", "overrides": ["train.arms=[scratch]", "train.lr=1.0"]}],
         baselines=[],
     )
-    assert "arm scratch had ['scratch', 'train.arms=[scratch]'], and has" in refuse(*refused)
+    assert "arm scratch had ['scratch', 'train.arms=[scratch]'], but has" in refuse(*refused)
     write()
     line = refuse(*refused, "train.lr=0.5")
-    assert f"--keep: {file} is of another recipe: train.lr was 0.001, and is 0.5 now" in line
+    assert f"--keep: {file} has another recipe: train.lr was 0.001, but is 0.5 now" in line
     assert main([*refused, "train.log_every=3", "name=other"]) == 0  # changes no score
     results = json.loads(file.read_text())
     for value in (float("nan"), 99.0, "high", None):
@@ -89,11 +89,11 @@ def test_scores_of_other_settings_or_of_no_study_are_refused(
     for key, wrong in (("seconds", [None]), ("commits", [1]), ("hardware", 5)):
         scratch = results["arms"]["scratch"] | {key: wrong}
         file.write_text(json.dumps(results | {"arms": {"scratch": scratch}}))
-        assert f"--keep: {file} is no JSON of a sweep" in refuse(*refused)
+        assert f"--keep: {file} is not the JSON of a sweep" in refuse(*refused)
     file.write_text(json.dumps(results | {"metric": "speed"}))
-    assert f"--keep: {file} is no JSON of a sweep (metric is 'speed')" in refuse(*refused)
+    assert f"--keep: {file} is not the JSON of a sweep (metric is 'speed')" in refuse(*refused)
     for content in ("[]", "{", '{"arms": 1}'):
         file.write_text(content)
-        assert f"--keep: {file} is no JSON of a sweep" in refuse(*refused)
+        assert f"--keep: {file} is not the JSON of a sweep" in refuse(*refused)
     file.unlink()
     assert "No such file" in refuse(*refused)

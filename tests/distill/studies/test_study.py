@@ -17,14 +17,15 @@ Refuse = Callable[..., str]
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"baselines": ["scrath"]}, "baselines: 'scrath' is no arm; did you mean 'scratch'?"),
-        ({"arms": [ARMS[0], ARMS[0]]}, "two arms have the name 'scratch'"),
+        ({"baselines": ["scrath"]}, "baselines: 'scrath' is not an arm; did you mean 'scratch'?"),
+        ({"arms": [ARMS[0], ARMS[0]]}, "two arms are named 'scratch'"),
         ({"seeds": []}, "seeds: list should have at least 1 item"),
-        ({"seeds": [3, 3]}, "seeds: 3 stands twice among [3, 3]"),
+        ({"seeds": [3, 3]}, "seeds: 3 appears twice in [3, 3]"),
         ({"arms": []}, "arms: list should have at least 1 item"),
         (
             {"arms": [{"name": "a/b"}]},
-            "arms.0.name: letters, digits and . + - _ alone, none of . + - first, got 'a/b'",
+            "arms.0.name: must have only letters, digits and . + - _, and not start with . + -, "
+            "got 'a/b'",
         ),
         ({"arms": [{"name": "a", "seed": 1}]}, "'arms.0.seed'; did you mean 'arms.0.seeds'?"),
         (
@@ -41,10 +42,10 @@ Refuse = Callable[..., str]
         ),
         (
             {"arms": [*ARMS, {"name": "v", "overrides": ["evaluate.split=val"]}]},
-            "arm v: evaluate.split is 'val', in arm scratch 'test'",
+            "arm v: evaluate.split is 'val', but 'test' in arm scratch",
         ),
         ({"recipe": "none.yaml"}, "arm scratch: recipe {folder}/none.yaml: No such file"),
-        ({"name": "../up"}, "first; say name=, or rename the file, got '../up'"),
+        ({"name": "../up"}, "; set name=, or rename the file, got '../up'"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_study_is_named(
@@ -59,8 +60,11 @@ def test_a_mistake_in_a_study_is_named(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--only", "unifrm"], "--only: 'unifrm' is no arm of study {}; did you mean 'uniform'?"),
-        (["--seeds", "4"], "--seeds: 4 is no seed of study {}; choose from 0, 1"),
+        (
+            ["--only", "unifrm"],
+            "--only: 'unifrm' is not an arm of study {}; did you mean 'uniform'?",
+        ),
+        (["--seeds", "4"], "--seeds: 4 is not a seed of study {}; choose from 0, 1"),
         (["--seeds", "one"], "--seeds: 'one' is no seed, which is a whole number"),
         (["--seeds", "²"], "--seeds: '²' is no seed, which is a whole number"),
         (["--only", "uniform", "--seeds", "1"], "none of these arms has one of these seeds"),
@@ -79,7 +83,7 @@ def test_a_folder_that_is_no_run_is_named(write: Write, refuse: Refuse, recipe: 
     folder.mkdir(parents=True)
     (folder / ".config.yaml.tmp").touch()
     error = refuse("sweep", write())
-    assert f"arm a2c: {folder} has no config.yaml, so that it is no run to go on with" in error
+    assert f"arm a2c: {folder} has no config.yaml and cannot be continued" in error
 
 
 def test_a_file_whose_name_names_no_study_is_told_how_to_go_on(
@@ -87,8 +91,8 @@ def test_a_file_whose_name_names_no_study_is_told_how_to_go_on(
 ) -> None:
     study = write()
     study = study.rename(study.with_name("my study.yaml"))
-    assert "name: letters, digits and . + - _ alone" in (line := refuse("sweep", study))
-    assert "; say name=, or rename the file, got 'my study'" in line
+    assert "name: must have only letters, digits and . + - _" in (line := refuse("sweep", study))
+    assert "; set name=, or rename the file, got 'my study'" in line
 
 
 def test_a_missing_study_is_named(refuse: Refuse) -> None:
@@ -114,9 +118,11 @@ def test_a_place_that_takes_no_results_is_named_before_any_recipe_is_tried(
     study = write()
     monkeypatch.delattr("distill.studies.sweep.try_recipe")
     line = refuse("sweep", study, "--out", study, *more)
-    assert line == f"--out: {study} is no folder to write to: {study} is none; name another place"
+    assert line == (
+        f"--out: cannot write to {study}: {study} is not a writable directory; choose another place"
+    )
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert f"{study.parent / 'new'} is no folder to write to: {study.parent} is none" in refuse(
+    assert f"cannot write to {study.parent / 'new'}: {study.parent} is not a writable" in refuse(
         "sweep", study, "--out", study.parent / "new", *more
     )
     assert refuse("sweep", study, *more).startswith("output: ")

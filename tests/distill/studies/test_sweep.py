@@ -145,7 +145,9 @@ def test_seeds_of_another_teacher_at_the_same_path_are_refused(
     file = file.with_name("result.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher": "0ther"}))
     line = refuse("sweep", str(path))
-    assert f"study {path}: arm a2c, seed 0 is of teacher 0ther, arm uniform, seed 0 of " in line
+    assert (
+        f"study {path}: arm a2c, seed 0 used teacher 0ther, but arm uniform, seed 0 used " in line
+    )
     assert not run_folder(study.cells[Cell("a2c", 1)]).exists()
 
 
@@ -160,7 +162,9 @@ def test_a_run_with_wrong_results_is_named(
     file = checkpoint_path(folder, "scratch").with_name("result.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     line = refuse("sweep", str(path), "--dry-run")
-    assert line.startswith(f"{folder} is no whole run ({file} is damaged: {next(iter(change))}: ")
+    assert line.startswith(
+        f"{folder} is not a complete run ({file} is damaged: {next(iter(change))}: "
+    )
 
 
 def test_a_run_of_one_step_is_tried_too(write: Write) -> None:
@@ -216,9 +220,8 @@ def test_an_interrupted_study_has_results_and_goes_on_where_it_stopped(
     assert main(["sweep", str(study)]) == 130
     monkeypatch.undo()
     error = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        error == f"distill: stopped in {runs / 'a2c-0'}, which is saved; the same command goes on"
-    )
+    saved = f"distill: stopped in {runs / 'a2c-0'}, which is saved"
+    assert error == f"{saved}; rerun the command to continue"
     assert list(json.loads((runs / "small.json").read_text())["arms"]) == ["scratch"]
     steps = [json.loads(x)["step"] for x in (runs / "a2c-0/metrics.jsonl").open()]
     assert main(["sweep", str(study)]) == 0
@@ -282,7 +285,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     error = capsys.readouterr().err.splitlines()[-1]
     runs = recipe.parent / "runs" / "small"
     assert error.startswith(
-        f"distill: error: study {study}: 1 of 2 runs failed, the others are done: {runs / 'a-0'}: "
+        f"distill: error: study {study}: 1 of 2 runs failed, the others finished: {runs / 'a-0'}: "
         + words.format(place=f"{recipe.parent / 'own_later.py'}:3")
     )
     assert list(json.loads((runs / "small.json").read_text())["arms"]) == ["b"]
