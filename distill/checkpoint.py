@@ -53,8 +53,8 @@ def _refuse_others(value: object, key: str) -> None:
     if type(value) not in CONTAINERS:
         kind = f"{type(value).__module__}.{type(value).__name__}"
         raise UserError(
-            f"a checkpoint's {key} is a {kind}, which could not be read back; state_dict() must "
-            "hold tensors, numbers, strings, and lists and dicts of them"
+            f"checkpoint: {key} is a {kind}, which cannot be loaded again; state_dict() may "
+            "contain only tensors, numbers, strings, and lists and dicts of them"
         )
     entries: Any = value.items() if isinstance(value, dict) else enumerate(cast(Any, value))
     for name, entry in entries:
@@ -75,18 +75,18 @@ def load(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way at all
         raise UserError(
-            f"{path} is truncated or not a checkpoint; put a copy of it there, or start a new run"
+            f"{path} is truncated or not a checkpoint; restore it from a backup, or start a new run"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} was not written by distill; name a file in a run's checkpoints/")
     if content["version"] != VERSION:
         raise UserError(
-            f"{path} has checkpoint version {content['version']}, this program reads {VERSION}; "
-            "resume with the version of distill that wrote it, or start a new run"
+            f"{path} has checkpoint version {content['version']}, but this program reads "
+            f"{VERSION}; resume with the version of distill that wrote it, or start a new run"
         )
     state: dict[str, Any] = content["state"]
     if lacking := [key for key in keys if key not in state]:
-        raise UserError(f"{path} is a checkpoint of something else: it has no {lacking[0]!r}")
+        raise UserError(f"{path} is another kind of checkpoint: it has no {lacking[0]!r}")
     return state
 
 
@@ -115,7 +115,7 @@ def read_json(
         reason = one_line(error)
         raise UserError(f"{path} is missing or damaged: {reason}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
+        raise UserError(f"{path} is damaged: it does not contain a JSON object")
     if lacking := [key for key in keys if key not in content]:
         raise UserError(f"{path} is damaged: it has no {lacking[0]!r}")
     if kind is not None:
@@ -142,7 +142,8 @@ def check_folder(option: str, folder: Path) -> None:
     there = existing_parent(folder / "any")
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
-            f"{option}: {folder} is no folder to write to: {there} is none; name another place"
+            f"{option}: cannot write to {folder}: {there} is not a writable directory; choose "
+            "another place"
         )
 
 
@@ -151,7 +152,7 @@ def check_json(option: str, file: Path) -> None:
     if file.suffix != ".json" or file.is_dir() or not file.parent.is_dir():
         raise UserError(f"{option}: {file} must be a .json file in a folder that exists")
     if not os.access(file.parent, os.W_OK):
-        raise UserError(f"{option}: {file.parent} is a folder that you may not write to")
+        raise UserError(f"{option}: cannot write to {file.parent}: permission denied")
 
 
 def sync(path: Path) -> None:
@@ -190,7 +191,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         reason = "disk full" if full else error.strerror
         kept = f"the previous one is intact at {path}" if path.exists() else "nothing was written"
         raise UserError(
-            f"{reason} while saving {path}; {kept}; mend that, then repeat the command, with "
+            f"{reason} while saving {path}; {kept}; fix that and rerun the command, with "
             "--resume where it has one"
         ) from error
 

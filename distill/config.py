@@ -37,7 +37,7 @@ def fast_precision() -> Literal["bf16", "no"]:
 
 def _once(names: list[str]) -> list[str]:
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{min(twice)} once, not {names.count(min(twice))} times")
+        raise ValueError(f"must name {min(twice)} only once, not {names.count(min(twice))} times")
     return names
 
 
@@ -50,7 +50,7 @@ def _below(name: str) -> str:
 
 def _rising(scales: tuple[float, float]) -> tuple[float, float]:
     if scales[0] > scales[1]:
-        raise ValueError("the smallest and then the largest")
+        raise ValueError("must be the smallest and then the largest")
     return scales
 
 
@@ -66,7 +66,7 @@ Names = Annotated[
 def _labels(entry: int | str) -> int | str:
     right = re.fullmatch(r"1/[1-9][0-9]*|all", entry) if isinstance(entry, str) else entry >= 1
     if not right:
-        raise ValueError("a number of images, a share such as 1/16, or all")
+        raise ValueError("must be a number of images, a share such as 1/16, or all")
     return entry
 
 

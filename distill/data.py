@@ -157,9 +157,9 @@ class StepSampler(Sampler[list[Draw]]):
         stop_step: int | None = None,
     ) -> None:
         if not indices:
-            raise UserError("data: there is no example to draw from")
+            raise UserError("data: there are no examples to draw from")
         if batch < 1:
-            raise UserError(f"data: a batch holds at least one image, not {batch}")
+            raise UserError(f"data: a batch must have at least one image, got {batch}")
         assert 0 <= rank < world
         self.indices, self.batch_size, self.seed = indices, batch, seed
         self.rank, self.world = rank, world
@@ -275,9 +275,11 @@ def choose_labelled(
     if targets is not None and ignore_index is not None:
         order = [index for index in order if targets[index] != ignore_index]
     if not order:
-        raise UserError("data: there is no image with a label")
+        raise UserError("data: no image has a label")
     if count is not None and not 1 <= count <= len(order):
-        raise UserError(f"data.labelled: 1 to {len(order)} of the training images, not {count}")
+        raise UserError(
+            f"data.labelled: must be between 1 and {len(order)} (the training images), got {count}"
+        )
     if targets is not None:
         seen: Counter[int] = Counter()
         rounds = []

@@ -150,7 +150,9 @@ def teacher_layers(name: str, path: str, size: int | None, options: Sequence[str
     """
     factory = resolve("teachers", name, "--name")
     if has_members(factory):
-        raise UserError(f"--name: {name} has the layers of its members; list those, one by one")
+        raise UserError(
+            f"--name: {name} has no layers of its own; list each of its members instead"
+        )
     given: dict[str, Any] = {}
     for option in options:
         apply_override(given, option)
@@ -159,13 +161,15 @@ def teacher_layers(name: str, path: str, size: int | None, options: Sequence[str
         sized = {} if size is None else {"image_size": size}
         teacher = factory(embedded(path), layers=(), **sized, **given)
         if not hasattr(teacher, "layer_table"):
-            raise UserError(f"--name: {name} is a teacher that does not list its layers")
+            raise UserError(f"--name: teacher {name} cannot list its layers")
         side = teacher.family.image_size if size is None else size
         if side is None:
-            raise UserError(f"{path} does not say what size of images it takes; give --size")
+            raise UserError(f"{path} does not state its image size; give --size")
         table = teacher.layer_table(side)
     if not table:
-        raise UserError(f"{path} has no blocks with the usual names; layers are its module names")
+        raise UserError(
+            f"{path} has no blocks with the usual names; name layers by their module names"
+        )
     width = max(len(row.name) for row in table)
     lines = [f"{'layer':{width}} {'channels':>8} {'reduction':>9} {'cost until here':>15}"]
     lines += [
@@ -198,7 +202,7 @@ def _pairs(trainer: Trainer) -> list[str]:
     if (cost := teacher_flops(teacher, trainer.data.size)) is not None:
         used, whole = (count / 1e9 for count in cost)
         lines.append(
-            f"#   teacher: {used:.2f} of {whole:.2f} GFLOP an image, stops early; "
+            f"#   teacher: {used:.2f} of {whole:.2f} GFLOP per image, stops early; "
             f"{trainer.config.teacher.dtype}"
         )
     if isinstance(trainer.policy, MixingPolicy):

@@ -55,7 +55,8 @@ def problem_line(problem: ErrorDetails, below: str = "") -> str:
     if not key:  # of the whole
         return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
     if "Sequence" in problem["msg"]:  # as Python has it; users write YAML
-        return f"{key}: a list, such as [{problem['input']}], not {problem['input']!r:.80}"
+        given = problem["input"]
+        return f"{key}: must be a list, such as [{given}], got {given!r:.80}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{key}: {message}, got {problem['input']!r:.80}"

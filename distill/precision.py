@@ -47,7 +47,7 @@ def warn_if_slow(asked: str, instead: str, kind: str) -> None:
     if not computes_bfloat16(kind):
         what = "GPU" if kind == "cuda" else "CPU"
         print(
-            f"{asked}: this {what} has no instructions for it; {instead} is many times as fast",
+            f"{asked}: this {what} has no bfloat16 instructions; {instead} is many times as fast",
             file=sys.stderr,
         )
 

@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
         for place, key in enumerate(keys):
             if key in keys[:place]:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice in its section", own[place].start_mark
+                    None, None, f"key {key!r} appears twice in its section", own[place].start_mark
                 )
         return super().construct_mapping(node, deep=deep)
 
@@ -169,8 +169,8 @@ def check_recipe(
     before = build_config(type(config), written, where=str(source))
     if changed := first_difference(before, config, PLACES):
         raise UserError(
-            f"resume: {changed.key} is {changed.before!r} in {source} and {changed.now!r} now; put "
-            "that back, or start a new run (init_from takes weights)"
+            f"resume: {changed.key} was {changed.before!r} in {source}, but is {changed.now!r} "
+            "now; change it back, or start a new run (init_from reuses weights)"
         )
 
 
@@ -218,8 +218,8 @@ def refuse_foreign(config: RunConfig, overrides: Sequence[str], folder: Path) ->
         if not _CODE.fullmatch(key) or ":" not in name or name in trusted or is_own(name, folder):
             continue
         raise UserError(
-            f"{folder}: its recipe has {key}={name}, which is no file of yours below the working "
-            f"directory and may be anybody's code; if you trust it, add {key}={name}"
+            f"{folder}: its recipe has {key}={name}, which is not a file of yours below the "
+            f"working directory and could be anybody's code; if you trust it, add {key}={name}"
         )
 
 
@@ -242,18 +242,18 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise UserError(f"override {override!r}: {'.'.join(parents)} holds no keys")
+        raise UserError(f"override {override!r}: {'.'.join(parents)} has no keys")
 
 
 def _child(node: Any, name: str, override: str) -> Any:
     if isinstance(node, list):
         if not name.isdigit() or int(name) >= len(node):
             raise UserError(
-                f"override {override!r}: no entry {name}; there are {len(node)}, from 0"
+                f"override {override!r}: no entry {name}; the {len(node)} entries count from 0"
             )
         return node[int(name)]
     if not isinstance(node, dict):
-        raise UserError(f"override {override!r}: {name!r} lies below a value, not a section")
+        raise UserError(f"override {override!r}: {name!r} is below a value, not a section")
     if node.get(name) is None:
         node[name] = {}
     return node[name]

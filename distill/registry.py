@@ -130,7 +130,7 @@ def resolve(table: str, name: str, key: str) -> Any:
     if ":" in name:
         _own.update({file, getattr(getattr(found, "__code__", None), "co_filename", file)})
     if not callable(found):
-        raise UserError(f"{key}: {target!r} is no class and no function")
+        raise UserError(f"{key}: {target!r} is not callable")
     return found
 
 

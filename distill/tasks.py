@@ -40,12 +40,12 @@ def traits(benchmark: Benchmark) -> Traits:
     """Of a benchmark that has labels; a UserError where it has none."""
     if benchmark.task is None:
         raise UserError(
-            f"data.benchmark: {benchmark.name!r} has no labels, so that no student can be scored; "
-            "use it for `distill teacher train`"
+            f"data.benchmark: {benchmark.name!r} has no labels to score a student with; use it "
+            "only for `distill teacher train`"
         )
     if benchmark.task not in TASKS:
         raise UserError(
-            f"data.benchmark: {benchmark.name!r} has the task {benchmark.task!r}; "
+            f"data.benchmark: {benchmark.name!r} has the unknown task {benchmark.task!r}; "
             f"{nearest(str(benchmark.task), TASKS)}"
         )
     return TASKS[benchmark.task]

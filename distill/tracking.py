@@ -38,11 +38,13 @@ def open_run_folder(folder: Path, resume: bool, other: str = "name=") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         empty = not any(folder.iterdir())
     except OSError as error:
-        raise UserError(f"run folder {folder} cannot be made: {error.strerror}") from error
+        raise UserError(f"cannot create run folder {folder}: {error.strerror}") from error
     if resume:
         remove_leftovers(folder)
     if not resume and not empty:
-        raise UserError(f"run folder {folder} exists; go on with --resume, or give another {other}")
+        raise UserError(
+            f"run folder {folder} exists; continue with --resume, or choose another {other}"
+        )
 
 
 class RunLog:
@@ -97,7 +99,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):
                 raise UserError(
-                    f"{path}, line {number} is damaged; put a copy of the file there, or remove "
+                    f"{path}, line {number} is damaged; restore the file from a backup, or remove "
                     "the line"
                 ) from error
     return rows

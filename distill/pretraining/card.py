@@ -108,8 +108,8 @@ def teacher_card(
     rows = read_metrics(folder)
     if not rows:
         raise UserError(
-            f"{folder / 'metrics.jsonl'} has no rows: the teacher is whole in "
-            f"{folder / 'pipeline'}, but how its training went can no longer be told in a card"
+            f"{folder / 'metrics.jsonl'} has no rows: the teacher in {folder / 'pipeline'} is "
+            "complete, but its card cannot be written without them"
         )
     curve = means([row["loss/denoising"] for row in rows])
     return CARD.format(

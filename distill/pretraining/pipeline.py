@@ -43,7 +43,7 @@ def save_pipeline(
         unet = unet.to(memory_format=torch.contiguous_format)  # all that safetensors writes
     for name, weight in unet.named_parameters():
         if not bool(weight.isfinite().all()):
-            raise ValueError(f"{name} holds values that are not finite in {dtype}; not saved")
+            raise ValueError(f"{name} has values that are not finite in {dtype}; not saved")
     unet.register_to_config(
         _name_or_path=""
     )  # a path on the training machine tells nobody anything
@@ -51,4 +51,4 @@ def save_pipeline(
         with checkpoint.replacing_folder(folder) as new:
             DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(new)
     except SafetensorError as error:
-        raise OSError(f"{folder} cannot be written: {error}") from error
+        raise OSError(f"cannot write {folder}: {error}") from error

@@ -61,18 +61,22 @@ class TeacherTraining:
         self.config, self.accelerator = config, accelerator
         if config.batch % accelerator.num_processes:
             raise UserError(
-                f"batch: {config.batch} does not divide over {accelerator.num_processes} processes"
+                f"batch: {config.batch} is not divisible by {accelerator.num_processes} processes"
             )
         self.benchmark = build_benchmark(config.data)
         train, data = self.benchmark.dataset("train"), config.data
         if data.labelled is not None:
             raise UserError(
-                "data.labelled: a teacher sees no labels; data.unlabelled=N limits its images"
+                "data.labelled: teachers are trained without labels; limit their images with "
+                "data.unlabelled=N"
             )
         self.fingerprint, examples = fingerprint(train), Unlabelled(train)
         count = len(examples) if data.unlabelled is None else data.unlabelled
         if not 0 < count <= len(examples):
-            raise UserError(f"data.unlabelled: {count} of {len(examples)} training images")
+            raise UserError(
+                f"data.unlabelled: {count} requested, but there are only {len(examples)} training "
+                "images"
+            )
         self.indices = choose_labelled(len(examples), count, data.split_seed)
         """Which of the examples it is trained on."""
         self.size = image_size(config.data, examples)
@@ -80,7 +84,10 @@ class TeacherTraining:
         self.unet, self.scheduler = _network(config, self.size)
         timesteps = self.scheduler.config["num_train_timesteps"]
         if config.samples and config.sample_steps > timesteps:
-            raise UserError(f"sample_steps: {config.sample_steps} of {timesteps} timesteps")
+            raise UserError(
+                f"sample_steps: must be at most {timesteps} (the timesteps), got "
+                f"{config.sample_steps}"
+            )
         if (
             accelerator.device.type == "cuda"
         ):  # where 16-bit convolutions are faster so; on a CPU this gains nothing in training
@@ -167,7 +174,9 @@ class TeacherTraining:
     def load_state(self, state: dict[str, Any], source: Path) -> None:
         check_recipe(self.config, state["config"], source)
         if state["data"] != self.fingerprint:
-            raise UserError(f"{source}: the training images are not those this run began with")
+            raise UserError(
+                f"{source}: the training images are not those that this run started with"
+            )
         self.unet.load_state_dict(state["unet"])
         self.average.load_state_dict(state["average"])
         self.average.to(self.accelerator.device)
@@ -189,7 +198,7 @@ def _network(
         ):
             if given:
                 raise UserError(
-                    f"{key}: init_from brings its own; leave the section out ({key}={{}})"
+                    f"{key}: init_from already sets it; leave the section out ({key}={{}})"
                 )
         with blame("init_from"):
             return load_pipeline(embedded(config.init_from), size)
@@ -202,7 +211,8 @@ def _network(
         )
     if diffusion.beta_schedule == "linear" and diffusion.timesteps <= 20:
         raise UserError(
-            f"diffusion.timesteps: a linear schedule has more than 20, not {diffusion.timesteps}"
+            "diffusion.timesteps: must be above 20 for a linear schedule, got "
+            f"{diffusion.timesteps}"
         )
     stretch = 1000 / diffusion.timesteps
     return network, DDPMScheduler(
@@ -286,7 +296,9 @@ def _loop(training: TeacherTraining, last: Path, log: RunLog | None) -> None:
             if main and (step % config.checkpoint_every == 0 or step == config.steps or asked):
                 checkpoint.save(last, training.state())
             if asked:
-                raise Interrupted(f"stopped at step {step} of {config.steps}; go on with --resume")
+                raise Interrupted(
+                    f"stopped at step {step} of {config.steps}; continue with --resume"
+                )
             due = config.samples and config.sample_every and step < config.steps
             if log and due and step % config.sample_every == 0:
                 log.images(step, "samples", training.sample_grid(training.averaged())[None])

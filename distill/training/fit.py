@@ -32,7 +32,7 @@ def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) ->
         return config
     device, processes = accelerator.device, accelerator.num_processes
     if device.type != "cuda":
-        raise UserError("train.batch: auto measures the memory of a GPU; give a number on the CPU")
+        raise UserError("train.batch: auto needs a GPU to measure; give a number on the CPU")
     arms = config.train.arms
     arm = next((arm for arm in arms if arm != "scratch"), arms[0])
     most = len(data.labelled_indices)
@@ -63,32 +63,33 @@ def check_schedule(config: RunConfig, processes: int) -> None:
     train = config.train
     if config.evaluate.window is not None:
         raise UserError(
-            "evaluate.window: a run scores whole images; give it to `distill evaluate` afterwards"
+            "evaluate.window: training scores whole images; set it in `distill evaluate` afterwards"
         )
     for key, batch in (("batch", train.batch), ("unlabelled_batch", train.unlabelled_batch)):
         if batch % processes:
-            raise UserError(f"train.{key}: {batch} does not divide over {processes} processes")
+            raise UserError(f"train.{key}: {batch} is not divisible by {processes} processes")
         if batch // processes % train.accumulate:
             raise UserError(
-                f"train.{key}: {batch // processes} images of a process do not divide into "
-                f"train.accumulate={train.accumulate} parts"
+                f"train.{key}: {batch // processes} images per process are not divisible by "
+                f"train.accumulate={train.accumulate}"
             )
     if train.finetune_steps > train.steps:
         raise UserError(
-            f"train.finetune_steps: {train.finetune_steps} of train.steps {train.steps}"
+            f"train.finetune_steps: must be at most train.steps ({train.steps}), got "
+            f"{train.finetune_steps}"
         )
     if train.schedule == "distill_then_finetune" and not 0 < train.finetune_steps < train.steps:
         raise UserError(
-            "train.finetune_steps: distill_then_finetune needs some of train.steps "
-            f"({train.steps}) for fine-tuning, not {train.finetune_steps}"
+            "train.finetune_steps: must be between 1 and train.steps - 1 "
+            f"({train.steps - 1}) with distill_then_finetune, got {train.finetune_steps}"
         )
     # Whether there are steps that see labelled images alone.
     alone = "scratch" in train.arms or train.finetune_steps > 0 or config.data.unlabelled == 0
     parts = processes * train.accumulate
     if train.batch + (0 if alone else train.unlabelled_batch) < 2 * parts:
         raise UserError(
-            f"train.batch: {train.batch} is too small: batch norm needs two images in every step "
-            "and process" + (" and part" if train.accumulate > 1 else "")
+            f"train.batch: {train.batch} is too small: batch norm needs two images per step and "
+            "process" + (" and part" if train.accumulate > 1 else "")
         )
     together = (
         train.batch + (train.unlabelled_batch if config.data.unlabelled != 0 else 0)
@@ -98,8 +99,8 @@ def check_schedule(config: RunConfig, processes: int) -> None:
         fewest = getattr(measure, "smallest_batch", 1)
         if together < fewest:
             raise UserError(
-                f"pairs.{index}.loss: {pair.loss} compares the images of a batch: it needs "
-                f"{fewest} or more in every process and part, not {together}"
+                f"pairs.{index}.loss: {pair.loss} compares the images of a batch, so it needs "
+                f"at least {fewest} per process and part, got {together}"
             )
 
 
@@ -131,8 +132,8 @@ def largest_batch(step: Callable[[int], None], most: int) -> int:
         if "No executable batch size" not in str(error):
             raise
         raise UserError(
-            "train.batch: auto found no batch of two labelled images or more for every process and "
-            f"part: {most} would be there; give more labels, or a smaller train.unlabelled_batch, "
-            "data.size or student"
+            "train.batch: auto found no batch of at least two labelled images per process and part "
+            f"(there are {most} labelled images); give more labels, or reduce "
+            "train.unlabelled_batch, data.size or the student"
         ) from error
     return fitting

@@ -19,7 +19,7 @@ def check_task(config: TeacherConfig, benchmark: Benchmark) -> None:
     if config.labels and benchmark.task != "classification":
         label = "a mask" if traits(benchmark).classes else "a set of points"
         raise UserError(
-            f"teacher.labels: {label} is no class that a teacher could be told; leave it "
+            f"teacher.labels: {label} is not a class that a teacher can be given; leave it "
             f"false for {benchmark.task}"
         )
 
@@ -43,7 +43,7 @@ def check_labels(config: TeacherConfig, teacher: Teacher, classes: int, image: T
             for key in ("class_prompts", "class_labels"):
                 if given.get(key):
                     raise UserError(
-                        f"teacher.options.{where}{key}: the teacher is told no labels; set "
+                        f"teacher.options.{where}{key}: the teacher is not given labels; set "
                         "teacher.labels=true, or leave it out"
                     )
         return
@@ -52,13 +52,12 @@ def check_labels(config: TeacherConfig, teacher: Teacher, classes: int, image: T
     known = {family.classes for family in families if family is not None and family.classes}
     if other := known - {classes}:
         raise UserError(
-            f"teacher.labels: the teacher has a condition for each of {other.pop()} classes, and "
-            f"the data have {classes}; give as many (teacher.options.class_prompts), or leave it "
-            "false"
+            f"teacher.labels: the teacher is conditioned on {other.pop()} classes, but the data "
+            f"have {classes}; make them equal (teacher.options.class_prompts), or leave it false"
         )
     if not known and None not in families:
         raise UserError(
-            f"teacher.labels: {teacher.name} has no condition a class "
+            f"teacher.labels: {teacher.name} is not class-conditional "
             "(stable_diffusion: teacher.options.class_prompts); leave it false"
         )
     with blame("teacher.labels"):  # a class that it knows nothing of shows here

@@ -63,7 +63,7 @@ class FeatureLoss(nn.Module):
         self.pooled = pooled
         if pooled and not self.measure.poolable:
             raise UserError(
-                f"pooled: feature loss {self.name!r} compares positions: it has no pooled form"
+                f"pooled: feature loss {self.name!r} compares positions, so it has no pooled form"
             )
         channels = [student_channels] if isinstance(student_channels, int) else student_channels
         self.projector = self._projector(projector, channels, teacher_channels)
@@ -79,12 +79,12 @@ class FeatureLoss(nn.Module):
             if align or len(student) > 1:
                 raise UserError(
                     f"projector: feature loss {self.name!r} compares {_listed(student)} channels "
-                    f"with {teacher}: it needs a projector"
+                    f"with {teacher}, so it needs a projector"
                 )
             return None
         if name not in PROJECTORS:
             known = [*PROJECTORS, "auto", "none"]
-            raise UserError(f"projector: no projector {name!r}; {nearest(name, known)}")
+            raise UserError(f"projector: unknown projector {name!r}; {nearest(name, known)}")
         with blame("projector"):
             projector: nn.Module = PROJECTORS[name](student, teacher)
         return projector
@@ -109,8 +109,8 @@ class FeatureLoss(nn.Module):
         maps = [student_maps] if isinstance(student_maps, Tensor) else student_maps
         if len(maps[0]) < self.measure.smallest_batch:
             raise UserError(
-                f"feature loss {self.name!r} compares the images of a batch: it needs "
-                f"{self.measure.smallest_batch} or more, not {len(maps[0])}"
+                f"feature loss {self.name!r} compares the images of a batch, so it needs at "
+                f"least {self.measure.smallest_batch}, got {len(maps[0])}"
             )
         students, target = [x.float() for x in maps], teacher_map.detach().float()
         grid = self._grid(maps[0], target)
@@ -129,11 +129,13 @@ class FeatureLoss(nn.Module):
         if getattr(found, "shape", None) != target.shape[:1]:
             kind = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
             raise UserError(
-                f"feature loss {self.name!r} must answer a number an image, "
-                f"{tuple(target.shape[:1])}, not {kind!s:.80}"
+                f"feature loss {self.name!r} must return one value per image, shape "
+                f"{tuple(target.shape[:1])}, got {kind!s:.80}"
             )
         if torch.is_grad_enabled() and student.requires_grad and not found.requires_grad:
-            raise UserError(f"feature loss {self.name!r} has no gradient to the student's map")
+            raise UserError(
+                f"feature loss {self.name!r} returns values without a gradient to the student's map"
+            )
         return found
 
     @torch.no_grad()
@@ -213,7 +215,7 @@ def _checked(
         signature.bind("student map", "teacher map")
     except TypeError as error:
         raise UserError(
-            f"loss: {name} cannot be called as losses are, with a student's and a teacher's map: "
+            f"loss: {name} cannot be called with a student's and a teacher's map, as losses are: "
             f"{error}"
         ) from error
     parameters = signature.parameters.values()

@@ -69,14 +69,14 @@ def check_rewards(config: RunConfig) -> None:
             raise UserError(f"policy.rewards: unknown name {name!r}; {near}")
     if mixes(config) and list(config.policy.rewards) != ["teacher_task"]:
         raise UserError(
-            f"policy.rewards: {config.policy.name} follows the loss of the reward head of "
-            "teacher_task; leave policy.rewards out"
+            f"policy.rewards: {config.policy.name} learns from the loss of teacher_task's reward "
+            "head; leave policy.rewards out"
         )
     staged = config.train.schedule == "distill_then_finetune"
     if staged and "student_progress" in config.policy.rewards:
         raise UserError(
-            "policy.rewards: with train.schedule=distill_then_finetune there is no task loss to "
-            "progress in while the teacher is there; student_progress needs train.schedule=joint"
+            "policy.rewards: student_progress needs a task loss, which the distillation stage of "
+            "train.schedule=distill_then_finetune does not have; set train.schedule=joint"
         )
 
 
@@ -97,7 +97,7 @@ def build_policy(
     single = len(schedule) == 1
     if single and policy.name != "fixed":
         raise UserError(
-            f"policy.name: {policy.name!r} chooses timesteps, and teacher {teacher.name!r} has "
+            f"policy.name: {policy.name!r} chooses timesteps, but teacher {teacher.name!r} has "
             "none; use policy.name=fixed"
         )
     with blame("policy"):
@@ -122,8 +122,8 @@ def _tell_of_another_teacher(table: str, teacher: Teacher) -> None:
     probed = checkpoint.read_json(probe).get("settings", {}).get("teacher (fingerprint)")
     if probed not in (None, teacher.fingerprint):
         notice(
-            f"policy.options.table: {table} is of another teacher than {teacher.name}, to which "
-            "its timesteps may be other levels of noise, and others the best"
+            f"policy.options.table: {table} was recorded with another teacher than {teacher.name}; "
+            "its timesteps may mean other noise levels there, and others may be best"
         )
 
 
@@ -154,7 +154,7 @@ def policy_over(
         raise UserError(f"policy.name: {policy.name} mixes timesteps; name its class, MODULE:CLASS")
     if (lacking := lacks(built, TimestepPolicy)) and not isinstance(built, MixingPolicy):
         raise UserError(
-            f"policy.name: {policy.name} gives no policy: it has no {lacking} "
+            f"policy.name: {policy.name} is not a policy: it has no {lacking} "
             "(rl_policy/protocol.py)"
         )
     with blame(f"policy.name: {policy.name}"):
@@ -163,5 +163,5 @@ def policy_over(
     if not policy.progress:
         return built
     if isinstance(built, MixingPolicy):
-        raise UserError(f"policy.progress: {policy.name} has one mixture, whatever it sees")
+        raise UserError(f"policy.progress: {policy.name} has one mixture for all contexts")
     return WithProgress(built)

@@ -127,7 +127,6 @@ def _block(inside: int, outside: int) -> nn.Sequential:
 def _only(student: Sequence[int], name: str) -> int:
     if len(student) != 1:
         raise ValueError(
-            f"projector {name!r} takes one map of the student, not {len(student)}; "
-            "several need projector fpn_ppm"
+            f"projector {name!r} needs one student map, got {len(student)}; use fpn_ppm for several"
         )
     return student[0]

@@ -102,7 +102,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             try:
                 parts = train_arm(trainer, folder, stop, observe)
             except Interrupted as error:
-                raise Interrupted(f"{error}; go on with --resume") from None
+                raise Interrupted(f"{error}; continue with --resume") from None
             except Exception:  # code of one's own may raise anything
                 if accelerator.is_main_process and not begun:
                     _remove_if_bare(folder)
@@ -174,8 +174,8 @@ def _resumed(config: RunConfig, path: Path) -> RunConfig:
         config = with_batch(config, saved.train.batch)
     if changed := first_difference(saved, config):
         raise UserError(
-            f"resume: {changed.key} is {changed.before!r} in {path} and {changed.now!r} now; go on "
-            "with the run's own recipe, or start a new run (student.init_from takes weights)"
+            f"resume: {changed.key} was {changed.before!r} in {path}, but is {changed.now!r} now; "
+            "use the run's own recipe, or start a new run (student.init_from reuses weights)"
         )
     return config
 

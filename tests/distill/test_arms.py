@@ -251,11 +251,11 @@ def test_init_from_another_architecture_names_both(load: Load, finished_run: Pat
         "pairs.0.student=blocks.3",
     )
     with pytest.raises(
-        UserError, match=r"student\.init_from: .* is a 'test_resnet', which does not fit student"
+        UserError, match=r"student\.init_from: .* is a 'test_resnet', which does not match student"
     ):
         build(other)
 
 
 def test_init_from_nothing_says_what_to_name(load: Load, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no exported student: name a run folder"):
+    with pytest.raises(UserError, match="contains no exported student; name a finished run folder"):
         build(load(f"student.init_from={tmp_path}"))

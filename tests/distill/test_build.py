@@ -15,7 +15,11 @@ from distill.errors import UserError
 @pytest.mark.parametrize(
     ("benchmark", "options", "told"),
     [
-        ("folder", {"classes": "cat,dog"}, "data.options.classes: a list, such as [cat,dog], not"),
+        (
+            "folder",
+            {"classes": "cat,dog"},
+            "data.options.classes: must be a list, such as [cat,dog], got",
+        ),
         ("folder", {"classes": [0, 1]}, "data.options.classes.0: input should be a valid"),
         ("folder", {"num_classes": 2, "value_map": [0, 1]}, "data.options.value_map: input should"),
         ("folder", {"num_classes": 2, "value_map": {9: 0.5}}, "data.options.value_map.9: input"),

@@ -166,7 +166,7 @@ def test_checkpoint_of_another_program_is_refused(path, content):
 
 def test_checkpoint_of_another_version_is_refused(path):
     torch.save({"format": checkpoint.FORMAT, "version": 99, "state": {}}, path)
-    with pytest.raises(UserError, match="has checkpoint version 99, this program reads 1"):
+    with pytest.raises(UserError, match="has checkpoint version 99, but this program reads 1"):
         checkpoint.load(path)
 
 

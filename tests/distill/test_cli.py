@@ -53,7 +53,10 @@ def test_mistakes_on_the_command_line_are_one_line(
         (["teacher"], "the following arguments are required: VERB"),
         (["teacher", "layers", "/none"], "teacher: '/none' is not a folder"),
         (["teacher", "layers", "teachers/pretrained/shapes", "--size", "0"], "an image of 0x0"),
-        (["teacher", "layers", "", "--name", "ensemble"], "--name: ensemble has the layers of its"),
+        (
+            ["teacher", "layers", "", "--name", "ensemble"],
+            "--name: ensemble has no layers of its own",
+        ),
         (["train", "/none.yaml"], "recipe /none.yaml: No such file or directory"),
         (["bench", "--batch", "many"], "argument --batch: invalid int value: 'many'"),
         (["train", recipe, "train.steps"], "override 'train.steps': expected section.key=value"),
@@ -146,7 +149,7 @@ def test_a_dry_run_shows_everything_and_trains_nothing(
     assert "unlabelled_batch: 4" in out
     assert "# data: shapes, 6 labelled and 12 unlabelled images of 32x32 px, 5 held out" in out
     assert "#   layer3 (192, 2, 2) -> up_blocks.0 (16, 32, 32)  mse x 1" in out
-    assert "GFLOP an image" in out
+    assert "GFLOP per image" in out
     assert "# scratch: 5 steps of" in out
     assert "nothing was trained" in out
     assert {path.name for path in recipe.parent.iterdir()} == {recipe.name}
@@ -157,7 +160,7 @@ def test_a_dry_run_finds_what_a_run_would_stumble_over(
 ) -> None:
     for change, words in (
         ("pairs.0.teacher=mid_blok", "did you mean 'mid_block'?"),
-        ("data.size=33", "an image of 33x33 does not fit this teacher"),
+        ("data.size=33", "image size 33x33 does not suit this teacher"),
         ("data.labelled=17", "1 to 16 of the training images"),
         ("train.batch=1", "batch norm needs two images"),
         ("evaluate.split=tset", "input should be 'train', 'val' or 'test'"),
@@ -209,7 +212,7 @@ def test_teacher_layers_are_a_table(
     assert lines[-1] == "images of 32x32 px, timesteps 0 to 999"
     assert main(["teacher", "layers", str(teacher_folder), "--size", "33"]) == 2
     assert main(["teacher", "layers", "x", "--name", f"{__name__}:own_teacher"]) == 2
-    assert "own_teacher is a teacher that does not list its layers" in capsys.readouterr().err
+    assert "own_teacher cannot list its layers" in capsys.readouterr().err
 
 
 def test_teacher_layers_take_the_options_of_the_teacher(

@@ -81,7 +81,7 @@ class Damaged(Blocks):
     kind = UserError
 
     def __getitem__(self, index: int) -> Item:
-        raise self.kind(f"{index}.png: does not decode")
+        raise self.kind(f"{index}.png: cannot be decoded")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -93,7 +93,7 @@ def test_a_mistake_in_a_worker_is_told_as_one_of_this_process(
     examples.kind = kind
     with pytest.raises(UserError) as caught:
         next(in_order(examples, [3], batch=1, workers=workers))
-    assert str(caught.value) == "3.png: does not decode"
+    assert str(caught.value) == "3.png: cannot be decoded"
 
 
 def test_resumed_batches_equal_those_of_an_uninterrupted_run() -> None:
@@ -156,9 +156,9 @@ def test_iteration_starts_and_stops_at_the_given_steps() -> None:
 
 
 def test_sampler_refuses_no_examples_and_empty_batches() -> None:
-    with pytest.raises(UserError, match="no example"):
+    with pytest.raises(UserError, match="there are no examples"):
         StepSampler([], 4, seed=0)
-    with pytest.raises(UserError, match="at least one image, not 0"):
+    with pytest.raises(UserError, match="at least one image, got 0"):
         StepSampler([1], 0, seed=0)
 
 
@@ -225,7 +225,9 @@ def test_label_choice_is_balanced_as_long_as_classes_last() -> None:
 
 @pytest.mark.parametrize("count", [0, 11])
 def test_label_choice_outside_the_split_is_refused(count: int) -> None:
-    with pytest.raises(UserError, match=f"1 to 10 of the training images, not {count}"):
+    with pytest.raises(
+        UserError, match=rf"must be between 1 and 10 \(the training images\), got {count}"
+    ):
         choose_labelled(10, count, 0)
 
 
@@ -233,9 +235,9 @@ def test_images_without_a_label_are_not_chosen_as_labelled() -> None:
     targets = [0, 255, 1, 255, 0]
     assert sorted(choose_labelled(5, None, 0, targets, ignore_index=255)) == [0, 2, 4]
     assert sorted(choose_labelled(5, None, 0, targets, ignore_index=-1)) == list(range(5))
-    with pytest.raises(UserError, match="1 to 3 of the training images, not 4"):
+    with pytest.raises(UserError, match="must be between 1 and 3 \\(the training images\\), got 4"):
         choose_labelled(5, 4, 0, targets, ignore_index=255)
-    with pytest.raises(UserError, match=r"^data: there is no image with a label$"):
+    with pytest.raises(UserError, match=r"^data: no image has a label$"):
         choose_labelled(2, None, 0, [255, 255], ignore_index=255)
 
 

@@ -78,7 +78,7 @@ def test_labels_are_shown_in_training_and_never_in_evaluation(
 ) -> None:
     config = load(*tones, "teacher.labels=true")
     data = build_training_set(config.data)
-    with pytest.raises(UserError, match=r"teacher\.labels: tiny has no condition a class"):
+    with pytest.raises(UserError, match=r"teacher\.labels: tiny is not class-conditional"):
         Trainer(config, "distilled", data, build_accelerator("cpu"))
     monkeypatch.setattr("distill.training.trainer.build_teacher", teacher_of(classes=2))
     trainer = Trainer(config, "distilled", data, build_accelerator("cpu"))
@@ -124,7 +124,7 @@ def test_a_teacher_of_other_classes_is_refused(
 ) -> None:
     config = load(*tones, "teacher.labels=true")
     monkeypatch.setattr("distill.training.trainer.build_teacher", teacher_of(classes=classes))
-    words = rf"^teacher\.labels: .* condition for each of {classes} classes, and the data have 2;"
+    words = rf"^teacher\.labels: .* conditioned on {classes} classes, but the data have 2;"
     with pytest.raises(UserError, match=words):
         Trainer(config, "distilled", build_training_set(config.data), build_accelerator("cpu"))
 
@@ -152,7 +152,7 @@ def test_the_members_of_an_ensemble_are_asked_too(
     pairs = ["pairs.0.teacher=a/mid_block", ensemble_of(teacher_folder)]
     config = load(*tones, *pairs)
     data = build_training_set(config.data)
-    with pytest.raises(UserError, match=r"teacher\.labels: tiny has no condition a class"):
+    with pytest.raises(UserError, match=r"teacher\.labels: tiny is not class-conditional"):
         Trainer(
             load(*tones, *pairs, "teacher.labels=true"), "distilled", data, build_accelerator("cpu")
         )
@@ -165,6 +165,6 @@ def test_the_members_of_an_ensemble_are_asked_too(
 
 def test_masks_are_no_class_to_tell(recipe: Path, refuse: Refuse) -> None:
     line = refuse("train", recipe, "teacher.labels=true")
-    assert line.startswith("teacher.labels: a mask is no class that a teacher could be told")
+    assert line.startswith("teacher.labels: a mask is not a class that a teacher can be given")
     arms = "train.arms=[scratch]"  # where nobody is told anything
     assert main(["train", str(recipe), "teacher.labels=true", arms, "--dry-run"]) == 0

@@ -27,7 +27,9 @@ Refuse = Callable[..., str]
 def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refuse) -> None:
     before = {path: path.read_bytes() for path in stopped_run.rglob("*") if path.is_file()}
     line = refuse("train", stopped_run / "config.yaml")
-    assert line == f"run folder {stopped_run} exists; go on with --resume, or give another name="
+    assert (
+        line == f"run folder {stopped_run} exists; continue with --resume, or choose another name="
+    )
     assert {p: p.read_bytes() for p in stopped_run.rglob("*") if p.is_file()} == before
 
 
@@ -41,12 +43,15 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
             "unknown key 'data.options.sizee'; did you mean 'data.options.size'?",
         ),
         ("data.options={size: big}", "data.options.size: input should be a valid integer"),
-        ("data.options={size: 20}", "data.options.size: shapes are drawn at 32 to 128 px, not 20"),
-        ("data.labelled=17", "data.labelled: 1 to 16 of the training images, not 17"),
+        ("data.options={size: 20}", "data.options.size: must be 32 to 128 px, got 20"),
+        (
+            "data.labelled=17",
+            "data.labelled: must be between 1 and 16 (the training images), got 17",
+        ),
         ("data.unlabelled=17", "data.unlabelled: 17 of 16 training images"),
         (
             "train.accumulate=3",
-            "train.batch: 4 images of a process do not divide into train.accumulate=3 parts",
+            "train.batch: 4 images per process are not divisible by train.accumulate=3",
         ),
         ("data.benchmark=camvid", "'data.options.size'; there are none (data.options={})"),
         ("data.benchmark=nothing:Here", "data.benchmark: 'nothing:Here' cannot be imported"),
@@ -70,7 +75,7 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
             "teacher.options.kwargs: input should be a valid dictionary, got 5",
         ),
         ("teacher.cache=''", "teacher.cache: string should have at least 1 character"),
-        ("teacher.name=os:sep", "teacher.name: 'os:sep' is no class and no function"),
+        ("teacher.name=os:sep", "teacher.name: 'os:sep' is not callable"),
         (
             "pairs.0.teacher=mid_blok",
             "pairs.0.teacher: no layer 'mid_blok'; did you mean 'mid_block'?",
@@ -93,18 +98,27 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
         ("student.kwargs={foo: 1}", "student: 'test_resnet' does not take {'foo': 1}"),
         ("student.head_layers=[layer9]", "student.head_layers: no layer 'layer9'; did you mean"),
         ("policy.name=a2", "policy.name: unknown name 'a2'; did you mean 'a2c'?"),
-        ("policy.options={rate: 1}", "policy.options.rate is no option of A2CPolicy; choose from"),
+        (
+            "policy.options={rate: 1}",
+            "policy.options.rate is not an option of A2CPolicy; choose from",
+        ),
         ("policy.options={hidden: 0}", "policy.options.hidden must be a whole number at least 1"),
-        ("policy.options={bins: 9}", "policy.options.bins is no option: the policy is told it by"),
+        (
+            "policy.options={bins: 9}",
+            "policy.options.bins is not an option: the run itself sets it",
+        ),
         ("policy.bins=1000", "policy: 1000 timestep bins do not fit"),
-        ("policy.highest=1000", "policy: timesteps from 0 to 1000 are no range within 0..999"),
-        ("data.size=33", "an image of 33x33 does not fit this teacher"),
-        ("teacher.image_size=[32, 33]", "an image of 32x33 does not fit this teacher"),
-        ("data.size=16", "'test_resnet' cannot take images of 16x16 px: each side must be"),
+        (
+            "policy.highest=1000",
+            "policy: timesteps from 0 to 1000 are not a range within the teacher's schedule, 0",
+        ),
+        ("data.size=33", "image size 33x33 does not suit this teacher"),
+        ("teacher.image_size=[32, 33]", "image size 32x33 does not suit this teacher"),
+        ("data.size=16", "'test_resnet' does not accept images of 16x16 px: each side must be"),
         ("train.batch=1", "train.batch: 1 is too small: batch norm needs two images"),
-        ("train.finetune_steps=6", "train.finetune_steps: 6 of train.steps 5"),
+        ("train.finetune_steps=6", "train.finetune_steps: must be at most train.steps (5), got 6"),
         ("data.split_seed=99999999999999999999", "data.split_seed: input should be less than"),
-        ("train.schedule=distill_then_finetune", "train.finetune_steps: distill_then_finetune"),
+        ("train.schedule=distill_then_finetune", "(4) with distill_then_finetune, got 0"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(
@@ -120,8 +134,8 @@ def test_a_batch_too_small_for_the_loss_is_named(recipe: Path, refuse: Refuse) -
     small = ["train.batch=2", "train.unlabelled_batch=0", "pairs.0.loss=rkd"]
     line = refuse("train", recipe, *small)
     assert line == (
-        "pairs.0.loss: rkd compares the images of a batch: it needs 3 or more in every process and "
-        "part, not 2"
+        "pairs.0.loss: rkd compares the images of a batch, so it needs at least 3 per process and "
+        "part, got 2"
     )
     assert not (recipe.parent / "runs").exists()
 
@@ -195,7 +209,7 @@ def test_a_teacher_that_leaves_float16_is_said_to(
     assert line in refuse("train", recipe, *large)
     cache = ["data.augment=none", f"teacher.cache={tmp_path / 'cache'}"]
     assert main(["teacher", "extract", str(recipe), *large, *cache]) == 2
-    line = "is not finite and was not kept; try teacher.dtype=bfloat16, or float32"
+    line = "is not finite; try teacher.dtype=bfloat16, or float32"
     assert line in capsys.readouterr().err
     marks = (tmp_path / "cache" / "distilled" / "marks.bin").read_bytes()
     assert not any(marks)
@@ -206,7 +220,7 @@ def test_images_without_labels_are_no_benchmark_to_score(
 ) -> None:
     line = refuse("train", recipe, f"data={{benchmark: images, root: {folder}}}")
     assert "data.benchmark: 'images' has no labels" in line
-    assert "use it for `distill teacher train`" in line
+    assert "use it only for `distill teacher train`" in line
 
 
 def test_what_is_not_finite_at_once_is_not_blamed_on_the_learning_rate(
@@ -249,12 +263,12 @@ def test_a_run_that_fails_at_its_first_image_keeps_its_name(
     recipe: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def torn(shapes: Any, index: int) -> Any:
-        raise UserError(f"{index}.png: does not decode")
+        raise UserError(f"{index}.png: cannot be decoded")
 
     run = recipe.parent / "runs" / "tiny"
     with monkeypatch.context() as patch:
         patch.setattr("distill.data.Augmented.__getitem__", torn)
-        assert "does not decode" in refuse("train", recipe)
+        assert "cannot be decoded" in refuse("train", recipe)
         assert not run.exists()
     run.mkdir(parents=True)
     (run / "mine.txt").touch()
@@ -275,7 +289,7 @@ def test_a_hub_that_cannot_be_reached_asks_for_a_folder(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = refuse("train", recipe, "teacher.path=distill-tests/no-such-teacher")
-    assert "'distill-tests/no-such-teacher' is neither a folder here nor to be had" in line
+    assert "'distill-tests/no-such-teacher' is not a local folder, and could not be fetched" in line
     assert "give a local folder" in line
 
 
@@ -320,10 +334,10 @@ def test_images_without_a_mask_serve_unlabelled(
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("image", "images/{}.png: does not decode"),
-        ("size", "masks/{}.png: mask of 16x16 px, its image has 32x32"),
+        ("image", "images/{}.png: cannot be decoded"),
+        ("size", "masks/{}.png: the mask is 16x16 px, but its image is 32x32"),
         ("value", "masks/{}.png: mask value 7 is not a class; allowed: 0, 1, 255"),
-        ("colours", "masks/{}.png: a mask has one channel"),
+        ("colours", "masks/{}.png: a mask must have one channel"),
         ("missing", "{}.png has no mask file"),
     ],
 )
@@ -347,7 +361,7 @@ def test_a_teacher_without_timesteps_asks_for_the_fixed_policy_and_then_runs(
     teacher = "teacher={name: timm, path: test_vit, random_weights: 0, dtype: float32}"
     changes = [str(recipe), teacher, "pairs.0.teacher=blocks.3", "train.arms=[distilled]"]
     assert refuse("train", *changes) == (
-        "policy.name: 'a2c' chooses timesteps, and teacher 'test_vit-random0' has none; "
+        "policy.name: 'a2c' chooses timesteps, but teacher 'test_vit-random0' has none; "
         "use policy.name=fixed"
     )
     other_bin = refuse("train", *changes, "policy.name=fixed", "policy.options={bin: 1}")

@@ -231,21 +231,25 @@ def parts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("policy.name", "Nothing", "of torch.int64, not None"),
         ("policy.name", "NoNumbers", "broken_parts:NoNumbers: probabilities answered numbers that"),
         ("policy.name", "Flat", "of torch.float32, not (3,) torch.float32"),
-        ("policy.name", "Bare", "gives no policy: it has no act, learn, probabilities, state_dict"),
+        ("policy.name", "Bare", "is not a policy: it has no act, learn, probabilities, state_dict"),
         ("pairs.0.loss", "failing", "KeyError: 'key'"),
-        ("pairs.0.loss", "mean", "'broken_parts:mean' must answer a number an image, ("),
-        ("pairs.0.loss", "nothing", "must answer a number an image, "),
-        ("pairs.0.loss", "detached", "has no gradient to the student's map"),
+        ("pairs.0.loss", "mean", "'broken_parts:mean' must return one value per image, shape ("),
+        ("pairs.0.loss", "nothing", "must return one value per image, shape"),
+        ("pairs.0.loss", "detached", "returns values without a gradient to the student's map"),
         (
             "pairs.0.loss",
             "alone",
-            "pairs.0.loss: broken_parts:alone cannot be called as losses are",
+            "pairs.0.loss: broken_parts:alone cannot be called with a student's",
         ),
         ("teacher.name", "no_teacher", "broken_parts:no_teacher gives no teacher: it has no name"),
         ("teacher.name", "forgetful", "broken_parts:forgetful: tiny gives nothing for layer"),
         ("teacher.name", "narrow", "broken_parts:narrow: tiny gives (1, 5, "),
         ("data.benchmark", "NoNames", "gives no benchmark: it has no class_names"),
-        ("data.benchmark", "Dancing", "'data' has the task 'dancing'; choose from classification"),
+        (
+            "data.benchmark",
+            "Dancing",
+            "'data' has the unknown task 'dancing'; choose from classification",
+        ),
         ("data.benchmark", "NoData", "gives no pairs of image and target by their number: "),
         ("data.benchmark", "Grey", "of torch.uint8, not (1, 32, 32) torch.uint8"),
         ("data.benchmark", "Floating", "of torch.uint8, not (3, 32, 32) torch.float32"),
@@ -293,7 +297,7 @@ def test_wrong_images_and_splits_are_one_line_in_every_command(
 
 
 def test_what_is_no_part_at_all_is_one_line(parts: Path, refuse: Refuse) -> None:
-    assert "cannot be built as policies are" in refuse("train", parts, "policy.name=os.path:join")
+    assert "cannot be built as a policy" in refuse("train", parts, "policy.name=os.path:join")
     assert "posixpath" in refuse("train", parts, "pairs.0.loss=os.path:join")
     (parts.parent / "leaving_part.py").write_text("raise SystemExit(3)")
     line = refuse("train", parts, "pairs.0.loss=leaving_part:loss")
@@ -307,10 +311,10 @@ def test_a_state_that_could_not_be_read_back_keeps_the_checkpoint(
     parts: Path, refuse: Refuse, tmp_path: Path
 ) -> None:
     line = refuse("train", parts, "policy.name=broken_parts:Unkept", "train.arms=[distilled]")
-    assert line.startswith("a checkpoint's policy.memory.0 is a builtins.object, which could not")
+    assert line.startswith("checkpoint: policy.memory.0 is a builtins.object, which cannot")
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"step": 1})
-    with pytest.raises(UserError, match=r"a checkpoint's step is a builtins\.object"):
+    with pytest.raises(UserError, match=r"checkpoint: step is a builtins\.object"):
         checkpoint.save(path, {"step": object()})
     assert checkpoint.load(path) == {"step": 1}
 

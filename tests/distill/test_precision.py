@@ -171,8 +171,8 @@ def test_bfloat16_that_is_imitated_is_told_once(
         build_teacher(load("teacher.dtype=float32"))
 
     assert capsys.readouterr().err.splitlines() == [
-        "teacher.dtype=bfloat16: this CPU has no instructions for it; teacher.dtype=float32 is "
+        "teacher.dtype=bfloat16: this CPU has no bfloat16 instructions; teacher.dtype=float32 is "
         "many times as fast",
-        "precision=bf16: this CPU has no instructions for it; precision=no is many times as fast",
+        "precision=bf16: this CPU has no bfloat16 instructions; precision=no is many times as fast",
     ]
     precision.warn_if_slow.cache_clear()

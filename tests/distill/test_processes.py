@@ -173,6 +173,6 @@ def test_two_processes_train_one_student(recipe: Path, tmp_path: Path) -> None:
 
 def test_all_processes_stop_where_one_is_asked_to(recipe: Path, tmp_path: Path) -> None:
     ended = launch(tmp_path, STOPPED, "train", str(recipe))
-    assert ended.stderr.count("stopped at step 2 of 5 (distilled); go on with --resume") == 2
+    assert ended.stderr.count("stopped at step 2 of 5 (distilled); continue with --resume") == 2
     last = checkpoint_path(recipe.parent / "runs" / "tiny", "distilled")
     assert checkpoint.load(last)["step"] == 2

@@ -60,7 +60,7 @@ def test_a_command_that_a_run_folder_names_is_not_run(
     Path("result.json").write_text(json.dumps(known | result))
     before = sorted(Path().iterdir())
     line = refuse(*words)
-    assert "its recipe has data.benchmark=os:system, which is no file of yours" in line
+    assert "its recipe has data.benchmark=os:system, which is not a file of yours" in line
     assert line.endswith("if you trust it, add data.benchmark=os:system")
     assert sorted(Path().iterdir()) == before
 

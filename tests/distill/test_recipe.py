@@ -158,7 +158,7 @@ def test_true_and_false_are_booleans(recipe: Path, text: str, value: bool) -> No
 
 def test_a_key_given_twice_is_refused(recipe: Path) -> None:
     twice = write(recipe.parent, recipe.read_text() + "train:\n  lr: 1\n  steps: 3\n  lr: 2\n")
-    refuse(twice, r"line 5, column 3: key 'lr' stands twice in its section$")
+    refuse(twice, r"line 5, column 3: key 'lr' appears twice in its section$")
 
 
 @pytest.mark.parametrize(
@@ -257,10 +257,10 @@ def test_the_last_of_two_overrides_counts(recipe: Path) -> None:
     [
         ("train.steps", f"override 'train.steps': expected {DOTTED}"),
         ("=3", f"override '=3': expected {DOTTED}"),
-        ("pairs.1.weight=2", "override 'pairs.1.weight=2': no entry 1; there are 1, from 0"),
-        ("pairs.first=2", "override 'pairs.first=2': no entry first; there are 1, from 0"),
-        ("seed.a=1", "override 'seed.a=1': seed holds no keys"),
-        ("seed.a.b=1", "override 'seed.a.b=1': 'a' lies below a value, not a section"),
+        ("pairs.1.weight=2", "override 'pairs.1.weight=2': no entry 1; the 1 entries count from 0"),
+        ("pairs.first=2", "override 'pairs.first=2': no entry first; the 1 entries count from 0"),
+        ("seed.a=1", "override 'seed.a=1': seed has no keys"),
+        ("seed.a.b=1", "override 'seed.a.b=1': 'a' is below a value, not a section"),
         ("seed=[1", r"override 'seed=\[1': the value is not YAML"),
         ("seed=!!int x", "override 'seed=!!int x': the value is not YAML"),
         ("trian.steps=3", "unknown key 'trian'; did you mean 'train'"),

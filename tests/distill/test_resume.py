@@ -84,7 +84,7 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     assert main(["train", str(recipe)]) == 130
     monkeypatch.undo()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"distill: stopped at step {step} of 5 ({arm}); go on with --resume"
+    assert last == f"distill: stopped at step {step} of 5 ({arm}); continue with --resume"
     run = recipe.parent / "runs" / "tiny"
     assert checkpoint.load(checkpoint_path(run, arm))["step"] == step
     assert not (run / "summary.json").exists()
@@ -188,15 +188,15 @@ def test_resume_needs_a_run(recipe: Path, refuse: Refuse) -> None:
 
 def test_resume_refuses_another_recipe(stopped_run: Path, refuse: Refuse) -> None:
     for change, words in (
-        ("train.lr=0.1", "resume: train.lr is 0.001 in "),
-        ("pairs.0.weight=2", "resume: pairs.0.weight is 1.0 in "),
-        ("train.optimizer=sgd", "resume: train.optimizer is 'adamw' in "),
-        ("student.model=test_vit", "resume: student.model is 'test_resnet' in "),
-        ("train.arms=[distilled]", "resume: train.arms.1 is 'scratch' in "),
+        ("train.lr=0.1", "resume: train.lr was 0.001 in "),
+        ("pairs.0.weight=2", "resume: pairs.0.weight was 1.0 in "),
+        ("train.optimizer=sgd", "resume: train.optimizer was 'adamw' in "),
+        ("student.model=test_vit", "resume: student.model was 'test_resnet' in "),
+        ("train.arms=[distilled]", "resume: train.arms.1 was 'scratch' in "),
     ):
         line = refuse("train", stopped_run / "config.yaml", change, "--resume")
         assert line.startswith(words)
-        assert "new run (student.init_from takes weights)" in line
+        assert "new run (student.init_from reuses weights)" in line
 
 
 def test_resume_refuses_a_truncated_and_a_foreign_checkpoint(
@@ -215,7 +215,7 @@ def test_resume_refuses_a_truncated_and_a_foreign_checkpoint(
     assert "last.pt was not written by distill" in line
     checkpoint.save(path, {"unet": {}})
     line = refuse("train", stopped_run / "config.yaml", "--resume")
-    assert "last.pt is a checkpoint of something else: it has no 'config'" in line
+    assert "last.pt is another kind of checkpoint: it has no 'config'" in line
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -232,8 +232,8 @@ def test_a_recipe_that_was_edited_in_the_run_folder_is_refused(
     recipe.write_text(yaml.safe_dump(tree))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     line = refuse("train", recipe, "--resume")
-    assert line.startswith("resume: train.lr is 0.001 in ")
-    assert "last.pt and 0.5 now; put that back" in line
+    assert line.startswith("resume: train.lr was 0.001 in ")
+    assert "last.pt, but is 0.5 now; change it back" in line
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 

@@ -194,10 +194,10 @@ def soft(context_size: int, bins: int, batch: int, seed: int) -> SoftMix:
                 "policy.rewards={student_progress: 1}",
                 *("train.schedule=distill_then_finetune", "train.finetune_steps=2"),
             ],
-            "student_progress needs train.schedule=joint",
+            "student_progress needs a task loss, which the distillation stage",
         ),
-        (["policy.name=soft_mix", FREE], "soft_mix follows the loss of the reward head"),
-        (["policy.name=grid"], "policy.options.table must name the recorded rewards"),
+        (["policy.name=soft_mix", FREE], "soft_mix learns from the loss of teacher_task's reward"),
+        (["policy.name=grid"], "policy.options.table must be the recorded rewards"),
         ([f"policy.name={__name__}:soft"], "mixes timesteps; name its class, MODULE:CLASS"),
         (["policy.rewards={teacher_task: 0}"], "greater than 0"),
         (["policy.rewards={}"], "policy.rewards"),
@@ -228,7 +228,7 @@ def test_grid_takes_the_bin_nearest_to_the_best_timestep(
         figures = {"settings": {"teacher (fingerprint)": probed}}
         (tmp_path / "probe.json").write_text(json.dumps(figures))
         build(load("policy.name=grid", options))
-        assert ("is of another teacher than tiny" in capsys.readouterr().err) is told
+        assert ("was recorded with another teacher than tiny" in capsys.readouterr().err) is told
 
 
 # The mixture of all timesteps

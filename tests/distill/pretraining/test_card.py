@@ -56,7 +56,7 @@ def test_a_run_that_lost_its_log_has_no_card_to_write(
     log = recipe.parent / "runs" / "ddpm" / "metrics.jsonl"
     log.unlink()
     line = refuse(*words, "--resume")
-    assert line.startswith(f"{log} has no rows: the teacher is whole in ")
+    assert line.startswith(f"{log} has no rows: the teacher in")
 
 
 def test_a_teacher_of_images_without_labels_is_not_probed(recipe: Path, tmp_path: Path) -> None:

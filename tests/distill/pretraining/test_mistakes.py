@@ -34,11 +34,11 @@ def test_mistakes_are_one_line(recipe: Path, refuse: Refuse) -> None:
         ("sample_steps=1001", "sample_steps: 1001 of 1000 timesteps"),
         (
             "init_from=teachers/pretrained/shapes",
-            "unet: init_from brings its own; leave the section",
+            "unet: init_from already sets it; leave the section",
         ),
-        ("data.size=33", "unet: an image of 33x33 does not fit this teacher"),
+        ("data.size=33", "unet: image size 33x33 does not suit this teacher"),
         ("data.benchmark=shape", "unknown name 'shape'; did you mean 'shapes'?"),
-        ("data={benchmark: images}", "images: no folder given; say where with data.root=FOLDER"),
+        ("data={benchmark: images}", "images: no folder given; set data.root=FOLDER"),
         ("data={benchmark: images, root: /none}", "images: there is no folder /none"),
     ):
         assert words in refuse("teacher", "train", recipe, change)
@@ -52,13 +52,13 @@ def test_mistakes_are_one_line(recipe: Path, refuse: Refuse) -> None:
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused() -> None:
     accelerator: Any = SimpleNamespace(num_processes=3)
-    with pytest.raises(UserError, match="batch: 64 does not divide over 3 processes"):
+    with pytest.raises(UserError, match="batch: 64 is not divisible by 3 processes"):
         TeacherTraining(TeacherTrainConfig(), accelerator)
 
 
 def test_a_run_that_exists_is_left_alone(finished: Path, refuse: Refuse) -> None:
     line = refuse("teacher", "train", finished / "config.yaml")
-    assert "exists; go on with --resume, or give another name=" in line
+    assert "exists; continue with --resume, or choose another name=" in line
 
 
 def test_resume_refuses_another_recipe_and_a_broken_checkpoint(
@@ -71,11 +71,11 @@ def test_resume_refuses_another_recipe_and_a_broken_checkpoint(
     for change in ("lr=1.0", "unet.block_out_channels=[8, 24]"):
         line = refuse("teacher", "train", recipe, change, "--resume")
         assert line.startswith(f"resume: {change.split('=')[0]}")
-        assert "now; put that back, or start a new run (init_from takes weights)" in line
+        assert "now; change it back, or start a new run (init_from reuses weights)" in line
     with monkeypatch.context() as patch:  # as of a folder that has other images by now
         patch.setattr("distill.pretraining.teach.fingerprint", lambda examples: "other")
         line = refuse("teacher", "train", recipe, "--resume")
-    assert line.endswith("last.pt: the training images are not those this run began with")
+    assert line.endswith("last.pt: the training images are not those that this run started with")
     last = recipe.parent / "runs" / "ddpm" / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
     assert "last.pt is truncated or not a checkpoint" in refuse(
@@ -98,7 +98,7 @@ def test_a_broken_image_is_named(recipe: Path, refuse: Refuse, tmp_path: Path) -
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
     (tmp_path / "photos" / "b.png").write_bytes(b"no image")
     data = f"data={{benchmark: images, root: {tmp_path / 'photos'}}}"
-    assert "b.png: does not decode" in refuse("teacher", "train", recipe, data)
+    assert "b.png: cannot be decoded" in refuse("teacher", "train", recipe, data)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -112,13 +112,13 @@ def test_damaged_images_are_skipped_up_to_a_limit(
     few = ["steps=2", "samples=0", data]
     assert main(["teacher", "train", str(recipe), *few, "name=a"]) == 2
     *_, line = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"distill: error: {damaged}: does not decode (")
+    assert line.startswith(f"distill: error: {damaged}: cannot be decoded (")
     assert line.endswith("or raise data.options.skip")
     few.append("data.options.skip=0.4")
     assert main(["teacher", "train", str(recipe), *few, "name=b"]) == 0
     skipped = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
     assert len(skipped) == 1
-    assert skipped[0].startswith(f"distill: skipped {damaged}: does not decode (")
+    assert skipped[0].startswith(f"distill: skipped {damaged}: cannot be decoded (")
 
 
 def test_a_teacher_stopped_by_damaged_images_goes_on_with_a_higher_limit(

@@ -125,9 +125,7 @@ def test_weights_that_overflow_are_not_saved(tmp_path):
     unet = tiny_unet()
     with torch.no_grad():
         unet.conv_in.bias[0] = 1e6
-    with pytest.raises(
-        ValueError, match=r"conv_in\.bias holds values .* torch\.float16; not saved"
-    ):
+    with pytest.raises(ValueError, match=r"conv_in\.bias has values .* torch\.float16; not saved"):
         save_pipeline(unet, DDPMScheduler(), tmp_path / "teacher", dtype=torch.float16)
     assert not list(tmp_path.iterdir())
 
@@ -136,7 +134,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))  # configs fit, weights do not
     try:
-        with pytest.raises(OSError, match=r"teacher cannot be written: .*too large"):
+        with pytest.raises(OSError, match=r"cannot write .*teacher: .*too large"):
             save_pipeline(tiny_unet(), DDPMScheduler(), tmp_path / "teacher")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -122,7 +122,7 @@ def test_a_linear_schedule_too_short_to_end_in_noise_is_refused(
     recipe: Path, refuse: Refuse
 ) -> None:
     line = refuse("teacher", "train", recipe, "diffusion.timesteps=20", "sample_steps=2")
-    assert line.startswith("diffusion.timesteps: a linear schedule has more than 20, not 20")
+    assert line.startswith("diffusion.timesteps: must be above 20 for a linear schedule, got 20")
 
 
 def test_a_teacher_may_be_trained_on_some_of_the_images(
@@ -136,7 +136,9 @@ def test_a_teacher_may_be_trained_on_some_of_the_images(
     assert some == choose_labelled(12, 5, 0)
     assert "data.unlabelled: 13 of 12 training images" in refuse(*asked, "data.unlabelled=13")
     assert "data.unlabelled: 0 of 12 training images" in refuse(*asked, "data.unlabelled=0")
-    assert refuse(*asked, "data.labelled=2").startswith("data.labelled: a teacher sees no labels")
+    assert refuse(*asked, "data.labelled=2").startswith(
+        "data.labelled: teachers are trained without labels"
+    )
 
 
 def test_sample_grids_on_the_way_change_nothing_but_tensorboard(
@@ -226,7 +228,7 @@ def test_an_interrupted_and_resumed_teacher_equals_an_uninterrupted_one(
     assert main(["teacher", "train", str(recipe)]) == 130
     monkeypatch.undo()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"distill: stopped at step {step} of 5; go on with --resume"
+    assert last == f"distill: stopped at step {step} of 5; continue with --resume"
     run = recipe.parent / "runs" / "ddpm"
     assert not (run / "pipeline").exists()
     assert main(["teacher", "train", str(run / "config.yaml"), "--resume"]) == 0

@@ -179,7 +179,7 @@ def test_the_policy_may_see_the_whole_image_through_convolutions(load: Load) -> 
     losses = trainer.train_step(Batch(labelled, targets))
     torch.testing.assert_close(losses.context, labelled.flatten(1))
     for others in ((), (*image, "policy.progress=true")):
-        with pytest.raises(UserError, match=r"^policy\.options\.network=conv reads images alone; "):
+        with pytest.raises(UserError, match=r"^policy\.options\.network=conv reads only images; "):
             build(load("policy.name=reinforce", options, *others))
 
 

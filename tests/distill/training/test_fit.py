@@ -43,7 +43,9 @@ def test_the_largest_power_of_two_that_fits_is_found(
 
 
 def test_no_room_for_two_images_is_a_mistake_that_is_named() -> None:
-    with pytest.raises(UserError, match=r"train\.batch: auto found no batch of two labelled"):
+    with pytest.raises(
+        UserError, match=r"train\.batch: auto found no batch of at least two labelled"
+    ):
         largest_batch(room_for(1, []), 64)
 
 
@@ -58,7 +60,7 @@ def test_another_error_of_the_step_is_not_taken_for_too_little_memory() -> None:
 @pytest.mark.parametrize("auto", ["auto", "0"])
 def test_without_a_gpu_auto_asks_for_a_number(recipe: Path, refuse: Refuse, auto: str) -> None:
     line = refuse("train", str(recipe), f"train.batch={auto}")
-    assert "train.batch: auto measures the memory of a GPU; give a number on the CPU" in line
+    assert "train.batch: auto needs a GPU to measure; give a number on the CPU" in line
 
 
 def test_a_number_stays_as_it_is(load: Load) -> None:

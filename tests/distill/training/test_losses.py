@@ -141,7 +141,7 @@ def test_own_measure_may_be_named_and_ask_for_more(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     loss = FeatureLoss("own_measures:spread", 3, 5, options={"weight": 2.0})
     assert loss.projector is None
-    with pytest.raises(UserError, match=r"'own_measures:spread' .* needs 4 or more, not 3"):
+    with pytest.raises(UserError, match=r"'own_measures:spread' .* needs at least 4, got 3"):
         loss(maps(3, 3, 2, 2), maps(3, 5, 2, 2), T[:3])
 
 
@@ -149,7 +149,7 @@ def test_own_measure_may_be_named_and_ask_for_more(tmp_path, monkeypatch):
     ("settings", "message"),
     [
         ({"measure": "cosin"}, "unknown name 'cosin'; did you mean 'cosine'?"),
-        ({"measure": "at", "pooled": True}, "'at' compares positions: it has no pooled form"),
+        ({"measure": "at", "pooled": True}, "'at' compares positions, so it has no pooled form"),
         ({"measure": "mse", "projector": "none"}, "'mse' compares 3 channels with 5"),
         (
             {"measure": "infonce", "options": {"temperatur": 1.0}},

@@ -168,5 +168,5 @@ def test_mse_at_is_zero_for_the_whitened_map_and_adds_up():
 @pytest.mark.parametrize(("name", "batch", "needed"), [("rkd", 2, 3), ("infonce", 1, 2)])
 def test_batch_too_small_to_compare_images_is_named(name, batch, needed):
     x = maps(batch, 3, 2, 2)
-    with pytest.raises(UserError, match=f"{name}.*needs {needed} or more, not {batch}"):
+    with pytest.raises(UserError, match=f"{name}.*needs at least {needed}, got {batch}"):
         loss_of(name, x, x)

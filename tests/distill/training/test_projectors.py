@@ -76,12 +76,12 @@ def test_the_deepest_map_is_seen_at_every_position() -> None:
 
 @pytest.mark.parametrize("name", ["linear", "film"])
 def test_one_map_projectors_refuse_several(name: str) -> None:
-    with pytest.raises(UserError, match=rf"projector {name!r} takes one map .* fpn_ppm"):
+    with pytest.raises(UserError, match=rf"projector {name!r} needs one student map.* fpn_ppm"):
         FeatureLoss("mse", [3, 4], 5, projector=name)
 
 
 def test_unknown_projector_is_named() -> None:
-    with pytest.raises(UserError, match=r"no projector 'flim'; did you mean 'film'\?"):
+    with pytest.raises(UserError, match=r"unknown projector 'flim'; did you mean 'film'\?"):
         FeatureLoss("mse", 3, 5, projector="flim")
 
 
@@ -94,5 +94,7 @@ def test_auto_takes_what_the_maps_need() -> None:
 
 
 def test_several_maps_without_a_projector_are_refused() -> None:
-    with pytest.raises(UserError, match="compares 3 and 4 channels with 5: it needs a projector"):
+    with pytest.raises(
+        UserError, match="compares 3 and 4 channels with 5, so it needs a projector"
+    ):
         FeatureLoss("at", [3, 4], 5, projector="none")
