@@ -151,6 +151,22 @@ def first_difference(
     return None
 
 
+def refuse_changes(
+    saved: RunConfig | TeacherTrainConfig,
+    now: RunConfig | TeacherTrainConfig,
+    path: Path,
+    places: Sequence[str] = (),
+) -> None:
+    """Raises UserError where a run is resumed with another recipe than that in its config.yaml, the
+    keys `places` aside."""
+    if changed := first_difference(saved, now, places):
+        takes = "init_from" if isinstance(now, TeacherTrainConfig) else "student.init_from"
+        raise UserError(
+            f"resume: {changed.key} was {changed.before!r} in {path}, but is {changed.now!r} now; "
+            f"use the run's own recipe, or start a new run ({takes} reuses weights)"
+        )
+
+
 def check_recipe(
     config: RunConfig | TeacherTrainConfig, written: Mapping[str, Any], source: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,13 @@ def open_run_folder(folder: Path, resume: bool, other: str = "name=") -> None:
         raise UserError(
             f"run folder {folder} exists; continue with --resume, or choose another {other}"
         )
+
+
+def remove_if_bare(folder: Path) -> None:
+    """Remove a run that failed before its first row of figures, so that its name is free again."""
+    checkpoints = any(path.is_file() for path in (folder / "checkpoints").rglob("*"))
+    if not checkpoints and not read_metrics(folder):
+        shutil.rmtree(folder)
 
 
 class RunLog:
@@ -225,10 +233,12 @@ def stop_on_signals() -> Iterator[StopSignal]:
 
     Of several around each other all are set, and those that begin later too.
     """
-    stop = StopSignal(any(_STOPS))
+    stop, mine = StopSignal(any(_STOPS)), os.getpid()
     _STOPS.append(stop)
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != mine:  # a process that reads data: it ends with this one
+            return
         if stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -33,12 +33,13 @@ from distill.pretraining.card import teacher_card
 from distill.pretraining.config import DiffusionConfig, TeacherTrainConfig, UNetConfig
 from distill.pretraining.judge import judge_features, judge_losses
 from distill.pretraining.pipeline import save_pipeline
-from distill.recipe import check_recipe, to_tree, to_yaml
+from distill.recipe import PLACES, check_recipe, load_config, refuse_changes, to_tree, to_yaml
 from distill.tracking import (
     Progress,
     RunLog,
     hardware,
     open_run_folder,
+    remove_if_bare,
     stop_of_any,
     stop_on_signals,
 )
@@ -74,8 +75,8 @@ class TeacherTraining:
         count = len(examples) if data.unlabelled is None else data.unlabelled
         if not 0 < count <= len(examples):
             raise UserError(
-                f"data.unlabelled: {count} requested, but there are only {len(examples)} training "
-                "images"
+                f"data.unlabelled: must be between 1 and {len(examples)} (the training images), "
+                f"got {count}"
             )
         self.indices = choose_labelled(len(examples), count, data.split_seed)
         """Which of the examples it is trained on."""
@@ -122,6 +123,9 @@ class TeacherTraining:
         with autocast(self.accelerator.device, config.precision):
             loss = denoising_loss(self.model, self.scheduler, images, noise)
         self.accelerator.backward(loss)
+        loss = loss.detach()
+        if self.accelerator.num_processes > 1:  # what is logged is of all of them
+            loss = self.accelerator.reduce(loss, "mean")
         norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -131,13 +135,14 @@ class TeacherTraining:
         if self._late.arrived:
             self.settle()
         self.step += 1
-        return loss.detach()
+        return loss
 
     def settle(self) -> None:
         """Read the newest step's loss into `loss`. Raises UserError if it is not finite."""
         if self._late is not None:
             late, self._late = self._late, None
-            self.loss = late.read_finite(lambda step: "a smaller lr, or precision=no")["loss"]
+            also = ", or precision=no" if self.config.precision == "bf16" else ""
+            self.loss = late.read_finite(lambda step: f"a smaller lr{also}")["loss"]
 
     def averaged(self) -> UNet2DModel:
         """The teacher to be: a copy of the network with the averaged weights."""
@@ -238,6 +243,9 @@ def train_teacher(config: TeacherTrainConfig, *, resume: bool = False) -> Path:
     accelerator = build_accelerator(config.device)
     training = TeacherTraining(config, accelerator)
     last = folder / "checkpoints" / "last.pt"
+    written = folder / "config.yaml"
+    if begun := resume and written.exists():
+        refuse_changes(load_config(TeacherTrainConfig, written), config, written, PLACES)
     if accelerator.is_main_process:
         open_run_folder(folder, resume)
         last.parent.mkdir(exist_ok=True)
@@ -246,12 +254,16 @@ def train_teacher(config: TeacherTrainConfig, *, resume: bool = False) -> Path:
         training.load_state(checkpoint.load(last), last)
     log = None
     if accelerator.is_main_process:
-        checkpoint.write_text(folder / "config.yaml", to_yaml(config))
+        checkpoint.write_text(written, to_yaml(config))
         log = RunLog(folder, "teacher", training.step)
     try:
         _loop(training, last, log)
         if log:
             _finish(training, folder, log)
+    except UserError:
+        if accelerator.is_main_process and not begun:
+            remove_if_bare(folder)
+        raise
     finally:
         if log:
             log.close()

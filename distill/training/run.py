@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -21,13 +20,13 @@ from distill.config import Arm, RunConfig
 from distill.costs.flops import flops
 from distill.data import as_float, fingerprint, spread
 from distill.deployment.folder import StudentCard, export_student
-from distill.errors import Interrupted, UserError
+from distill.errors import Interrupted
 from distill.evaluation import pictures, scoring
 from distill.evaluation.backbones import predictor
 from distill.evaluation.counting import predicted
 from distill.evaluation.pictures import Shown
 from distill.evaluation.scoring import held_out_examples
-from distill.recipe import check_recipe, first_difference, load_config, to_tree, to_yaml
+from distill.recipe import check_recipe, load_config, refuse_changes, to_tree, to_yaml
 from distill.reporting.summary import summarise
 from distill.studies.comparison import main_arm
 from distill.tasks import traits
@@ -36,7 +35,7 @@ from distill.tracking import (
     commit,
     hardware,
     open_run_folder,
-    read_metrics,
+    remove_if_bare,
     stop_on_signals,
 )
 from distill.training.fit import check_schedule, fit_batch, with_batch
@@ -63,7 +62,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         config = _resumed(config, written)
     data = build_training_set(config.data)
     config = fit_batch(config, data, accelerator)
-    check_schedule(config, accelerator.num_processes)
+    check_schedule(config, accelerator.num_processes, traits(data.benchmark).dense)
     held_out = held_out_examples(config, data.benchmark, data.size)
     validation = held_out
     if config.train.evaluate_every:
@@ -105,7 +104,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
                 raise Interrupted(f"{error}; continue with --resume") from None
             except Exception:  # code of one's own may raise anything
                 if accelerator.is_main_process and not begun:
-                    _remove_if_bare(folder)
+                    remove_if_bare(folder)
                 raise
             finally:
                 if trainer.cache is not None:
@@ -117,13 +116,6 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             accelerator.free_memory()  # for the next arm
     accelerator.wait_for_everyone()
     return summarise(config, folder, data.benchmark) if accelerator.is_main_process else {}
-
-
-def _remove_if_bare(folder: Path) -> None:
-    """Remove a run that failed before its first row of figures: mended, it keeps its name."""
-    checkpoints = any(path.is_file() for path in (folder / "checkpoints").rglob("*"))
-    if not checkpoints and not read_metrics(folder):
-        shutil.rmtree(folder)
 
 
 def _trainer(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accelerator) -> Trainer:
@@ -172,11 +164,7 @@ def _resumed(config: RunConfig, path: Path) -> RunConfig:
     saved = load_config(RunConfig, path)
     if not config.train.batch:  # the number that `auto` found
         config = with_batch(config, saved.train.batch)
-    if changed := first_difference(saved, config):
-        raise UserError(
-            f"resume: {changed.key} was {changed.before!r} in {path}, but is {changed.now!r} now; "
-            "use the run's own recipe, or start a new run (student.init_from reuses weights)"
-        )
+    refuse_changes(saved, config, path)
     return config
 
 
