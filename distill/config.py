@@ -129,7 +129,7 @@ class TeacherConfig:
     labels: bool = False
     """Show the teacher the classes of labelled training images, where its options say what a class
     means to it (`class_prompts`). Evaluation never does."""
-    random_weights: int | None = None
+    random_weights: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Seed of fresh random weights instead of the trained ones: the control."""
     cache: Annotated[str, Field(min_length=1)] | None = None
     """Folder that keeps the features of every image, flip and timestep, each computed once; needs
@@ -301,7 +301,7 @@ class TrainConfig:
     """How the rate falls after the warm-up; `step`: x 0.1 at one half and at three quarters;
     `poly`: with the power 0.9 of the share of steps left."""
     warmup: Annotated[int, Field(ge=0)] = 20
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, at most half of a stage."""
     clip: Positive | None = 1.0
     """Largest gradient norm; none for no clipping."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99

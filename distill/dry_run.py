@@ -29,6 +29,7 @@ from distill.pretraining.config import TeacherTrainConfig
 from distill.pretraining.teach import TeacherTraining
 from distill.recipe import apply_override, to_yaml
 from distill.registry import resolve
+from distill.tasks import traits
 from distill.training.clock import wait
 from distill.training.fit import check_schedule, fit_batch
 from distill.training.loop import batches
@@ -99,7 +100,7 @@ def _prepare(config: RunConfig) -> tuple[RunConfig, TrainingSet, Examples, Accel
     accelerator = build_accelerator(config.device)
     data = build_training_set(config.data)
     config = fit_batch(config, data, accelerator)
-    check_schedule(config, accelerator.num_processes)
+    check_schedule(config, accelerator.num_processes, traits(data.benchmark).dense)
     held_out = held_out_examples(config, data.benchmark, data.size)
     held_out[0]  # it can be read
     return config, data, held_out, accelerator

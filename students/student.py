@@ -202,6 +202,8 @@ def _create_backbone(
     """The timm model that takes images of `size`; timm's errors as one clear line each."""
     if ":" not in model and not timm.is_model(model):
         raise ValueError(f"timm has no model {model!r}; {_nearest(model, timm.list_models())}")
+    if "num_classes" in kwargs:
+        raise ValueError("kwargs: num_classes is the benchmark's; leave it out")
     try:
         arguments = resolve_model_input_args(
             model, {"img_size": size}, num_classes=classes, **kwargs

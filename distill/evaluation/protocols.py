@@ -244,7 +244,7 @@ def finetune(
     # How it is scored plays no part in training.
     config = dataclasses.replace(config, pairs=[pair], evaluate=EvaluateConfig())
     config = fit_batch(config, data, accelerator)
-    check_schedule(config, accelerator.num_processes)
+    check_schedule(config, accelerator.num_processes, traits(data.benchmark).dense)
     trainer = Trainer(config, "scratch", data, accelerator)
     with tempfile.TemporaryDirectory() as scratch, stop_on_signals() as stop:
         checkpoint_path(Path(scratch), "scratch").parent.mkdir(parents=True)

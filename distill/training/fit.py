@@ -58,8 +58,12 @@ def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) ->
     return with_batch(config, int(accelerator.gather(fitting).min()))
 
 
-def check_schedule(config: RunConfig, processes: int) -> None:
-    """Refuse combinations of the training section that have no meaning."""
+def check_schedule(config: RunConfig, processes: int, dense: bool) -> None:
+    """Refuse combinations of the training section that have no meaning.
+
+    dense: Whether the student predicts at every position, with a head that sees labelled images
+        alone.
+    """
     train = config.train
     if config.evaluate.window is not None:
         raise UserError(
@@ -73,28 +77,27 @@ def check_schedule(config: RunConfig, processes: int) -> None:
                 f"train.{key}: {batch // processes} images per process are not divisible by "
                 f"train.accumulate={train.accumulate}"
             )
-    if train.finetune_steps > train.steps:
+    taught = {*train.arms} != {"scratch"}
+    least = int(train.schedule == "distill_then_finetune")
+    if taught and not least <= train.finetune_steps < train.steps:
         raise UserError(
-            f"train.finetune_steps: must be at most train.steps ({train.steps}), got "
+            f"train.finetune_steps: must be between {least} and {train.steps - 1} with "
+            f"train.schedule={train.schedule} and train.steps={train.steps}, got "
             f"{train.finetune_steps}"
         )
-    if train.schedule == "distill_then_finetune" and not 0 < train.finetune_steps < train.steps:
-        raise UserError(
-            "train.finetune_steps: must be between 1 and train.steps - 1 "
-            f"({train.steps - 1}) with distill_then_finetune, got {train.finetune_steps}"
-        )
-    # Whether there are steps that see labelled images alone.
-    alone = "scratch" in train.arms or train.finetune_steps > 0 or config.data.unlabelled == 0
-    parts = processes * train.accumulate
+    # Whether something with batch norm sees labelled images alone.
+    some = "scratch" in train.arms or train.finetune_steps > 0 or config.data.unlabelled == 0
+    alone, parts = some or dense, processes * train.accumulate
     if train.batch + (0 if alone else train.unlabelled_batch) < 2 * parts:
         raise UserError(
-            f"train.batch: {train.batch} is too small: batch norm needs two images per step and "
-            "process" + (" and part" if train.accumulate > 1 else "")
+            f"train.batch: {train.batch} is too small: batch norm needs two "
+            f"{'labelled ' if alone else ''}images per step and process"
+            + (" and part" if train.accumulate > 1 else "")
         )
     together = (
         train.batch + (train.unlabelled_batch if config.data.unlabelled != 0 else 0)
     ) // parts
-    for index, pair in enumerate(config.pairs if set(train.arms) != {"scratch"} else []):
+    for index, pair in enumerate(config.pairs if taught else []):
         measure = resolve("losses", pair.loss, f"pairs.{index}.loss")
         fewest = getattr(measure, "smallest_batch", 1)
         if together < fewest:

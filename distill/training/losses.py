@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -228,8 +229,9 @@ def _checked(
             )
         if type(known[option]) in (int, float) and type(value) not in (int, float):
             raise UserError(f"options.{option} must be a number, got {value!r}")
-        if name in TABLES["losses"] and value < 0:
-            raise UserError(f"options.{option} must be at least 0, got {value!r}")
+        least = 1 if option == "power" else 0  # below 1 it has no gradient at 0
+        if name in TABLES["losses"] and not (least <= value < math.inf):
+            raise UserError(f"options.{option} must be a number from {least} up, got {value!r}")
         if option == "temperature" and value == 0:
             raise UserError("options.temperature must be above 0: similarities are divided by it")
     return dict(options)

@@ -20,8 +20,9 @@ def lr_factor(
 
     A linear warm-up, then half a cosine to 0, or a tenth at one half and again at three quarters
     (the published RepFusion schedule), or the share of steps left to the power 0.9 (DeepLab, Chen
-    et al. 2017), or no change.
+    et al. 2017), or no change. The warm-up takes half of the steps at most.
     """
+    warmup = min(warmup, steps // 2)
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "cosine":

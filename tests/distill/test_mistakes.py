@@ -95,7 +95,7 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
         ),
         ("pairs.0.projector=none", "pairs.0.projector: feature loss 'mse' compares "),
         ("student.model=test_resnt", "timm has no model 'test_resnt'; did you mean 'test_resnet'?"),
-        ("student.kwargs={foo: 1}", "student: 'test_resnet' does not take {'foo': 1}"),
+        ("student.kwargs={foo: 1}", "student: 'test_resnet' does not accept {'foo': 1}"),
         ("student.head_layers=[layer9]", "student.head_layers: no layer 'layer9'; did you mean"),
         ("policy.name=a2", "policy.name: unknown name 'a2'; did you mean 'a2c'?"),
         (
@@ -115,10 +115,16 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
         ("data.size=33", "image size 33x33 does not suit this teacher"),
         ("teacher.image_size=[32, 33]", "image size 32x33 does not suit this teacher"),
         ("data.size=16", "'test_resnet' does not accept images of 16x16 px: each side must be"),
-        ("train.batch=1", "train.batch: 1 is too small: batch norm needs two images"),
-        ("train.finetune_steps=6", "train.finetune_steps: must be at most train.steps (5), got 6"),
+        ("train.batch=1", "train.batch: 1 is too small: batch norm needs two labelled images"),
+        ("train.finetune_steps=5", "train.finetune_steps: must be between 0 and 4 with"),
+        ("train.finetune_steps=6", "train.finetune_steps: must be between 0 and 4 with"),
         ("data.split_seed=99999999999999999999", "data.split_seed: input should be less than"),
-        ("train.schedule=distill_then_finetune", "(4) with distill_then_finetune, got 0"),
+        (
+            "train.schedule=distill_then_finetune",
+            "must be between 1 and 4 with train.schedule=distill_then_finetune",
+        ),
+        ("student.kwargs={num_classes: 4}", "kwargs: num_classes is the benchmark's; leave it out"),
+        ("teacher.random_weights=-1", "teacher.random_weights: input should be greater than or"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(
@@ -367,3 +373,10 @@ def test_a_teacher_without_timesteps_asks_for_the_fixed_policy_and_then_runs(
     other_bin = refuse("train", *changes, "policy.name=fixed", "policy.options={bin: 1}")
     assert other_bin.startswith("policy.options.bin must be a whole number")
     assert main(["train", *changes, "policy.name=fixed", "policy.spacing=log_snr"]) == 0
+
+
+def test_a_dense_head_needs_two_labelled_images_in_each_part(recipe: Path, refuse: Refuse) -> None:
+    alone = ("train.arms=[distilled]", "policy.name=uniform")
+    told = "is too small: batch norm needs two labelled images per step and process"
+    assert told in refuse("train", recipe, *alone, "train.batch=1")
+    assert told in refuse("train", recipe, *alone, "train.accumulate=4", "--dry-run")

@@ -166,8 +166,11 @@ def test_own_measure_may_be_named_and_ask_for_more(tmp_path, monkeypatch):
         ),
         (
             {"measure": "smooth_l1", "options": {"beta": -1}},
-            "options.beta must be at least 0, got -1",
+            "options.beta must be a number from 0 up, got -1",
         ),
+        ({"measure": "smooth_l1", "options": {"beta": math.nan}}, "from 0 up, got nan"),
+        ({"measure": "infonce", "options": {"temperature": math.inf}}, "from 0 up, got inf"),
+        ({"measure": "at", "options": {"power": 0.5}}, "options.power must be a number from 1 up"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
