@@ -314,7 +314,8 @@ class Trainer:
         if not learned:
             remedy = self._remedy(self.step - 1)
             raise not_finite(self.step - 1, "reward", remedy, f"{self.arm}: ")
-        self.figures |= self.feedback.figures
+        ours = {name: value for name, value in self.figures.items() if "/" not in name}
+        self.figures = ours | self.feedback.figures  # whose own, `learn/NAME`, are not of each step
 
     @property
     def progress(self) -> float:
@@ -328,6 +329,10 @@ class Trainer:
         figures = {"task_loss": losses.task} if phase.task_weight else {}
         if phase.teach:
             figures |= {"feature_loss": losses.feature, "reward_head_loss": losses.reward_head}
+        if self.accelerator.num_processes > 1:  # what is logged is of all of them
+            figures = {
+                name: self.accelerator.reduce(value, "mean") for name, value in figures.items()
+            }
         self._late = Late(self.step, **figures, gradient=norm)
         if self._late.arrived:
             self.settle()

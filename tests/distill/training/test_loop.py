@@ -224,6 +224,15 @@ def test_weights_that_explode_are_one_clear_line(load: Load, tmp_path: Path, pol
         train(trainer, tmp_path)
 
 
+def test_what_a_policy_says_of_its_learning_stands_in_the_row_of_its_update(
+    load: Load, tmp_path: Path
+) -> None:
+    ppo = ("policy.name=ppo", "policy.options={steps: 2}", "train.log_every=1")
+    train(build(load(*ppo)), tmp_path)
+    rows = [row for row in read_metrics(tmp_path) if "policy/reward" in row]
+    assert [("policy/learn/loss" in row) for row in rows] == [False, True, False, True, False]
+
+
 @pytest.mark.parametrize(
     ("policy", "wild"),
     [
