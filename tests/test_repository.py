@@ -130,11 +130,19 @@ def test_results_in_the_readme_are_those_of_the_studies(document, folder):
         for study, cell in zip(studies, cells, strict=True):
             (arm,) = [study["arms"][name] for name in names if name in study["arms"]] or [None]
             if arm is None:
-                assert cell == ""
+                assert cell == "not run"
                 continue
             is_gain = names != ["scratch"]
             told = arm["gain_over_scratch"] if is_gain else arm[study["metric"]]
             assert cell == str(Interval(told["mean"], told["low"], told["high"])), label
+
+
+def test_gains_at_the_top_of_the_readme_are_those_of_its_table():
+    text = (CHECKOUT / "README.md").read_text()
+    headline, table = text.split("## Results", maxsplit=1)
+    (row,) = re.findall(r"^\| `a2c` \(default policy.*$", table, re.MULTILINE)
+    gains = [cell.strip() for cell in row.strip("|").split("|")[1:]]
+    assert re.findall(r"\*\*(\d+\.\d \([^)]*\))\*\*", headline) == gains
 
 
 def test_changelog_names_the_version():
