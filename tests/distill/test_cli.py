@@ -52,7 +52,7 @@ def test_mistakes_on_the_command_line_are_one_line(
         (["list", "teacher"], "invalid choice: 'teacher' (choose from"),
         (["teacher"], "the following arguments are required: VERB"),
         (["teacher", "layers", "/none"], "teacher: '/none' is not a folder"),
-        (["teacher", "layers", "teachers/pretrained/shapes", "--size", "0"], "an image of 0x0"),
+        (["teacher", "layers", "teachers/pretrained/shapes", "--size", "0"], "image size 0x0"),
         (
             ["teacher", "layers", "", "--name", "ensemble"],
             "--name: ensemble has no layers of its own",

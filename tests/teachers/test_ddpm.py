@@ -41,11 +41,11 @@ def test_unet_is_built_as_asked():
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
-        ({"block_out_channels": (8, 12)}, r"\[8, 12\] must be multiples of 8"),
-        ({"block_out_channels": ()}, r"\[\] must be multiples of 8"),
-        ({"layers_per_block": 0}, "layers_per_block 0 must be at least 1"),
+        ({"block_out_channels": (8, 12)}, r"multiples of 8, got \[8, 12\]"),
+        ({"block_out_channels": ()}, r"multiples of 8, got \[\]"),
+        ({"layers_per_block": 0}, "layers_per_block must be at least 1, got 0"),
         ({"attention_levels": (2,)}, r"attention level 2 is outside 0\.\.1"),
-        ({"image_size": 31}, "31x31 does not fit .*; 32x32 would do"),
+        ({"image_size": 31}, "31x31 does not suit .*; try 32x32"),
     ],
 )
 def test_unet_that_cannot_be_built_is_refused(changes, pattern):

@@ -185,7 +185,7 @@ def test_unknown_layer_names_the_nearest(path):
 
 
 def test_layer_without_a_map_is_refused(path):
-    with pytest.raises(ValueError, match=r"'time_embedding' gives 2 dimensions, not a \(B, C"):
+    with pytest.raises(ValueError, match=r"'time_embedding' returns 2 dimensions, not a \(B, C"):
         diffusers_unet(path, layers=("time_embedding",))
     with pytest.raises(ValueError, match=r"nonlinearity' runs 3 times"):
         diffusers_unet(path, layers=("mid_block.resnets.0.nonlinearity",))

@@ -142,7 +142,11 @@ def test_the_class_name_that_the_published_models_bear_is_taken(folder, copy):
 @pytest.mark.parametrize(
     ("component", "changes", "pattern"),
     [
-        ("transformer", {"_class_name": "PixArtTransformer2DModel"}, "must be a DiTTransformer2D"),
+        (
+            "transformer",
+            {"_class_name": "PixArtTransformer2DModel"},
+            "must describe a DiTTransformer2D",
+        ),
         (
             "transformer",
             {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"},

@@ -168,7 +168,7 @@ def test_other_pipelines_are_refused(copied: Any, tmp_path: Path) -> None:
     folder = copied("sd3")
     index = folder / "model_index.json"
     pipelines.edit(index, transformer=["diffusers", "PixArtTransformer2DModel"])
-    pattern = r"'PixArtTransformer2DModel'\]; here it .* a SD3Tr\w+ or a FluxTr\w+ of diffusers$"
+    pattern = r"'PixArtTransformer2DModel'\]; it must be .* SD3Tr\w+ or FluxTr\w+$"
     fails(folder, ValueError, pattern)
     for wrong in (None, 7, "SD3Transformer2DModel"):
         pipelines.edit(index, transformer=wrong)
@@ -210,5 +210,5 @@ def test_unknown_layer_and_image_that_does_not_fit_are_refused(paths: dict[str, 
         path, ValueError, r"18x16 does not suit .* divisible by 4; try 16x16", image_size=(18, 16)
     )
     # 16 by 32 patches: which tokens are the image's could not be told from their number
-    fails(paths["dev"], ValueError, r"64x128 has 512 patches, as many as", image_size=(64, 128))
+    fails(paths["dev"], ValueError, r"64x128 gives 512 patches, as many as", image_size=(64, 128))
     fails(path, ValueError, r"68x68 is larger than the 64x64 that this teacher", image_size=68)

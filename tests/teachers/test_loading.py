@@ -358,4 +358,6 @@ def test_missing_weights_name_the_file_and_the_weights(pipeline):
     weights = load_file(pipeline / "unet" / WEIGHTS)
     del weights["conv_out.bias"]
     save_file(weights, pipeline / "unet" / WEIGHTS)
-    fails(pipeline, ValueError, rf"{WEIGHTS} does not fit .*: 1 missing weights, such as conv_out")
+    fails(
+        pipeline, ValueError, rf"{WEIGHTS} does not match .*: 1 missing weights, such as conv_out"
+    )

@@ -322,7 +322,7 @@ def test_prompts_that_are_none_are_refused(paths: dict[str, str]) -> None:
         r"class_prompts must be a list with one prompt per class, got \[\]",
         class_prompts=[],
     )
-    fails(path, ValueError, r"class_prompts 'cat' must be a list", class_prompts="cat")
+    fails(path, ValueError, r"class_prompts must be a list .* got 'cat'", class_prompts="cat")
     fails(path, ValueError, r"prompt must be text, got True", class_prompts=["a", True])
     fails(
         path, ValueError, r"prompt 'abcdefabcdef' has 14 tokens, .* reads 11", prompt="abcdefabcdef"

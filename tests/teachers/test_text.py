@@ -108,4 +108,4 @@ def test_missing_and_broken_text_weights_are_named(copied: Copied) -> None:
     fails(folder, FileNotFoundError, r"/text_encoder: expected model\.safetensors$")
     folder = copied("sdxl")
     pipelines.edit(folder / "text_encoder_2" / "config.json", num_hidden_layers=3)
-    fails(folder, ValueError, r"/text_encoder_2: the weights do not fit .* missing, such as ")
+    fails(folder, ValueError, r"/text_encoder_2: the weights do not match .* missing, such as ")

@@ -208,4 +208,4 @@ def test_a_colour_that_is_no_class_is_named(original: Path) -> None:
     path = original / "LabeledApproved_full" / "0016E5_07959_L.png"
     Image.new("RGB", (32, HEIGHT), (1, 2, 3)).save(path)
     line = refusal(original, "val")
-    assert f"{path}: colour 1 2 3 is none of the 32 in the palette" in line
+    assert f"{path}: colour 1 2 3 is not one of the 32 in the palette" in line

@@ -77,7 +77,7 @@ def test_a_part_of_another_size_is_named(
 ) -> None:
     build("celebamask_hq")
     rows(tmp_path / ANNOTATIONS / "0/00000_hair.png", [255] * 5)
-    assert "00000_hair.png: not of 8x4 px" in refusal("celebamask_hq")
+    assert "00000_hair.png: must be 8x4 px" in refusal("celebamask_hq")
 
 
 def test_a_broken_line_of_the_mapping_is_named(

@@ -39,7 +39,7 @@ def test_a_class_that_train_lacks_is_named(
 ) -> None:
     build("image_folder")
     (tmp_path / "val" / "bird").mkdir()
-    assert "val/bird is none of the 2 classes" in refusal("image_folder")
+    assert "val/bird is not one of the 2 classes" in refusal("image_folder")
 
 
 def test_photographs_are_upright(build: Callable[..., Any], tmp_path: Path) -> None:

@@ -26,4 +26,4 @@ def test_a_folder_that_is_no_class_is_named(
 ) -> None:
     build("imagenet")
     (tmp_path / "val" / "n00000000").mkdir()
-    assert f"{tmp_path / 'val/n00000000'} is none of the 1000 classes" in refusal("imagenet")
+    assert f"{tmp_path / 'val/n00000000'} is not one of the 1000 classes" in refusal("imagenet")

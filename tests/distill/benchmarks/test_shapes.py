@@ -171,7 +171,7 @@ def test_every_class_occurs_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("size", [31, 129, 0, -64])
 def test_a_size_outside_32_to_128_is_refused(size: int) -> None:
-    with pytest.raises(UserError, match=f"data.options.size: .*32 to 128 px, got{size}"):
+    with pytest.raises(UserError, match=f"data.options.size: .*32 to 128 px, got {size}"):
         Shapes(size=size)
 
 

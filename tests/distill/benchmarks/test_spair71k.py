@@ -92,7 +92,7 @@ def refused(root: Path, **changes: Any) -> str:
 def test_a_damaged_annotation_is_named(root: Path) -> None:
     named = "val/000001-a-b:cat.json"
     assert "expected rows of 2 numbers" in refused(root, src_kps=[[1, 2, 3]])
-    assert "2 points of 1 correspond" in refused(root, trg_kps=[[5, 6]])
+    assert "at least one, got 2 and 1" in refused(root, trg_kps=[[5, 6]])
     for changes in ({"trg_bndbox": None}, {"trg_kps": "none"}, {"trg_bndbox": [1, 2]}):
         assert named in refused(root, **changes)
     assert "cat/c.jpg" in refused(root, trg_imname="c.jpg")

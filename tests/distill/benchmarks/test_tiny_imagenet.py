@@ -34,7 +34,7 @@ def test_a_line_of_an_unknown_class_is_named(
 ) -> None:
     build("tiny_imagenet")
     (tmp_path / BASE / "val/val_annotations.txt").write_text("val_0.JPEG\tn09999999\t0\n")
-    assert "val_annotations.txt, line 1: 'n09999999' is none" in refusal("tiny_imagenet")
+    assert "val_annotations.txt, line 1: 'n09999999' is not one" in refusal("tiny_imagenet")
 
 
 def test_marks_and_blanks_around_ids_are_left_out(

@@ -99,7 +99,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
             wflw(str(tmp_path), **options).dataset("test")[0]
         return str(caught.value)
 
-    assert f"{LIST}, line 1: 206 columns of 207" in refused(good.partition(" ")[2])
+    assert f"{LIST}, line 1: expected 207 columns, got 206" in refused(good.partition(" ")[2])
     assert "could not convert string" in refused("x" + good)
     assert f"{LIST} lists no faces" in refused("\n")
     assert "not finite" in refused("nan " + good.partition(" ")[2])

@@ -44,7 +44,7 @@ def test_a_full_disk_is_one_line_before_the_start(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     line = refuse("teacher", "extract", recipe, *cached)
-    assert re.match(r"teacher.cache: 8 images .*, but at .*/cache/distilled has only", line)
+    assert re.match(r"teacher.cache: 8 images .*, but .*/cache/distilled has only", line)
     assert list((tmp_path / "cache" / "distilled").iterdir()) == []
     monkeypatch.undo()
     assert main(["teacher", "extract", str(recipe), *cached]) == 0

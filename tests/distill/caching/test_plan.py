@@ -25,7 +25,7 @@ Refuse = Callable[..., str]
     ("change", "words"),
     [
         ("data.augment=crop", "with data.augment=crop no image appears twice; use flip"),
-        ("teacher.labels=true", "a mask is no class"),
+        ("teacher.labels=true", "a mask is not a class"),
     ],
 )
 def test_what_cannot_be_cached_is_refused(

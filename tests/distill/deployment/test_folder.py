@@ -213,7 +213,7 @@ def test_mistakes_of_the_verb_are_one_line(
     stopped_run: Path, tmp_path: Path, refuse: Refuse
 ) -> None:
     line = refuse("export", stopped_run, "--arm", "random_teacher")
-    assert line.endswith(f"--arm random_teacher: {stopped_run} has distilled, scratch")
+    assert line.endswith(f"--arm random_teacher: {stopped_run} has only distilled, scratch")
     line = refuse("export", stopped_run, "--arm", "scratch")
     assert "no checkpoint at" in line
     line = refuse("export", tmp_path / "none")
@@ -334,7 +334,7 @@ def test_a_card_of_what_is_not_installed_names_the_card(exported: Path, tmp_path
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"class_names": ["a"]}, "class_names has not 7 entries, as classes"),
+        ({"class_names": ["a"]}, "class_names must have 7 entries, as classes"),
         ({"palette": [[1, 2]]}, "palette.0: value should have at least 3 items"),
         ({"provenance": [1]}, "provenance: input should be a valid dictionary"),
         ({"image_size": "x"}, "image_size: "),

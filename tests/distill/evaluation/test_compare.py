@@ -163,10 +163,10 @@ def test_other_images_are_refused_before_anything_is_fitted(
     line = refuse("compare", "timm:test_resnet:scratch", finished_run, *words)
     assert line == (
         f"compare: {finished_run} has data.options {{'size': 32, 'test': 5, 'train': 16, 'val': 3}}"
-        ", timm:test_resnet:scratch {}"
+        ", but timm:test_resnet:scratch has {}"
     )
     assert not (tmp_path / "deep").exists()
-    assert f"{finished_run}-1 holds no" in refuse("compare", finished_run, f"{finished_run}-1")
+    assert f"{finished_run}-1 contains no" in refuse("compare", finished_run, f"{finished_run}-1")
 
 
 def test_results_with_few_labels_and_a_single_choice_of_them_compare(

@@ -201,7 +201,7 @@ def test_mistakes_are_one_line(
     line = refused(capsys, f"{finished_run},layers=layer3")
     assert "layers=layer3 names maps to read, but --protocol own uses the whole network" in line
     assert "must be a .json file" in refused(capsys, finished_run, "--out", tmp_path / "a.png")
-    assert "evaluate.labels: 17 of 16 training images" in refused(
+    assert "evaluate.labels: 17 requested, but there are 16" in refused(
         capsys, finished_run, "--protocol", "label_efficient", "evaluate.labels=[17]"
     )
     for wrong in ("half", "5/4", "0"):
@@ -265,7 +265,7 @@ def test_a_head_of_another_task_and_a_split_without_images_are_named(
     )
     monkeypatch.syspath_prepend(tmp_path)
     line = refused(capsys, finished_run, "data.benchmark=own_odd:Whole")
-    assert "predicts every position, and whole has classes of whole images; fit a new" in line
+    assert "predicts every position, but whole has classes of whole images; fit a new" in line
     changes = ["data.benchmark=own_odd:Empty", "evaluate.split=val"]
     assert "empty: split val has no images" in refused(capsys, finished_run, *changes)
     line = refused(capsys, finished_run, "--protocol", "linear", changes[0])

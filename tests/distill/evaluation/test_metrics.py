@@ -117,7 +117,7 @@ def test_a_value_that_is_no_class_is_refused_not_miscounted(
 
 
 def test_shapes_that_differ_are_refused() -> None:
-    with pytest.raises(ValueError, match="predictions"):
+    with pytest.raises(ValueError, match="shapes differ"):
         ConfusionMatrix(2).update(torch.zeros(1, 4, 4).long(), torch.zeros(1, 8, 8).long())
 
 

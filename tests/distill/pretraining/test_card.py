@@ -24,7 +24,7 @@ def test_the_card_tells_how_the_training_went_and_how_good_the_teacher_is(finish
     losses = [row["loss/denoising"] for row in read_metrics(finished)]
     curve = ", ".join(f"{loss:.3f}" for loss in losses)
     assert f"| loss | {curve} (means over equal parts of the training, first to last) |" in card
-    assert re.search(r"\| speed \| \d+\.\d images a second", card)
+    assert re.search(r"\| speed \| \d+\.\d images per second", card)
     assert re.search(r"\| hardware \| \d+ CPU cores \([\w, ]+\), \d+ threads? \|", card)
     assert "of the predicted noise on 6 val images" in card
     header, values = re.search(r"(\| timesteps .*)\n.*\n(\| loss \| .*)\n", card).groups()

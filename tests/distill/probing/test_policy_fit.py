@@ -233,8 +233,8 @@ def test_what_hard_and_easy_images_hide_is_found_unless_rewards_are_raw(
     found, hidden = (fit(path, *raw) for raw in ([], ["--raw"]))
     assert found["mean"]["gap_closed"] > 0.9
     assert hidden["mean"]["gap_closed"] < 0.5
-    assert "rewards as they come" in hidden["printed"]
-    assert "rewards as they come" not in found["printed"]
+    assert "raw rewards" in hidden["printed"]
+    assert "raw rewards" not in found["printed"]
 
 
 def test_the_policy_as_published_is_fitted_on_the_small_images_of_a_probes_table(

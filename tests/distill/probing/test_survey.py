@@ -261,13 +261,16 @@ def test_the_best_recipe_fits_the_channels_of_its_layer(load: Load) -> None:
     [
         (["--timesteps", "0"], "--timesteps: must be at least 1, got 0"),
         (["--timesteps", "few"], "argument --timesteps: invalid int value: 'few'"),
-        (["--images", "4"], "data.labelled, or --images: 4 labelled training images"),
+        (["--images", "4"], "data.labelled, or --images: must be at least 5"),
         (["--layers", "mid_blok"], "--layers: no layer 'mid_blok'; did you mean 'mid_block'?"),
-        (["--layers", "mid_block", "data.size=9"], "data.size, or teacher.image_size: an image"),
+        (
+            ["--layers", "mid_block", "data.size=9"],
+            "data.size, or teacher.image_size: image size 9x9",
+        ),
         (["--probe", "logistic"], "--probe logistic: masks have too many positions"),
         (["--resume"], "there is no run "),
         (["data.options.val=0"], "val"),
-        (["data.labelled=4"], "data.labelled, or --images: 4 labelled training images"),
+        (["data.labelled=4"], "data.labelled, or --images: must be at least 5"),
         (["teacher.options={a: 1}"], "unknown key 'teacher.options.a'"),
     ],
 )

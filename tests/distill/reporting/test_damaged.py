@@ -73,7 +73,11 @@ def test_a_damaged_run_names_the_file(
         ("summary.json", {"task": "x"}, "task: input should be 'segmentation', "),
         ("summary.json", {"metrics": {}}, "metrics: dictionary should have at least 1 item"),
         ("summary.json", {"metrics": [1]}, "metrics: input should be a valid dictionary"),
-        ("summary.json", {"metrics": {"scratch": {"miou": "high"}}}, "metrics.scratch.miou is a"),
+        (
+            "summary.json",
+            {"metrics": {"scratch": {"miou": "high"}}},
+            "metrics.scratch.miou must be a",
+        ),
         (
             "summary.json",
             {"metrics": {"scratch": {"miou": 9}}},

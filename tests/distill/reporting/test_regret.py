@@ -119,7 +119,9 @@ def test_a_probe_with_other_settings_is_told_and_of_other_images_refused(tmp_pat
     write_probe(tmp_path, settings=settings | {"data.benchmark": "camvid"})
     with pytest.raises(UserError) as raised:
         report._read_probe(str(tmp_path), [group])
-    assert f"--probe: {tmp_path} is of camvid, nowhere was trained on shapes" in str(raised.value)
+    assert f"--probe: {tmp_path} is for camvid, but nowhere was trained on shapes" in str(
+        raised.value
+    )
 
 
 @pytest.mark.parametrize(

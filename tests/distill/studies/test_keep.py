@@ -59,7 +59,7 @@ def test_scores_of_other_labelled_images_are_refused(
     refused = ["sweep", str(path), "--keep", str(file), "--dry-run"]
     line = refuse(*refused, "data.split_seed=5")
     assert f"--keep: {file} has other labelled images: data.split_seed of arm scratch, " in line
-    assert "seed 1 was 1, and is 5 now" in line
+    assert "seed 1 was 1, but is 5 now" in line
 
 
 def test_scores_of_other_settings_or_of_no_study_are_refused(

@@ -135,4 +135,4 @@ def test_a_run_of_an_earlier_version_of_the_study_is_named(
     assert main(["sweep", str(study)]) == 0
     error = refuse("sweep", study, "train.lr=2e-3")
     written = recipe.parent / "runs/small/scratch-0/config.yaml"
-    assert f"arm scratch: train.lr is 0.001 in {written} and 0.002 in the study" in error
+    assert f"arm scratch: train.lr is 0.001 in {written}, but 0.002 in the study" in error

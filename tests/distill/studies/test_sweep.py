@@ -242,7 +242,7 @@ def test_a_study_stops_after_the_run_that_was_being_scored(
     monkeypatch.setattr(run_module, "score", interrupted)
     assert main(["sweep", str(study)]) == 130
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == "distill: stopped before a2c-0; the same command goes on"
+    assert error == "distill: stopped before a2c-0; rerun the command to continue"
     runs = recipe.parent / "runs" / "small"
     assert list(json.loads((runs / "small.json").read_text())["arms"]) == ["scratch"]
 
