@@ -20,7 +20,7 @@ class DecoderHead(nn.Module):
     one's side, as with an output stride of 16.
 
     Args:
-        name: Which.
+        name: The decoder.
         channels: Channels of each map; three or four maps.
         classes: Number of classes.
 
@@ -61,8 +61,8 @@ class DecoderHead(nn.Module):
         self.classifier = nn.Conv2d(WIDTH, classes, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """maps: (B, C_i, h_i, w_i), finest first -> (B, classes, h, w), at the finest's grid or,
-        for DeepLabV3+, up to three positions more."""
+        """maps: (B, C_i, h_i, w_i), finest first -> (B, classes, h, w) at the finest map's grid;
+        DeepLabV3+ may add up to three positions per side."""
         first, *others = maps
         height, width = first.shape[-2:]
         if self.name == "deeplabv3plus":

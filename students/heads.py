@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear logits of a mask's size. logits: (B, C, h, w) -> (B, C, *size) float32."""
+    """Resize logits bilinearly to a mask's size: (B, C, h, w) -> (B, C, *size) float32."""
     if logits.shape[-2:] == size:
         return logits.float()
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
@@ -37,7 +37,8 @@ class LinearHead(nn.Module):
         )
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """maps: (B, C_i, h_i, w_i), in the order of `channels` -> (B, classes, h, w), finest."""
+        """maps: (B, C_i, h_i, w_i), in the order of `channels` -> (B, classes, h, w), at the
+        finest."""
         finest = _finest_size(maps)
         logits = [
             resize_logits(classify(x), finest)
@@ -72,7 +73,8 @@ class PyramidHead(nn.Module):
         self.classifier = nn.Conv2d(width, classes, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """maps: (B, C_i, h_i, w_i), in the order of `channels` -> (B, classes, h, w), finest."""
+        """maps: (B, C_i, h_i, w_i), in the order of `channels` -> (B, classes, h, w), at the
+        finest."""
         finest = _finest_size(maps)
         levels = [
             F.interpolate(lateral(x), finest, mode="bilinear", align_corners=False)
@@ -83,10 +85,10 @@ class PyramidHead(nn.Module):
 
 
 class FullyConvolutionalHead(nn.Module):
-    """torchvision's head of an FCN (Long et al. 2015), on the last map alone: a 3x3 convolution to
-    a quarter of the channels, dropout and a classifier.
+    """torchvision's FCN head (Long et al. 2015), on the last map only: a 3x3 convolution to a
+    quarter of the channels, dropout and a classifier.
 
-    Published FCNs keep the last map at an eighth of the image: `output_stride` of the backbone.
+    Published FCNs keep the last map at an eighth of the image; set the backbone's `output_stride`.
 
     Args:
         channels: Channels of each map.
@@ -100,8 +102,8 @@ class FullyConvolutionalHead(nn.Module):
         self.decoder = FCNHead(channels[-1], classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """maps: (B, C_i, h_i, w_i), in the order of `channels` -> (B, classes, h, w), the last's
-        grid."""
+        """maps: (B, C_i, h_i, w_i), in the order of `channels` -> (B, classes, h, w) at the last
+        map's grid."""
         logits: Tensor = self.decoder(maps[-1])
         return logits
 

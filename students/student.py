@@ -33,8 +33,8 @@ class LayerError(ValueError):
     """A feature map that a student does not have.
 
     Args:
-        layer: Its name, as it was asked for.
-        problem: One line, which names it too.
+        layer: Its name, as requested.
+        problem: One line that includes the name.
     """
 
     def __init__(self, layer: str, problem: str) -> None:
@@ -53,13 +53,13 @@ class Student(nn.Module):
     Args:
         model: A timm model's name, or `local-dir:FOLDER`, `hf-hub:NAME`.
         classes: Number of classes.
-        dense: One prediction a position (segmentation) instead of one an image.
+        dense: One prediction per position (segmentation) instead of one per image.
         image_size: Height and width of the images given.
         layers: The feature maps to return, by timm's own module names (`layer4`, `blocks.11`,
             `stages.3`).
         head: One of `HEADS`; used if dense. The classification head is timm's own.
         head_layers: The feature maps that the dense head reads. Empty: the last four stages, or
-            four blocks evenly spaced where all have one size, as in a plain ViT.
+            four evenly spaced blocks if all have one size, as in a plain ViT.
         input_size: Height and width that the backbone sees: images are resized to it. None:
             `image_size`.
         pretrained: Start from timm's pretrained weights of that name.
@@ -119,7 +119,7 @@ class Student(nn.Module):
             self.head_layers = _in_order(head_layers or _spread(reductions), available)
             self.head = HEADS[head]([channels[name] for name in self.head_layers], classes)
         self._available = available
-        # timm asks for one map at least; the last is there anyway.
+        # timm needs at least one map; the last one is there anyway.
         self._taken = _in_order((*self.layers, *self.head_layers) or available[-1:], available)
 
         for name in ("mean", "std"):
@@ -134,14 +134,14 @@ class Student(nn.Module):
 
         Args:
             images: (B, 3, *image_size) in [0, 1].
-            labelled: Predict only the first so many images, L of B; the others give maps alone.
-                0: the backbone stops after the last of `layers`. None: all.
-            head_maps: Return the maps that the dense head reads too, if it predicts.
+            labelled: L, the number of images (the first of B) to predict; the others only give
+                maps. 0: the backbone stops after the last of `layers`. None: all.
+            head_maps: Also return the maps that the dense head reads, if it predicts.
 
         Returns:
-            Logits in float32, (L, classes), or (L, classes, h, w) at the finest map that the head
-            reads if dense (`resize_logits` brings them to the mask), (0,) if L is 0; and the
-            feature maps by name, each (B, C, h, w).
+            Logits in float32: (L, classes); if dense (L, classes, h, w) at the finest map that the
+            head reads (`resize_logits` resizes them to the mask); (0,) if L is 0. And the feature
+            maps by name, each (B, C, h, w).
 
         Raises:
             ValueError: If the images have another size than the student was built for.
@@ -170,10 +170,10 @@ class Student(nn.Module):
         return logits.float(), named if head_maps else {name: named[name] for name in self.layers}
 
     def backbone_config(self) -> dict[str, Any]:
-        """What `timm.models.save_for_hf(student.backbone, folder, **config)` needs.
+        """The keywords of `timm.models.save_for_hf(student.backbone, folder, **config)`.
 
         timm records the model's arguments itself; this adds the preprocessing, so that timm's own
-        transform of an image is what this student's backbone sees.
+        transform gives the images that this student's backbone sees.
         """
         return {
             "safe_serialization": True,
@@ -199,7 +199,7 @@ class Student(nn.Module):
 def _create_backbone(
     model: str, classes: int, size: tuple[int, ...], pretrained: bool, kwargs: Mapping[str, Any]
 ) -> Any:
-    """The timm model that takes images of `size`; timm's errors as one clear line each."""
+    """Build the timm model for images of `size`, turning timm's errors into one clear line."""
     if ":" not in model and not timm.is_model(model):
         raise ValueError(f"timm has no model {model!r}; {_nearest(model, timm.list_models())}")
     if "num_classes" in kwargs:
@@ -224,7 +224,7 @@ def _create_backbone(
 
 
 def _in_order(names: Sequence[str], available: list[str]) -> tuple[str, ...]:
-    """The names, shallowest first, each once; LayerError if the model lacks one."""
+    """The names without duplicates, shallowest first; LayerError if the model lacks one."""
     for name in names:
         if name not in available:
             near = _nearest(name, available)
@@ -233,7 +233,7 @@ def _in_order(names: Sequence[str], available: list[str]) -> tuple[str, ...]:
 
 
 def _spread(reductions: Mapping[str, int]) -> list[str]:
-    """What a dense head reads by default: the last four stages, or four blocks evenly spaced."""
+    """The default maps of a dense head: the last four stages, or four evenly spaced blocks."""
     names = list(reductions)
     pyramid = len(set(reductions.values())) > 1
     step = 1 if pyramid else max(len(names) // 4, 1)

@@ -1,4 +1,4 @@
-"""What is inside a network: the layers a user may name, their shapes, and what each costs.
+"""The layers of a network that a user may name, their shapes, and what each costs.
 
 All of it is read from one forward pass on torch's meta device: exact shapes and multiply-adds of
 any architecture, without weights, memory or arithmetic.
@@ -22,8 +22,8 @@ class TracedLayer(NamedTuple):
 
     Attributes:
         name: the module's name in the network.
-        shape: of its feature map, for a batch of one; of another output that of its first tensor.
-        flops: spent from the start of the forward pass until it is done; two a multiply-add.
+        shape: of its feature map for a batch of one, or of its first tensor if it has no map.
+        flops: spent from the start of the forward pass until it is done; two per multiply-add.
     """
 
     name: str
@@ -32,16 +32,16 @@ class TracedLayer(NamedTuple):
 
     @property
     def is_map(self) -> bool:
-        """Whether it is a (1, C, h, w); the windows of an image would make several rows of it."""
+        """Whether the output is one map (1, C, h, w); windows of an image give several rows."""
         return len(self.shape) == 4 and self.shape[0] == 1
 
 
 class LayerError(ValueError):
-    """A layer that is not to be had.
+    """A layer that a network does not have, or that gives no feature map.
 
     Args:
-        layer: its name, as it was asked for.
-        problem: one line, which names it too.
+        layer: its name, as requested.
+        problem: one line that includes the name.
     """
 
     def __init__(self, layer: str, problem: str) -> None:
@@ -50,7 +50,7 @@ class LayerError(ValueError):
 
 
 class LayerInfo(NamedTuple):
-    """A line of the table of layers.
+    """A row of the table of layers.
 
     Attributes:
         name: to be used in a recipe.
@@ -74,10 +74,10 @@ def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def check_image_size(size: tuple[int, int], multiple: int) -> None:
-    """Refuse an image (height, width) whose sides are no multiples of what the network needs.
+    """Check that both sides of an image (height, width) are divisible by `multiple`.
 
     Raises:
-        ValueError: with the nearest size that would do.
+        ValueError: names the nearest size that is.
     """
     if any(side < multiple or side % multiple for side in size):
         fit = [max(multiple, round(side / multiple) * multiple) for side in size]
@@ -90,12 +90,12 @@ def check_image_size(size: tuple[int, int], multiple: int) -> None:
 def trace(
     network: nn.Module, forward: Callable[[], Any], feature_map: Callable[[Any], Any]
 ) -> list[TracedLayer]:
-    """Every module call of one forward pass.
+    """Record every module call of one forward pass.
 
     Args:
         network: on the meta device; not used again by the caller.
-        forward: runs it once, for a batch of one.
-        feature_map: from a module's output to its map, (1, C, h, w) where it has one.
+        forward: runs the network once, for a batch of one.
+        feature_map: turns a module's output into its map, (1, C, h, w), if it has one.
     """
     counter = FlopCounterMode(display=False)
     layers: list[TracedLayer] = []
@@ -131,8 +131,8 @@ def find_layer(name: str, layers: Sequence[TracedLayer]) -> TracedLayer:
     """The one call of the module `name`.
 
     Raises:
-        LayerError: no such module ran, it ran twice, or its output is no (B, C, H, W) map of the
-            one image.
+        LayerError: no such module ran, it ran twice, or its output is not a (B, C, H, W) map of
+            the one image.
     """
     calls = [layer for layer in layers if layer.name == name]
     maps = [layer.name for layer in layers if layer.is_map]

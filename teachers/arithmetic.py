@@ -1,4 +1,4 @@
-"""What torch is slow at with 16-bit maps in channels_last on a CPU, done otherwise."""
+"""Faster replacements for torch functions that are slow on 16-bit channels_last maps on a CPU."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 FEATURES = 1
-"""Of which version the features of teachers are: raised where a change here, or of a family, makes
-them others, so that none that were kept are taken for new ones."""
+"""Version of the teachers' features. Raise it when a change here or in a family alters them, so
+that stored features are not mistaken for new ones."""
 NARROW = 16
-"""Channels a group from which torch's group normalisation is fast."""
+"""Channels per group from which torch's group normalisation is fast."""
 LARGE = 1024
-"""Positions of a map from which its forward pass is."""
+"""Positions per map from which its forward pass is fast."""
 AT_ONCE = 2**19
-"""Numbers that are normalised at once: as float32 they fit the cache of a core."""
+"""Numbers normalised at once: as float32 they fit into the cache of a core."""
 
 
 class Replaced(TorchFunctionMode):
-    """Under it published networks run as they are, but for some of torch's functions.
+    """A mode that runs unchanged networks with some of torch's functions replaced.
 
     Args:
-        table: what is called in place of a function, with its arguments.
+        table: from each replaced function to the one called in its place, with equal arguments.
     """
 
     def __init__(self, table: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
@@ -44,15 +44,15 @@ class Replaced(TorchFunctionMode):
 
 
 def divided(x: Tensor, divisor: object, **options: Any) -> Tensor:
-    """`Tensor.div`, where x / 1 is x: diffusers divides maps by factors that are 1."""
+    """`Tensor.div` that returns x for x / 1, as diffusers divides maps by factors of 1."""
     if isinstance(divisor, float) and divisor == 1 and x.is_floating_point() and not options:
         return x
     return Tensor.div(x, divisor, **options)  # type: ignore[arg-type]
 
 
 def contiguous(x: Tensor, **options: Any) -> Tensor:
-    """`Tensor.contiguous`, where channels_last is contiguous: diffusers asks for it before a
-    convolution, and all maps from there on would have another layout."""
+    """`Tensor.contiguous` that accepts channels_last as contiguous: diffusers calls it before a
+    convolution, and all later maps would change their layout."""
     if x.ndim == 4 and not options and x.is_contiguous(memory_format=torch.channels_last):
         return x
     return Tensor.contiguous(x, **options)
@@ -146,7 +146,8 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def _some(last: Tensor, *others: Tensor) -> zip[tuple[Tensor, ...]]:
-    """Tensors (B, ...), so many images at a time as fit a cache by the size of the first."""
+    """Split tensors (B, ...) into parts of as many images as fit the cache (by the first's
+    size)."""
     images = max(1, AT_ONCE // last[0].numel())
     return zip(*(torch.split(x, images) for x in (last, *others)), strict=True)
 
@@ -161,5 +162,5 @@ FAST_ON_CPU: Mapping[Callable[..., Any], Callable[..., Any]] = {
     Tensor.div: divided,
     Tensor.contiguous: contiguous,
 }
-"""For `Replaced`, with 16-bit diffusion networks in channels_last. Two of them are for these alone:
-other modules may write into a quotient, or rely on the layout that they asked for."""
+"""Table of `Replaced` for 16-bit channels_last diffusion networks. Division and `contiguous` are for
+these alone: other modules may write into a quotient, or rely on the layout that they asked for."""

@@ -29,7 +29,7 @@ def build_unet(
     Args:
         image_size: side, or (height, width), that it is trained and sampled at.
         block_out_channels: channels of each resolution, finest first; multiples of 8.
-        layers_per_block: residual layers a level.
+        layers_per_block: residual layers per level.
         attention_levels: levels with self-attention, 0 the finest; the middle always has it.
 
     Raises:
@@ -66,8 +66,8 @@ def load_pipeline(path: str, image_size: tuple[int, int]) -> tuple[UNet2DModel, 
         image_size: (height, width) that it is to be trained and sampled at.
 
     Raises:
-        OSError, ValueError: see `PixelUNet`; or the UNet does not take that size, or its schedule
-            is none that a `DDPMScheduler` has.
+        OSError, ValueError: see `PixelUNet`; or the UNet does not accept that size, or its
+            schedule is not compatible with `DDPMScheduler`.
     """
     family = PixelUNet(path)
     if (channels := family.configs["unet"]["out_channels"]) != 3:
@@ -113,14 +113,14 @@ def loss_by_timestep(
     images: Iterable[Tensor],
     generator: torch.Generator,
 ) -> list[float]:
-    """The loss of `denoising_loss` in ten equal parts of the schedule, from little noise to much.
+    """Mean `denoising_loss` in ten equal parts of the schedule, from little noise to much.
 
-    Every image is seen once in every part, at a timestep that is drawn in it.
+    Every image is seen once in every part, at a timestep drawn from that part.
 
     Args:
         unet: in eval mode.
-        images: batches (B, 3, H, W) as there; at least one image.
-        generator: as there; equal generators make the losses of two networks comparable.
+        images: batches (B, 3, H, W) as for `denoising_loss`; at least one image.
+        generator: for timesteps and noise; equal ones make the losses of two networks comparable.
     """
     total = scheduler.config["num_train_timesteps"]
     bins = min(10, total)
@@ -144,7 +144,7 @@ def _prediction(
     timesteps: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """What the network says of the noised images, and what it should say; (B, 3, H, W) float32."""
+    """The network's prediction for noised images and its target, each (B, 3, H, W) float32."""
     x = 2 * images - 1  # (B, 3, H, W) in [-1, 1]
     noise = torch.randn(x.shape, generator=generator, device=generator.device).to(x)
     timesteps = timesteps.to(x.device)

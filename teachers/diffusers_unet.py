@@ -34,12 +34,12 @@ def diffusers_unet(
 
 
 class PixelUNet:
-    """The family (a `diffusion.Family`); arguments as `diffusers_unet`.
+    """The family of `diffusers_unet`, with its arguments (a `diffusion.Family`).
 
     Raises:
-        OSError: a missing folder or file, or the hub cannot give it.
+        OSError: a folder or file is missing, or the hub does not have it.
         ValueError: not an unconditional RGB `UNet2DModel`, one that works on an autoencoder's
-            latents, or a schedule that no teacher has.
+            latents, or an unsupported schedule.
     """
 
     def __init__(self, path: str, revision: str | None = None) -> None:
@@ -89,17 +89,17 @@ class PixelUNet:
         self.classes = 0
 
     def build(self) -> nn.ModuleDict:
-        """The parts: the UNet alone."""
+        """The parts without trained weights: only the UNet."""
         return nn.ModuleDict({"network": UNet2DModel.from_config(self.config)})
 
     def load(self, random_weights: int | None) -> nn.ModuleDict:
-        """The same with its trained weights, or fresh ones."""
+        """The parts with trained weights or, with a seed, fresh ones."""
         if random_weights is not None:
             return loading.randomly(self.build, random_weights)
         return nn.ModuleDict({"network": loading.load_model(self.folder, UNet2DModel)})
 
     def encode(self, parts: nn.ModuleDict, images: Tensor) -> Tensor:
-        """The pixels themselves."""
+        """The input of the network: the pixels themselves."""
         return images
 
     def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
@@ -107,7 +107,7 @@ class PixelUNet:
         return parts["network"](x, times)
 
     def feature_map(self, output: Any, x: Tensor) -> Any:
-        """Maps already; a block's comes first in a tuple."""
+        """A module's map (B, C, h, w); a block returns it first in a tuple."""
         return first_tensor(output)
 
 

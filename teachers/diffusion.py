@@ -1,7 +1,7 @@
 """A frozen diffusion model as a teacher: named feature maps at any timestep.
 
-What all families share is here; what one family is, its network, its input and its files, is a
-`Family` in a file of its own.
+This file has what all model families share; each family's network, input and files are a `Family`
+in a file of its own.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 class Family(Protocol):
     """One family of diffusion models: `DiffusionTeacher` turns it into a teacher.
 
-    `parts` holds all that has weights, by name; `parts["network"]` is the one whose layers users
-    name. Families are built without weights, so that mistakes show before they are
-    read; `build` also works under `torch.device("meta")`.
+    `parts` holds all modules with weights, by name; users name the layers of `parts["network"]`.
+    Families are built without weights, so that mistakes show before weights are read; `build`
+    also works under `torch.device("meta")`.
 
     Attributes:
         name: for tables and logs.
-        configs: all that decides the architecture and the noise, for the fingerprint.
-        noise_schedule: what the timesteps index.
-        multiple: both sides of an image must be multiples of it.
+        configs: everything that decides the architecture and the noise, for the fingerprint.
+        noise_schedule: the schedule that the timesteps index.
+        multiple: both sides of an image must be divisible by it.
         coarsest: reduction of its coarsest map.
-        image_size: of the images that it was trained on, in pixels; None where nothing tells.
-        classes: how many classes it has a condition for; 0 where labels play no part.
+        image_size: of the images that it was trained on, in pixels; None if unknown.
+        classes: number of classes it is conditioned on; 0 if it ignores labels.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Family(Protocol):
     classes: int
 
     def build(self) -> nn.ModuleDict:
-        """The parts, the weights of `network` drawn from torch's default generator."""
+        """The parts, with weights of `network` drawn from torch's default generator."""
         ...
 
     def load(self, random_weights: int | None) -> nn.ModuleDict:
@@ -62,37 +62,37 @@ class Family(Protocol):
         ...
 
     def encode(self, parts: nn.ModuleDict, images: Tensor) -> Tensor:
-        """What the noise is added to, (B, c, h, w) float32, of images (B, 3, H, W) in [-1, 1]."""
+        """Turn images (B, 3, H, W) in [-1, 1] into what noise is added to, (B, c, h, w) float32."""
         ...
 
     def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
         """Run `parts["network"]` once.
 
         Args:
-            x: (B, c, h, w), of the teacher's dtype.
-            times: (B,) as `NoiseSchedule.network_times` gives them.
-            labels: (B,) int64 below `classes`, negative for an image without; or None.
+            x: (B, c, h, w), in the teacher's dtype.
+            times: (B,) from `NoiseSchedule.network_times`.
+            labels: (B,) int64 below `classes`, negative for images without a label; or None.
         """
         ...
 
     def feature_map(self, output: Any, x: Tensor) -> Any:
-        """A module's output, as it answers it, as (B, C, h, w); anything else where it has none."""
+        """A module's raw output as its map (B, C, h, w); anything else if it has no map."""
         ...
 
 
 class View(TypedDict, total=False):
-    """How a teacher looks at images: what every family's teacher can be given.
+    """How a teacher looks at images: keywords that every family accepts.
 
     Attributes:
-        layers: module names in the library's own spelling, each giving a (B, C, H, W) map. None at
-            all: only the table of layers is to be had, and no weights are read.
+        layers: module names in the library's own spelling, each giving a (B, C, H, W) map. If
+            empty, only the table of layers is available and no weights are read.
         input: `noised` shows the network x_t, what it was trained on; `clean` shows it the image
             itself with timestep t, as the published code of RepFusion does; `average` shows it x_t
             several times, and the features are the mean.
-        draws: how many draws of the noise `average` takes.
+        draws: number of noise draws that `average` uses.
         image_size: images are resized to this before all else; None keeps their size.
-        dtype: of weights and arithmetic; features are float32 all the same.
-        random_weights: a seed: the same architecture untrained, the control.
+        dtype: of weights and arithmetic; features are always float32.
+        random_weights: seed of fresh weights for the untrained control.
         compile: compile the forward pass with `torch.compile`.
     """
 
@@ -106,10 +106,10 @@ class View(TypedDict, total=False):
 
 
 class Flops(NamedTuple):
-    """Floating-point operations for one image, two a multiply-add, over all draws of the noise.
+    """Floating-point operations for one image, two per multiply-add, over all draws of the noise.
 
     Attributes:
-        used: until the last asked layer is done, which is what `features` spends.
+        used: until the last requested layer is done, which is what `features` spends.
         whole: of complete forward passes.
     """
 
@@ -121,7 +121,7 @@ class DiffusionTeacher:
     """A frozen network of a `Family` with its own noise schedule (a `protocol.Teacher`).
 
     Args:
-        family: which model; the others: see `View`.
+        family: the model family. The other arguments are those of `View`.
 
     Attributes:
         name: for tables and logs.
@@ -131,7 +131,7 @@ class DiffusionTeacher:
         parts: the modules, in eval mode and without gradients.
 
     Raises:
-        ValueError: an unknown layer, an image size that does not fit, broken weights or configs.
+        ValueError: an unknown layer, an unsuitable image size, broken weights or configs.
         OSError: a missing file.
     """
 
@@ -188,7 +188,7 @@ class DiffusionTeacher:
 
     @property
     def network(self) -> nn.Module:
-        """The network whose layers are asked for."""
+        """The network whose layers are named."""
         network: nn.Module = self.parts["network"]
         return network
 
@@ -215,22 +215,22 @@ class DiffusionTeacher:
         generator: Randomness = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The asked layers' maps, and no computation after the last of them.
+        """The requested layers' maps; computation stops after the last of them.
 
         Args:
             images: (B, 3, H, W) RGB float in [0, 1], on the teacher's device.
             timesteps: (B,) int64 in 0..T-1, any mix; on the CPU they cost no synchronisation.
-            generator: source of the noise, drawn in float32 on the generator's own device, or one
-                for each image; None takes torch's default generator. Not used for `clean` input.
-            labels: (B,) int64 classes, for a family that was given a condition a class; a negative
-                one, and None for all, is an image without label.
+            generator: one for the batch or one per image, on any device (noise is drawn there in
+                float32); None uses torch's default generator. Not used for `clean` input.
+            labels: (B,) int64 classes for a class-conditional family; a negative value, or None for
+                all, is an image without a label.
 
         Returns:
             Layer -> float32 (B, C, h, w), in the order of `layers`.
 
         Raises:
             ValueError: a timestep outside 0..T-1, a label beyond the family's classes, or images of
-                a shape that it cannot take.
+                an unsuitable shape.
         """
         self._check(images, timesteps)
         images = images.float()
@@ -254,7 +254,7 @@ class DiffusionTeacher:
         return dict(zip(self.layers, copies, strict=True))
 
     def _labels(self, labels: Tensor | None, device: torch.device) -> Tensor | None:
-        """The labels where they play a part, and all of them known."""
+        """The labels if the family uses any, checked against its classes; otherwise None."""
         classes = self.family.classes
         if labels is None or not classes:
             return None
@@ -265,13 +265,13 @@ class DiffusionTeacher:
         return labels.to(device)
 
     def _noised(self, x: Tensor, timesteps: Tensor, generator: Randomness) -> Tensor:
-        """What the network sees, in its dtype. x: (B, c, h, w) float32."""
+        """The network's input in its dtype, noised as `input` says. x: (B, c, h, w) float32."""
         if self.input != "clean" and self.noise_schedule.has_noise:
             x = self.noise_schedule.add_noise(x, draw_noise(x, generator), timesteps)
         return x.to(self.dtype, memory_format=self.memory_format)
 
     def _run(self, x: Tensor, times: Tensor, labels: Tensor | None) -> list[Tensor]:
-        """The forward pass, left after the last asked layer."""
+        """The forward pass, ended after the last requested layer."""
         outputs = self._tap(lambda: self.family.forward(self.parts, x, times, labels))
         return [self.family.feature_map(output, x) for output in outputs]
 
@@ -289,16 +289,16 @@ class DiffusionTeacher:
             anatomy.check_image_size((height, width), self.family.multiple)
 
     def layer_table(self, image_size: int | tuple[int, int]) -> list[LayerInfo]:
-        """The network's blocks with their costs, for images of that size handed to `features`.
+        """The network's blocks with their costs, for images of `image_size` passed to `features`.
 
         Raises:
-            ValueError: the image size does not fit.
+            ValueError: the image size is unsuitable.
         """
         size = anatomy.height_width(self.image_size or image_size)
         return anatomy.layer_table(self._trace(size), size[0])
 
     def flops(self, image_size: int | tuple[int, int]) -> Flops:
-        """What one image of that size costs, as `features` runs it and as the whole network."""
+        """The cost of one image of `image_size`: in `features`, and in the whole network."""
         traced = self._trace(anatomy.height_width(self.image_size or image_size))
         used = anatomy.find_layer(self.last_layer, traced).flops
         return Flops(self.draws * used, self.draws * traced[-1].flops)

@@ -21,9 +21,9 @@ def dit(
 ) -> DiffusionTeacher:
     """A class-conditional diffusion transformer such as facebook/DiT-XL-2-256 (Peebles & Xie 2023).
 
-    Images may have any size that the VAE and the patches divide, oblong ones too: diffusers
-    stretches the position embedding over the grid. The network has seen squares of one size alone
-    (256 pixels in that model, given as `sample_size` latents), which `image_size` resizes to.
+    Images may have any size that the VAE and the patches divide, not only squares: diffusers
+    stretches the position embedding over the grid. The network was trained on squares of one size
+    (256 pixels in that model, given as `sample_size` latents); `image_size` resizes to it.
 
     A few of its channels are thousands of times larger than the others (massive activations, Sun
     et al. 2024). A feature loss should standardise the channels, as is its default, or it sees
@@ -32,9 +32,9 @@ def dit(
     Args:
         path: a pipeline folder (`transformer/`, `vae/` and `scheduler/`), or a hub id.
         revision: branch, tag or commit, for a hub id.
-        class_labels: tell the network the labels that `features` is given; they must be its own
-            classes, such as ImageNet's. Without this, and for an image without label, it is told
-            the null class of classifier-free guidance (Ho & Salimans 2022).
+        class_labels: condition on the labels passed to `features`; they must be the network's own
+            classes, such as ImageNet's. Without this, and for an image without a label, it gets the
+            null class of classifier-free guidance (Ho & Salimans 2022).
         view: see `teachers.diffusion.View`; layers are `transformer_blocks.14`, ...
 
     Raises:
@@ -44,12 +44,12 @@ def dit(
 
 
 class DiT:
-    """The family (a `diffusion.Family`); arguments as `dit`.
+    """The family of `dit`, with its arguments (a `diffusion.Family`).
 
     Raises:
-        OSError: a missing folder or file, or the hub cannot give it.
-        ValueError: other models in the folder, that do not fit together, or a schedule that no
-            teacher has.
+        OSError: a folder or file is missing, or the hub does not have it.
+        ValueError: other models in the folder, models that do not fit together, or an
+            unsupported schedule.
     """
 
     def __init__(self, path: str, revision: str | None = None, class_labels: bool = False) -> None:
@@ -82,11 +82,11 @@ class DiT:
         self.image_size = self.config["sample_size"] * reduction
 
     def build(self) -> nn.ModuleDict:
-        """The parts: the transformer and the VAE."""
+        """The parts without trained weights: the transformer and the VAE."""
         return _parts(self._fresh(), AutoencoderKL.from_config(self.vae_config))
 
     def load(self, random_weights: int | None) -> nn.ModuleDict:
-        """The same with trained weights; with a seed, the transformer's are fresh."""
+        """The parts with trained weights; with a seed, the transformer's are fresh."""
         if random_weights is None:
             network = loading.load_model(self.root / "transformer", DiTTransformer2DModel)
         else:
@@ -98,11 +98,11 @@ class DiT:
         return network
 
     def encode(self, parts: nn.ModuleDict, images: Tensor) -> Tensor:
-        """The latents."""
+        """The input of the network: the VAE's latents."""
         return latents.encode(parts["vae"], images)
 
     def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
-        """Run the transformer; an oblong image ends before its prediction."""
+        """Run the transformer; for an image that is not square, stop before its prediction."""
         classes = torch.full((len(x),), self.null_class, device=x.device)  # (B,)
         if labels is not None:
             classes = torch.where(labels < 0, classes, labels)
@@ -126,10 +126,10 @@ def _parts(network: nn.Module, vae: nn.Module) -> nn.ModuleDict:
 
 
 class _Oblong(Exception):
-    """Ends a forward pass whose prediction cannot be put together; nobody asked for it."""
+    """Ends a forward pass before a prediction that is not needed and cannot be assembled."""
 
 
 def _end_if_oblong(module: nn.Module, args: Any, patches: Tensor) -> None:
-    """diffusers lays the predicted patches (B, N, C) out as a square, whatever they were."""
+    """Raise `_Oblong` unless the patches (B, N, C) make a square, as diffusers assumes."""
     if math.isqrt(patches.shape[1]) ** 2 != patches.shape[1]:
         raise _Oblong

@@ -22,7 +22,7 @@ OWN = ("image_size", "random_weights")  # otherwise the view's
 
 
 class Member(TypedDict, total=False):
-    """A teacher of an ensemble: `name` and `path`, and what it sees in its own way."""
+    """A teacher of an ensemble: `name`, `path`, and settings of its own."""
 
     name: str
     path: str
@@ -45,7 +45,7 @@ def ensemble(
     members: Mapping[str, Member] | None = None,
     **view: Unpack[View],
 ) -> Ensemble:
-    """Teachers that look at the same images. In a recipe:
+    """Several teachers that look at the same images. In a recipe:
 
         teacher:
           name: ensemble
@@ -58,16 +58,16 @@ def ensemble(
           - {student: layer3, teacher: ddpm/up_blocks.1+dino/blocks.11}
 
     Args:
-        path: nothing; each member has its own.
-        factory_of: what builds a teacher of a name, as `factory(path, **view, **options)`; raises
-            ValueError where there is none.
-        members: name -> `name` (as in `teacher.name`), `path`, and where needed `image_size`,
-            `random_weights` (otherwise the view's) and `options`, the rest.
+        path: must be empty; each member has its own.
+        factory_of: from a teacher's name to its factory, `factory(path, **view, **options)`;
+            raises ValueError for an unknown name.
+        members: name -> `name` (as in `teacher.name`), `path`, and optionally `image_size`,
+            `random_weights` (by default the view's) and `options`.
         view: of all members, see `teachers.diffusion.View`; layers are `member/layer`, or several
-            with `+` between them, see `Ensemble.features`. Every member must be in one of them.
+            joined by `+`, see `Ensemble.features`. Every member must be in one of them.
 
     Raises:
-        ValueError, OSError: a wrong `members` or layer, and what a member's factory raises.
+        ValueError, OSError: wrong `members` or layers, or an error of a member's factory.
     """
     if path:
         raise ValueError(f"path must be '' for an ensemble (each member has its own), got {path!r}")
@@ -93,17 +93,16 @@ def ensemble(
 
 
 class Ensemble:
-    """Teachers under names of their own (a `protocol.Teacher`).
+    """Several teachers as one (a `protocol.Teacher`).
 
     Args:
-        members: by name; teachers that know their `flops` and `parameters`. The order is the one
-            in which they draw noise.
-        layers: what to return, and which parts it is made of.
+        members: by name; teachers with `flops` and `parameters`. They draw noise in this order.
+        layers: the layers to return, each with the parts that it joins.
 
     Attributes:
         channels: C of each layer's map, the sum over its parts.
-        reductions: of each layer's part that its member reduces least.
-        noise_schedule: the first member's that has noise.
+        reductions: of each layer's map, the smallest of its parts.
+        noise_schedule: that of the first member with noise.
     """
 
     def __init__(self, members: Mapping[str, Any], layers: Mapping[str, tuple[Part, ...]]) -> None:
@@ -145,22 +144,22 @@ class Ensemble:
         generator: Randomness = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The asked layers' maps, float32 (B, C, h, w) each.
+        """The requested layers' maps, float32 (B, C, h, w) each.
 
-        A member with another schedule sees the timestep whose noise fraction is nearest; that is 0
-        for one without noise. A layer of one part is that member's map. The parts of a
-        joined one are resized to the finest and scaled to unit mean square over (C, h, w), each
-        image by itself (RMSNorm, Zhang & Sennrich 2019): otherwise the member with the largest
-        numbers would be all that a loss sees. Nothing is estimated, so nothing has to be stored.
+        A member with another schedule sees the timestep with the nearest noise fraction, which is 0
+        for one without noise. A layer of one part is that member's map. Joined parts are resized
+        to the finest one and scaled to unit mean square over (C, h, w) for each image (RMSNorm,
+        Zhang & Sennrich 2019): otherwise the member with the largest values would dominate a loss.
+        Nothing is estimated, so nothing has to be stored.
 
         Args:
             images: (B, 3, H, W) RGB float in [0, 1], on the teacher's device.
             timesteps: (B,) int64 in 0..T-1 of the ensemble's schedule.
-            generator: source of the noise, or one for each image, used in the members' order.
-            labels: (B,) int64 classes, handed to every member.
+            generator: source of the noise, or one per image, used in the members' order.
+            labels: (B,) int64 classes, passed to every member.
 
         Raises:
-            ValueError: a timestep outside 0..T-1, or images of a shape that a member cannot take.
+            ValueError: a timestep outside 0..T-1, or images of a shape unsuitable for a member.
         """
         fraction = self.noise_schedule.noise_fraction(timesteps)
         maps: dict[Part, Tensor] = {}
@@ -174,13 +173,13 @@ class Ensemble:
         }
 
     def flops(self, image_size: int | tuple[int, int]) -> Flops:
-        """What one image of that size costs, over all members."""
+        """The cost of one image of `image_size`, summed over all members."""
         each = [member.flops(image_size) for member in self.members.values()]
         return Flops(sum(flops.used for flops in each), sum(flops.whole for flops in each))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Maps (B, C_i, h_i, w_i) as one (B, sum of C_i, h, w) of the finest; one alone as it is."""
+    """Join maps (B, C_i, h_i, w_i) to (B, sum of C_i, h, w), the finest grid; keep a single one."""
     if len(parts) == 1:
         return parts[0]
     size = max((part.shape[-2:] for part in parts), key=torch.Size.numel)
@@ -190,7 +189,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _parts(layer: str, members: Mapping[str, Any]) -> tuple[Part, ...]:
-    """The parts that a layer's name joins."""
+    """Split a layer's name into the parts that it joins."""
     parts = tuple(Part(*part.partition("/")[::2]) for part in layer.split("+"))
     for part in parts:
         if part.member not in members or not part.layer:
@@ -206,7 +205,7 @@ def _build(
     factory_of: Callable[[str], Callable[..., Any]],
     view: dict[str, Any],
 ) -> Any:
-    """One member, by its own factory."""
+    """Build one member with its own factory."""
     given = set(member) if isinstance(member, Mapping) else set()
     needed, more = ("name", "path"), (*OWN, "options")
     if not set(needed) <= given <= {*needed, *more}:
@@ -223,7 +222,7 @@ def _build(
 
 @contextmanager
 def _blame(who: str) -> Iterator[None]:
-    """Say which member an error is about."""
+    """Prefix errors with the member's name."""
     try:
         yield
     except LayerError:  # says so itself

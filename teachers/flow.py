@@ -21,15 +21,15 @@ PATCH = 2  # of Flux: its pipeline packs the latents, its config knows nothing o
 
 
 def flow(path: str, *, revision: str | None = None, **view: Unpack[View]) -> DiffusionTeacher:
-    """A transformer trained by flow matching, SD3 or Flux, shown no text.
+    """A transformer trained by flow matching (SD3 or Flux), shown no text.
 
-    In the text's place stand zeros, as many as the pipeline has tokens. That is how SD3 was trained
-    where its captions were dropped (Esser et al. 2024), and how its pipeline stands
-    in for a missing text encoder. Flux was not trained so: for it this is the nearest to no text.
-    A Flux that is told a guidance scale (dev) is told 1, no guidance. No text encoder is read.
+    Zeros replace the text, as many as the pipeline has tokens. SD3 was trained so where captions
+    were dropped (Esser et al. 2024), and its pipeline replaces a missing text encoder so. Flux was
+    not trained this way; for it zeros come nearest to no text. A Flux with a guidance input (dev)
+    gets 1, no guidance. No text encoder is read.
 
-    `random_weights` refreshes the transformer alone: the autoencoder stays trained, as it is the
-    space that its input lives in.
+    `random_weights` only refreshes the transformer: the autoencoder stays trained, as it defines
+    the space of the inputs.
 
     Args:
         path: a pipeline folder (model_index.json, transformer/, vae/, scheduler/), or a hub id.
@@ -44,12 +44,12 @@ def flow(path: str, *, revision: str | None = None, **view: Unpack[View]) -> Dif
 
 
 class FlowTransformer:
-    """The family (a `diffusion.Family`); arguments as `flow`.
+    """The family of `flow`, with its arguments (a `diffusion.Family`).
 
     Raises:
-        OSError: a missing folder or file, or the hub cannot give it.
-        ValueError: neither SD3 nor Flux, one that sees more than the latents (Flux Fill, say), or
-            a scheduler that is not flow matching.
+        OSError: a folder or file is missing, or the hub does not have it.
+        ValueError: neither SD3 nor Flux, one that sees more than the latents (such as Flux Fill),
+            or a scheduler that is not flow matching.
     """
 
     def __init__(self, path: str, revision: str | None = None) -> None:
@@ -86,14 +86,14 @@ class FlowTransformer:
         self.text_length = TEXT_LENGTH[self.architecture]
 
     def build(self) -> nn.ModuleDict:
-        """The transformer and the autoencoder."""
+        """The parts without trained weights: the transformer and the autoencoder."""
         network = self.architecture.from_config(self.config)
         return nn.ModuleDict(
             {"network": network, "vae": AutoencoderKL.from_config(self.vae_config)}
         )
 
     def load(self, random_weights: int | None) -> nn.ModuleDict:
-        """The same with trained weights; only the transformer's may be fresh."""
+        """The parts with trained weights; with a seed, the transformer's are fresh."""
         if random_weights is None:
             network = loading.load_model(self.root / "transformer", self.architecture)
         else:
@@ -104,15 +104,15 @@ class FlowTransformer:
         return nn.ModuleDict({"network": network, "vae": vae})
 
     def encode(self, parts: nn.ModuleDict, images: Tensor) -> Tensor:
-        """The latents, shifted and scaled."""
+        """The input of the network: the latents, shifted and scaled."""
         return latents.encode(parts["vae"], images)
 
     def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
         """Run the transformer.
 
         Raises:
-            ValueError: an image with as many patches as the text has tokens, or, of SD3, with more
-                positions than it knows.
+            ValueError: an image has as many patches as the text has tokens or, for SD3, more
+                positions than the network knows.
         """
         grid, most = self._grid(x), self.config.get("pos_embed_max_size")
         if most and max(grid) > most:
@@ -147,9 +147,9 @@ class FlowTransformer:
         )
 
     def feature_map(self, output: Any, x: Tensor) -> Any:
-        """Image tokens (B, h w, C) as a map: a block's come last in a tuple, after the text's.
+        """Image tokens (B, h w, C) as a map: blocks return them last in a tuple, after the text's.
 
-        Single blocks of Flux work inside on text and image in one sequence, the image's last.
+        Flux's single blocks work on one sequence of text and image tokens, the image's last.
         """
         grid = self._grid(x)
         image = math.prod(grid)
@@ -160,7 +160,7 @@ class FlowTransformer:
         return first_tensor(output)
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
-        """Height and width in patches."""
+        """Height and width of the latents x in patches."""
         return x.shape[-2] // self.patch, x.shape[-1] // self.patch
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's guided diffusion: a file of weights from which the whole architecture is read."""
+"""OpenAI's guided diffusion: one file of weights from which the architecture is inferred."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def guided_diffusion(
 ) -> DiffusionTeacher:
     """An unconditional model of guided-diffusion, such as OpenAI's 256x256_diffusion_uncond.pt.
 
-    The options are what the weights do not tell; their defaults are those of OpenAI's unconditional
-    256x256 models (that of ImageNet, and LSUN's). With wrong ones a model still runs, but its
-    features are worth little. Any image size will do that the network can halve often enough.
+    The options are what the weights do not show; the defaults are those of OpenAI's unconditional
+    256x256 models (ImageNet and LSUN). With wrong ones a model still runs, but its features are
+    worth little. Any image size works that the network can halve often enough.
 
     Args:
         path: a state dict, `.safetensors`, or what `torch.save` wrote.
         schedule: `linear` (Ho et al. 2020), or `cosine` (Nichol & Dhariwal 2021), which OpenAI's
             64x64 models have.
-        timesteps: T; the network is told the index as it is, or
-        rescale_timesteps: as its share of T in thousandths (`--rescale_timesteps`), which improved
-            diffusion's training script, the origin of the 64x64 models, does where it is not told.
-        head_channels: channels of an attention head (`--num_head_channels`), or
-        heads: their number (`--num_heads`), 4 where the training script was given neither.
-        new_attention_order: of the attention's channels (`--use_new_attention_order`).
+        timesteps: T, the length of the schedule.
+        rescale_timesteps: give the network 1000 t / T instead of t (`--rescale_timesteps`). This is
+            the default of improved diffusion's training script, which made the 64x64 models.
+        head_channels: channels per attention head (`--num_head_channels`); not used with `heads`.
+        heads: number of attention heads (`--num_heads`); the training script's default is 4.
+        new_attention_order: order of the attention's channels (`--use_new_attention_order`).
         view: see `teachers.diffusion.View`; layers are `input_blocks.7`, `middle_block`,
             `output_blocks.3`, ...
 
@@ -67,16 +67,16 @@ def guided_diffusion(
 
 
 class GuidedDiffusion:
-    """The family (a `diffusion.Family`).
+    """The family of `guided_diffusion` (a `diffusion.Family`).
 
     Args:
-        path, schedule, timesteps: as `guided_diffusion`.
-        options: those of its options that `Architecture` has.
-        told: what the network is told of timestep 1.
+        path, schedule, timesteps: as in `guided_diffusion`.
+        options: the options that `Architecture` has.
+        told: the network's input for timestep 1.
 
     Raises:
         OSError: no such file.
-        ValueError: it is damaged, no such network, or a conditional one; options that do not fit.
+        ValueError: a damaged file, another or a conditional network, or unsuitable options.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class GuidedDiffusion:
         self.classes = 0
 
     def build(self) -> nn.ModuleDict:
-        """The parts: the UNet alone."""
+        """The parts without trained weights: only the UNet."""
         return nn.ModuleDict({"network": GuidedUNet(self.architecture)})
 
     def load(self, random_weights: int | None) -> nn.ModuleDict:
-        """The same with its trained weights, or fresh ones."""
+        """The parts with trained weights or, with a seed, fresh ones."""
         if random_weights is not None:
             return loading.randomly(self.build, random_weights)
         parts = self.build()
@@ -123,7 +123,7 @@ class GuidedDiffusion:
         return parts
 
     def encode(self, parts: nn.ModuleDict, images: Tensor) -> Tensor:
-        """The pixels themselves."""
+        """The input of the network: the pixels themselves."""
         return images
 
     def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
@@ -131,12 +131,12 @@ class GuidedDiffusion:
         return parts["network"](x, times * self.told)
 
     def feature_map(self, output: Any, x: Tensor) -> Any:
-        """Maps already."""
+        """A module's output, which is a map (B, C, h, w) already."""
         return output
 
 
 def noise_schedule(schedule: Schedule, timesteps: int) -> NoiseSchedule:
-    """The schedule of that name, stretched to T timesteps.
+    """The schedule of a name, stretched to T timesteps.
 
     Raises:
         ValueError: an unknown name, or a linear schedule too short to be stretched.
@@ -160,11 +160,11 @@ def read(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged, or holds something else than tensors by name.
+        ValueError: it is damaged, or contains something other than tensors by name.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"no such file: {path}; give the state dict of a guided-diffusion model"
+            f"there is no file {path}; give the state dict of a guided-diffusion model"
         )
     try:
         if path.suffix == ".safetensors":
@@ -185,10 +185,10 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def infer(shapes: Shapes) -> Architecture:
-    """What a state dict tells of its network.
+    """Infer the architecture from the shapes of a state dict.
 
     Raises:
-        ValueError: it is a conditional one, or none of guided diffusion.
+        ValueError: the network is conditional, or not a guided-diffusion UNet.
     """
     if "label_emb.weight" in shapes:
         raise ValueError("the network is class-conditional (label_emb); it must be unconditional")
@@ -223,7 +223,7 @@ def infer(shapes: Shapes) -> Architecture:
 
 
 def check_shapes(shapes: Shapes, network: nn.Module) -> None:
-    """Raises ValueError that names the first tensors that are not as the network has them."""
+    """Raises ValueError naming the first tensors whose shapes differ from the network's."""
     expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
     wrong = [
         f"{name} is {shapes.get(name, 'missing')}, not {expected.get(name, 'expected at all')}"
@@ -237,7 +237,7 @@ def check_shapes(shapes: Shapes, network: nn.Module) -> None:
 
 
 def _shape(name: str, shapes: Shapes) -> tuple[int, ...]:
-    """Of a weight, in two dimensions or more."""
+    """The shape of a weight with at least two dimensions; raises ValueError without one."""
     shape = shapes.get(name, ())
     if len(shape) < 2:
         raise ValueError(f"not a guided-diffusion UNet: it has no weight {name}")
@@ -245,5 +245,5 @@ def _shape(name: str, shapes: Shapes) -> tuple[int, ...]:
 
 
 def _indices(pattern: str, shapes: Shapes) -> set[int]:
-    """The numbers that the pattern's group matches at the beginning of the names."""
+    """The numbers that the pattern's group matches at the start of the tensors' names."""
     return {int(match[1]) for name in shapes if (match := re.match(pattern, name))}

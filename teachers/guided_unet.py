@@ -1,8 +1,8 @@
 """The UNet of guided diffusion, written from the papers that describe it.
 
-Dhariwal & Nichol 2021 (ADM, section 3 and appendix) on Nichol & Dhariwal 2021. Its modules are
-named as the tensors in OpenAI's checkpoints, so that these load as they are and people name layers
-as they do there: `input_blocks.7`, `middle_block`, `output_blocks.3`.
+Dhariwal & Nichol 2021 (ADM, section 3 and appendix), based on Nichol & Dhariwal 2021. Modules have
+the names of the tensors in OpenAI's checkpoints, so that these load unchanged and layers keep their
+usual names: `input_blocks.7`, `middle_block`, `output_blocks.3`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ GROUPS = 32  # of every GroupNorm
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """All that decides the network.
+    """Everything that defines the network.
 
     Attributes:
-        channels: base channels, those of the sinusoids that encode the timestep.
-        level_channels: of each resolution, the finest first; all multiples of 32.
+        channels: base channels, also those of the timestep's sinusoids.
+        level_channels: channels of each resolution, finest first; all multiples of 32.
         attention: whether each resolution has attention.
-        res_blocks: of each resolution on the way down; one more on the way up.
+        res_blocks: residual blocks per resolution on the way down; one more on the way up.
         scale_shift: the timestep scales and shifts the normalised map, instead of being added.
         residual_resampling: residual blocks change the resolution, instead of convolutions.
         out_channels: 3, or 6 with the learned variance.
-        head_channels: of every attention head, unless
-        heads: gives their number, the same at every resolution.
+        head_channels: channels per attention head; not used with `heads`.
+        heads: number of attention heads, equal at every resolution.
         new_attention_order: see `split_heads`.
     """
 
@@ -54,7 +54,7 @@ class GuidedUNet(nn.Module):
     untrained network would not see its timestep.
 
     Raises:
-        ValueError: channels that the groups of a norm, or the heads, do not divide.
+        ValueError: channels that are not divisible by the groups of a norm, or by the heads.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -140,7 +140,7 @@ class GuidedUNet(nn.Module):
 
 
 class Block(nn.ModuleList):
-    """Layers in a row, of which the residual blocks see the timestep."""
+    """A sequence of layers whose residual blocks also see the timestep."""
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x: (B, C, H, W), embedding: (B, E) -> (B, C', H', W')."""
@@ -216,7 +216,7 @@ class Attention(nn.Module):
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same shape."""
+        """x: (B, C, H, W) -> (B, C, H, W)."""
         qkv = self.qkv(self.norm(x).flatten(2))  # (B, 3 C, N)
         h = F.scaled_dot_product_attention(*split_heads(qkv, self.heads, self.new_order))
         h = self.proj_out(h.transpose(2, 3).flatten(1, 2))  # (B, C, N)
@@ -225,10 +225,10 @@ class Attention(nn.Module):
 
 
 def split_heads(qkv: Tensor, heads: int, new_order: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, (B, heads, N, C / heads) each, of (B, 3 C, N).
+    """Split (B, 3 C, N) into queries, keys and values, (B, heads, N, C / heads) each.
 
     In the new order the channels are all heads' queries, then all keys, then all values; in the
-    old one the first head's queries, keys and values, then those of the second.
+    old one the first head's queries, keys and values, then the second's, and so on.
     """
     size = qkv.shape[1] // (3 * heads)
     kinds = (3, heads) if new_order else (heads, 3)

@@ -1,4 +1,4 @@
-"""The latent space that latent diffusion adds its noise to: a pipeline's `AutoencoderKL`."""
+"""The latent space of latent diffusion: a pipeline's `AutoencoderKL`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read_config(pipeline: Path) -> dict[str, Any]:
     """The config of the autoencoder in `pipeline/vae`.
 
     Raises:
-        OSError, ValueError: missing, not an `AutoencoderKL`, or not one of RGB images.
+        OSError, ValueError: missing, not an `AutoencoderKL`, or not for RGB images.
     """
     config = loading.read_config(pipeline / "vae", AutoencoderKL)
     where = pipeline / "vae" / "config.json"
@@ -47,16 +47,16 @@ def reduction(config: Mapping[str, Any]) -> int:
 def encode(vae: nn.Module, images: Tensor) -> Tensor:
     """The posterior's mean, shifted and scaled as the autoencoder's config says.
 
-    The mean and not a draw, so that the only noise is that of the timestep.
+    The mean rather than a draw, so that the timestep's noise is the only noise.
 
     Args:
-        vae: an `AutoencoderKL`. In float16 it is made float32 at its first image, unless its
-            config has `force_upcast` off: inside of it, as SDXL's, activations leave float16.
+        vae: an `AutoencoderKL`. A float16 one becomes float32 at its first image unless its
+            config turns `force_upcast` off, as activations (of SDXL's, say) overflow float16.
         images: (B, 3, H, W) in [-1, 1].
 
     Returns:
-        (B, c, h, w) float32, contiguous: some convolutions answer channels_last, and the network
-        would round differently.
+        (B, c, h, w) float32, contiguous: some convolutions return channels_last, which would
+        change how the network rounds.
     """
     assert isinstance(vae, AutoencoderKL)
     if vae.dtype == torch.float16 and vae.config["force_upcast"]:

@@ -1,6 +1,6 @@
 """Finding and reading diffusers models and schedulers, on disk or on the Hugging Face hub.
 
-Strict where diffusers is lenient (missing weights, NaN), silent where it chats, and every mistake
+Strict where diffusers is lenient (missing weights, NaN), silent where it logs, and every mistake
 is one line that names the file. Weights are safetensors, or a `.bin` that diffusers reads with
 `torch.load(weights_only=True)`, which runs no code from the file.
 """
@@ -39,16 +39,16 @@ Built = TypeVar("Built")
 def pipeline_folder(
     path: str, revision: str | None = None, components: Sequence[str] = ("",)
 ) -> Path:
-    """The folder of a pipeline: the local one, or the hub's, fetched into its own cache.
+    """The folder of a pipeline: a local one, or one fetched from the hub into its cache.
 
     Args:
         path: a folder, or a hub id.
         revision: branch, tag or commit, for a hub id.
-        components: the subfolders whose weights are needed; "" for the whole.
+        components: the subfolders whose weights are needed; "" for the pipeline's own folder.
 
-    Raises:
-        OSError: no such folder, or the hub cannot give it.
-        ValueError: a revision of a folder.
+        Raises:
+            OSError: no such folder, and the hub does not have it.
+            ValueError: a revision was given for a local folder.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -65,8 +65,7 @@ def pipeline_folder(
 def download(hub_id: str, revision: str | None, components: Sequence[str] = ("",)) -> Path:
     """Fetch configs and weights into the hub's own cache.
 
-    Of each component the best that there is: whole weights before halves, and of these safetensors
-    before `.bin`.
+    Each component gets its best weights: full precision before half, safetensors before `.bin`.
 
     Raises:
         OSError: offline and not in the cache, or no such repository or revision.
@@ -101,9 +100,9 @@ def download(hub_id: str, revision: str | None, components: Sequence[str] = ("",
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError without the file, ValueError where it is not a JSON object."""
+    """The object in a JSON file. Raises FileNotFoundError, or ValueError if it is not an object."""
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}; give {LOCAL_FOLDER}")
+        raise FileNotFoundError(f"there is no {path}; give {LOCAL_FOLDER}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -114,22 +113,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def without_bookkeeping(path: Path) -> dict[str, Any]:
-    """A config file less diffusers' own notes: its keys that begin with an underscore."""
+    """A config file without diffusers' own notes, the keys that begin with an underscore."""
     return {key: value for key, value in read_json(path).items() if key[0] != "_"}
 
 
 def read_config(
     folder: Path, architecture: type[ModelMixin], former_names: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The architecture in `folder/config.json`, every key of that class filled in.
+    """The architecture in `folder/config.json`, with the class's defaults for missing keys.
 
     Args:
         folder: of the model.
-        architecture: the class that it must be of.
-        former_names: of that class, which older files still bear.
+        architecture: the expected class.
+        former_names: older names of that class, which older files have.
 
     Raises:
-        ValueError: of another class, or with values that the class does not take.
+        ValueError: another class, or values that the class does not accept.
     """
     path = folder / "config.json"
     content = read_json(path)
@@ -153,7 +152,7 @@ def load_schedule(folder: Path) -> NoiseSchedule:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown scheduler, or one of a kind that no teacher has.
+        ValueError: an unknown or unsupported scheduler.
     """
     path = folder / "scheduler_config.json"
     config = read_json(path)
@@ -178,11 +177,11 @@ def load_schedule(folder: Path) -> NoiseSchedule:
 
 
 def find_weights(folder: Path, safetensors: str, pickled: str) -> tuple[Path, str | None]:
-    """The best weights of a model's folder, see `download`.
+    """The best weights in a model's folder, in the order of `download`.
 
     Args:
         folder: of the model.
-        safetensors, pickled: what its library calls the file of each kind.
+        safetensors, pickled: the library's file names for each kind.
 
     Returns:
         The file, or the index of its shards, and its variant in the library's terms.
@@ -200,7 +199,7 @@ def find_weights(folder: Path, safetensors: str, pickled: str) -> tuple[Path, st
 
 
 def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
-    """The trained model of that folder, as precise as its file, every weight from it and finite.
+    """The trained model in a folder, in its file's precision, with every weight read and finite.
 
     Raises:
         FileNotFoundError: no weights in the folder.
@@ -235,9 +234,9 @@ def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
 
 
 def stored_dtype(weights: Path) -> torch.dtype:
-    """The 16-bit type that all numbers of safetensors have; float32 for others, and for `.bin`.
+    """The 16-bit dtype that all tensors of a safetensors file share; otherwise float32.
 
-    Large models are published in 16 bits, and as float32 would need twice the memory to load.
+    Large models are published in 16 bits; as float32 they would need twice the memory to load.
 
     Args:
         weights: the file, or the index of its shards.
@@ -263,14 +262,14 @@ def stored_dtype(weights: Path) -> torch.dtype:
 
 
 def check_finite(model: nn.Module, source: Path) -> None:
-    """Raises ValueError that names the file and the first weight that is not finite."""
+    """Raises ValueError naming the file and the first weight that is not finite."""
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise ValueError(f"{source}: {name} has values that are not finite")
 
 
 def randomly(build: Callable[[], Built], seed: int) -> Built:
-    """What `build` makes of torch's default generator, seeded; the generator is left as it was."""
+    """The result of `build` with torch's default generator seeded, and restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
         return build()
@@ -288,7 +287,7 @@ def weights_hash(module: nn.Module) -> str:
 
 @contextmanager
 def quiet(chatter: Any = diffusers.utils.logging) -> Iterator[None]:
-    """Keep a library's log lines and progress bars off the terminal: what matters is raised.
+    """Keep a library's log lines and progress bars off the terminal; problems are raised.
 
     Args:
         chatter: `utils.logging` of diffusers or transformers.

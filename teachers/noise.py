@@ -12,14 +12,14 @@ from torch import Tensor
 DENOISING = ("epsilon", "v_prediction", "sample")  # what a network predicts but in flow matching
 
 Randomness = torch.Generator | Sequence[torch.Generator] | None
-"""Where noise comes from: one generator for a batch, one for each image, or torch's default one."""
+"""Source of noise: one generator for a batch, one per image, or None for torch's default one."""
 
 
 def draw_noise(x: Tensor, source: Randomness) -> Tensor:
     """Standard normal noise for x (B, ...), float32, drawn on the generators' own device.
 
     Raises:
-        ValueError: generators for another number of images.
+        ValueError: the number of generators is not the number of images.
     """
     if isinstance(source, Sequence):
         if len(source) != len(x):
@@ -34,15 +34,14 @@ def draw_noise(x: Tensor, source: Randomness) -> Tensor:
 class NoiseSchedule:
     """The forward process x_t = signal_t x_0 + noise_t n of a model, n standard normal.
 
-    Timesteps are indices 0..T-1 into this one schedule, from little noise to much: index 300 of two
-    teachers is two different noise levels, so tables compare `noise_fraction` or `log_snr`. Every
-    method takes integer timesteps of any shape and answers float64 of that shape on the CPU, where
-    the small tables lie.
+    Timesteps are indices 0..T-1 into this schedule, from little noise to much. Index 300 of two
+    teachers means two noise levels, so tables compare `noise_fraction` or `log_snr`. Every method
+    takes integer timesteps of any shape and returns float64 of that shape on the CPU.
 
     Attributes:
         signal: (T,) float64, the factor of the image.
         noise: (T,) float64, the factor of the noise.
-        times: (T,) float64, what the network is told: the index itself, or T times the noise
+        times: (T,) float64, the network's time input: the index itself, or T times the noise
             fraction in flow matching.
         prediction_type: what the network was trained to predict: "epsilon", "v_prediction",
             "sample", "flow", or "nothing" for a network that knows no timesteps.
@@ -85,18 +84,17 @@ class NoiseSchedule:
 
     @classmethod
     def without_noise(cls) -> Self:
-        """Of a network that knows no timesteps: one index, 0, the image itself."""
+        """The schedule of a network without timesteps: one index, 0, for the image itself."""
         one = torch.ones(1, dtype=torch.float64)
         return cls(signal=one, noise=0 * one, times=0 * one, prediction_type="nothing")
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> Self:
-        """Read the schedule off a diffusers scheduler, as it is before a sampler thins it.
+        """Read the training schedule (before a sampler thins it) from a diffusers scheduler.
 
         Raises:
-            ValueError: it has neither `alphas_cumprod` nor flow matching's sigmas (EDM), flow
-                matching's as an option of another kind, continuous timesteps, or a prediction type
-                that is not known.
+            ValueError: it has neither `alphas_cumprod` nor flow matching's sigmas (such as EDM),
+                flow sigmas only for sampling, continuous timesteps, or an unknown prediction type.
         """
         name = type(scheduler).__name__
         if name.startswith("FlowMatch"):
@@ -131,11 +129,11 @@ class NoiseSchedule:
 
     @property
     def has_noise(self) -> bool:
-        """Whether there is a timestep with noise in x_t."""
+        """Whether x_t has noise at any timestep."""
         return bool(self.noise.any())
 
     def check(self, timesteps: Tensor) -> None:
-        """Refuse what does not index this schedule.
+        """Check that timesteps index this schedule.
 
         Raises:
             ValueError: not an integer dtype, or a value outside 0..T-1.
@@ -145,7 +143,7 @@ class NoiseSchedule:
         outside = timesteps[(timesteps < 0) | (timesteps >= len(self))]
         if outside.numel():
             raise ValueError(
-                f"timestep {int(outside[0])} is outside this noise schedule, 0..{len(self) - 1}"
+                f"timestep {int(outside[0])} is outside 0..{len(self) - 1} of this noise schedule"
             )
 
     def snr(self, timesteps: Tensor) -> Tensor:
@@ -157,7 +155,7 @@ class NoiseSchedule:
         return (self._at(self.signal, timesteps) / self._at(self.noise, timesteps)).square()
 
     def log_snr(self, timesteps: Tensor) -> Tensor:
-        """Natural logarithm of `snr`; -inf where nothing is left of the image."""
+        """Natural logarithm of `snr`; -inf where the image is gone."""
         return self.snr(timesteps).log()
 
     def alpha_bar(self, timesteps: Tensor) -> Tensor:
@@ -168,7 +166,7 @@ class NoiseSchedule:
     def noise_fraction(self, timesteps: Tensor) -> Tensor:
         """The s in [0, 1] of the straight path (1 - s) x_0 + s n with the same ratio of both.
 
-        The convention of flow matching, so that teachers with different schedules compare.
+        This is flow matching's convention; teachers with different schedules compare by it.
         """
         signal, noise = self._at(self.signal, timesteps), self._at(self.noise, timesteps)
         return noise / (signal + noise)
@@ -192,7 +190,7 @@ class NoiseSchedule:
         return signal.to(images) * images + spread.to(images) * noise
 
     def network_times(self, timesteps: Tensor) -> Tensor:
-        """What the network is told: (B,) int64 indices, or float32 times in flow matching."""
+        """The network's time input (B,): int64 indices, or float32 times for flow matching."""
         times = self._at(self.times, timesteps)
         return times.float() if self.prediction_type == "flow" else times.long()
 

@@ -1,4 +1,4 @@
-"""What the distillation loop needs of a teacher, and nothing more."""
+"""The part of a teacher that the distillation loop uses."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from teachers.noise import NoiseSchedule, Randomness
 class Teacher(Protocol):
     """A frozen network with one feature map per layer and timestep.
 
-    It is in eval mode, has no gradients, and belongs to no `state_dict`: a checkpoint refers to it
-    by its `fingerprint`.
+    It is in eval mode, has no gradients, and is in no `state_dict`: checkpoints refer to it by its
+    `fingerprint`.
     """
 
     @property
     def name(self) -> str:
-        """For tables and logs."""
+        """Name for tables and logs."""
         ...
 
     @property
@@ -45,7 +45,7 @@ class Teacher(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of weights and configs: of the network, not of how it is asked to look."""
+        """SHA-256 of the network's weights and configs, but not of how it looks at images."""
         ...
 
     def features(
@@ -55,17 +55,17 @@ class Teacher(Protocol):
         generator: Randomness = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The asked layers' maps, float32 (B, C, h, w) each, without gradient.
+        """The requested layers' maps, float32 (B, C, h, w) each, without gradient.
 
         Args:
             images: (B, 3, H, W) RGB float in [0, 1], on the teacher's device.
             timesteps: (B,) int64 in 0..T-1, any mix; on the CPU they cost no synchronisation.
-            generator: source of the noise, or one for each image; None takes torch's default one.
-            labels: (B,) int64 classes, for a teacher with a condition a class; negative where an
-                image has none, and None for all. Given in training alone.
+            generator: source of the noise, or one per image; None uses torch's default one.
+            labels: (B,) int64 classes for a class-conditional teacher; negative for an image
+                without one, or None for all. Only given in training.
 
         Raises:
-            ValueError: a timestep outside 0..T-1, or images of a shape that it cannot take.
+            ValueError: a timestep outside 0..T-1, or images of an unsuitable shape.
         """
         ...
 

@@ -25,19 +25,19 @@ def stable_diffusion(
     revision: str | None = None,
     **view: Unpack[View],
 ) -> DiffusionTeacher:
-    """A text-to-image UNet of SD 1.x (epsilon), 2.x (v prediction) or SDXL, without text as it is.
+    """A text-to-image UNet of SD 1.x (epsilon), 2.x (v prediction) or SDXL, with an empty prompt.
 
-    `random_weights` refreshes the UNet alone: the autoencoder and the prompts stay trained, as they
-    are the space that its input lives in. The text encoders are needed while loading, then dropped.
+    `random_weights` only refreshes the UNet: the autoencoder and the prompts stay trained, as they
+    define the space of its inputs. The text encoders are needed while loading, then dropped.
 
     Args:
         path: a pipeline folder (unet/, vae/, scheduler/, text_encoder/ and tokenizer/, for SDXL
             text_encoder_2/ and tokenizer_2/ too), or a hub id.
-        prompt: what all images are said to show. The empty one is what the UNet was trained with
-            where it was shown no caption; of an SDXL whose model_index.json has
-            `force_zeros_for_empty_prompt`, that is zeros.
-        class_prompts: a prompt a class. `features` takes the one of each image's label, and
-            `prompt` where that is negative or labels are None. Without them labels play no part.
+        prompt: the caption of all images. The UNet was trained with the empty one where captions
+            were dropped; for an SDXL whose model_index.json has `force_zeros_for_empty_prompt`, the
+            empty one is embedded as zeros.
+        class_prompts: one prompt per class. `features` uses the one of each image's label, and
+            `prompt` if the label is negative or labels are None. Without these, labels are ignored.
         revision: branch, tag or commit, for a hub id.
         view: see `teachers.diffusion.View`; layers are `mid_block`, `up_blocks.1`,
             `down_blocks.2.attentions.0.transformer_blocks.0`, ...
@@ -49,12 +49,12 @@ def stable_diffusion(
 
 
 class TextUNet:
-    """The family (a `diffusion.Family`); arguments as `stable_diffusion`.
+    """The family of `stable_diffusion`, with its arguments (a `diffusion.Family`).
 
     Raises:
-        OSError: a missing folder or file, or the hub cannot give it.
-        ValueError: not such a pipeline (an inpainting or an upscaling UNet, say), prompts that are
-            no list of strings, or a prompt that is too long.
+        OSError: a folder or file is missing, or the hub does not have it.
+        ValueError: another kind of pipeline (such as inpainting or upscaling), prompts that are not
+            a list of strings, or a prompt that is too long.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class TextUNet:
             )
 
     def _text_widths(self) -> dict[str, int]:
-        """Channels that the UNet takes of a prompt, by the encoders that give them."""
+        """Channels that the UNet expects of a prompt, by the encoders that give them."""
         widths = {"text_encoder": self.config["cross_attention_dim"]}
         if self.is_sdxl:
             widths = {"text_encoder and text_encoder_2": self.config["cross_attention_dim"]}
@@ -134,7 +134,7 @@ class TextUNet:
         return widths
 
     def _check_text(self, prompts: text.Prompts) -> None:
-        """Raises ValueError where the text encoders are those of another UNet."""
+        """Raises ValueError if the text encoders belong to another UNet."""
         for (encoder, width), given in zip(
             self._text_widths().items(), prompts.buffers(), strict=True
         ):
@@ -145,7 +145,7 @@ class TextUNet:
                 )
 
     def build(self) -> nn.ModuleDict:
-        """The UNet, the autoencoder, and zeros for the prompts."""
+        """The parts without trained weights: UNet, autoencoder, and zeros for the prompts."""
         width, *pooled = self._text_widths().values()
         count = len(self.prompts)
         tokens = torch.zeros(count, self.prompt_length, width)
@@ -158,7 +158,7 @@ class TextUNet:
         )
 
     def load(self, random_weights: int | None) -> nn.ModuleDict:
-        """The same with trained weights and embedded prompts; only the UNet's may be fresh."""
+        """The parts with trained weights and prompts; with a seed, the UNet's are fresh."""
         prompts = text.embed(self.root, self.prompts, encoders=1 + self.is_sdxl)
         self._check_text(prompts)
         if self.empty_is_zeros:
@@ -175,7 +175,7 @@ class TextUNet:
         return nn.ModuleDict({"network": network, "vae": vae, "prompts": prompts})
 
     def encode(self, parts: nn.ModuleDict, images: Tensor) -> Tensor:
-        """The latents, scaled."""
+        """The input of the network: the latents, scaled."""
         return latents.encode(parts["vae"], images)
 
     def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
@@ -194,7 +194,7 @@ class TextUNet:
         return parts["network"](x, times, prompts.tokens[rows], added_cond_kwargs=added)
 
     def feature_map(self, output: Any, x: Tensor) -> Any:
-        """Maps already, first in a block's tuple; inside of a transformer (B, h w, C) tokens."""
+        """A module's map; blocks return it first in a tuple, transformers as (B, h w, C) tokens."""
         output = first_tensor(output)
         if not isinstance(output, Tensor) or output.ndim != 3:
             return output

@@ -1,4 +1,4 @@
-"""Feature maps from inside a network, and no computation after the last of them."""
+"""Feature maps from inside a network, without computing anything after the last of them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 
 class LastLayerReached(Exception):
-    """Ends a forward pass whose remaining layers nobody asked for."""
+    """Ends a forward pass whose remaining layers are not needed."""
 
 
 def first_tensor(output: Any) -> Any:
-    """A module's feature map: some modules answer a map, others a tuple that it comes first in."""
+    """A module's feature map: some modules return a map, others a tuple that starts with it."""
     return output[0] if isinstance(output, tuple) else output
 
 
 class Tap:
-    """Runs a network as far as its last asked layer, and keeps the asked layers' outputs.
+    """Runs a network up to the last requested layer, and keeps the requested layers' outputs.
 
-    Hooks do it, and an exception in the last one, so that this works for every network as it is
-    published, and `torch.compile` sees a graph that ends there. Outside of a call the network
-    behaves as if untouched.
+    It uses hooks, of which the last raises an exception, so that it works with unchanged networks
+    and `torch.compile` sees a graph that ends there. Outside of a call the network behaves as
+    usual.
 
     Args:
         network: hooks are put on its modules, once.

@@ -1,6 +1,6 @@
-"""Prompts as a diffusion model reads them, embedded once by its pipeline's CLIP text encoders.
+"""Prompts, embedded once by a pipeline's CLIP text encoders.
 
-`transformers` is needed here alone, when prompts are embedded.
+Only this module needs `transformers`, and only to embed prompts.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Prompts(nn.Module):
     """Embedded prompts, as buffers: they move, are cast and are fingerprinted like weights.
 
     Args:
-        tokens: (P, L, D), a row a prompt.
-        pooled: (P, E), each prompt as one vector, where the model asks for it.
+        tokens: (P, L, D), one row per prompt.
+        pooled: (P, E), each prompt as one vector, if the model needs it.
     """
 
     tokens: Tensor
@@ -38,15 +38,15 @@ class Prompts(nn.Module):
 
 
 def prompt_length(pipeline: Path, encoders: int) -> int:
-    """L, the number of tokens that every prompt is padded to; also finds what is missing.
+    """L, the number of tokens that every prompt is padded to; also checks that all files exist.
 
     Args:
         pipeline: its folder, with text_encoder/ and tokenizer/.
-        encoders: 2 where text_encoder_2/ and tokenizer_2/ belong to it too, else 1.
+        encoders: 2 if it also has text_encoder_2/ and tokenizer_2/, else 1.
 
-    Raises:
-        OSError: a folder or a file of them is missing.
-        ValueError: a file of them is damaged.
+        Raises:
+            OSError: one of these folders or its files is missing.
+            ValueError: one of the files is damaged.
     """
     for suffix in ("", "_2")[:encoders]:
         loading.read_json(pipeline / f"text_encoder{suffix}" / "config.json")
@@ -77,9 +77,9 @@ def prompt_length(pipeline: Path, encoders: int) -> int:
 def embed(pipeline: Path, prompts: Sequence[str], encoders: int) -> Prompts:
     """The prompts as the pipelines of Stable Diffusion embed them.
 
-    One encoder gives its last layer, normalised (Rombach et al. 2022). Of two, it is the last but
-    one of both, side by side, and the second's projected text as the pooled one (Podell et al.
-    2023, section 2.1).
+    One encoder gives its last layer, normalised (Rombach et al. 2022). Two give their last but one
+    layers, concatenated, and the second one's projected text as `pooled` (Podell et al. 2023,
+    section 2.1).
 
     Args:
         pipeline, encoders: see `prompt_length`.
@@ -113,7 +113,7 @@ def embed(pipeline: Path, prompts: Sequence[str], encoders: int) -> Prompts:
 
 
 def _token_ids(folder: Path, prompts: Sequence[str], length: int) -> Tensor:
-    """(P, L) int64, each prompt between its marks and padded."""
+    """Token ids (P, L) int64 of each prompt, with start and end marks and padding."""
     from transformers import CLIPTokenizer
     from transformers.utils import logging as chatter
 
@@ -136,8 +136,8 @@ def _token_ids(folder: Path, prompts: Sequence[str], length: int) -> Tensor:
 
 
 def _check_merges(folder: Path) -> None:
-    """Raises ValueError where words would fall into other tokens than those of the vocabulary, as
-    merges.txt is cut: transformers would go on without a word."""
+    """Raises ValueError if merges.txt is cut and cannot produce all tokens of the vocabulary;
+    transformers would not notice."""
     path = folder / "merges.txt"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -158,7 +158,7 @@ def _check_merges(folder: Path) -> None:
 
 
 def _load_encoder(folder: Path, kind: Any) -> Any:
-    """A text encoder in float32, all of its weights from the file."""
+    """A text encoder in float32, with all of its weights read from the file."""
     weights, variant = loading.find_weights(folder, "model.safetensors", "pytorch_model.bin")
     from transformers.utils import logging as chatter
 

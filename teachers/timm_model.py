@@ -1,6 +1,6 @@
 """Any timm model as a teacher without timesteps: DINOv2, DINOv3, MAE, supervised ViTs, ConvNets.
 
-The baseline that says whether a diffusion model is the right teacher for a task at all.
+These are the baseline that shows whether a diffusion model is the right teacher for a task.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def timm_model(
     kwargs: Mapping[str, Any] = MappingProxyType({}),
     **view: Unpack[View],
 ) -> DiffusionTeacher:
-    """A timm model that sees the image itself: its one timestep is 0, and there is no noise.
+    """A timm model that sees the image itself: its only timestep is 0, and there is no noise.
 
     Args:
         path: a timm model's name (`vit_small_patch14_dinov2.lvd142m`), `local-dir:FOLDER` as
             `timm.models.save_for_hf` writes it, or `hf-hub:ID`.
         kwargs: further arguments of the timm model.
         view: see `teachers.diffusion.View`; layers are timm's module names: `blocks.11`, `norm`,
-            `layer3`, `stages.2`. Without noise every `input` is the same, and one draw is enough. A
-            ViT's position embedding is resized once to `image_size`, and without it every time.
+            `layer3`, `stages.2`. Without noise every `input` is equal, and one draw is enough. A
+            ViT's position embedding is resized once if `image_size` is given, otherwise every time.
 
     Raises:
         ValueError, OSError: see `DiffusionTeacher` and `TimmModel`.
@@ -59,11 +59,11 @@ def timm_model(
 
 
 class TimmModel:
-    """The family (a `diffusion.Family`); arguments as `timm_model`.
+    """The family of `timm_model`, with its arguments (a `diffusion.Family`).
 
     Raises:
-        OSError: its config cannot be had.
-        ValueError: an unknown model or argument, or a model that is no teacher.
+        OSError: its config cannot be read.
+        ValueError: an unknown model or argument, or a model without feature maps.
     """
 
     def __init__(
@@ -112,12 +112,12 @@ class TimmModel:
         self.channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
 
     def build(self) -> nn.ModuleDict:
-        """The parts: the network alone, its classifier included."""
+        """The parts without trained weights: only the network, with its classifier."""
         network = timm.create_model(pretrained=False, **self.arguments)
         return nn.ModuleDict({"network": network})
 
     def load(self, random_weights: int | None) -> nn.ModuleDict:
-        """The same with its trained weights, or fresh ones."""
+        """The parts with trained weights or, with a seed, fresh ones."""
         if random_weights is not None:
             return loading.randomly(self.build, random_weights)
         try:
@@ -128,18 +128,18 @@ class TimmModel:
         return nn.ModuleDict({"network": network})
 
     def encode(self, parts: nn.ModuleDict, images: Tensor) -> Tensor:
-        """The pixels themselves."""
+        """The input of the network: the pixels themselves."""
         return images
 
     def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
-        """Run the network on images normalised as it was trained on."""
+        """Run the network on images normalised as in its training."""
         mean, std = (values.to(x)[:, None, None] for values in (self.mean, self.std))
         return parts["network"](((x + 1) / 2 - mean) / std)
 
     def feature_map(self, output: Any, x: Tensor) -> Any:
-        """Tokens (B, prefix + h w, C) without their prefix, and maps (B, h, w, C), as (B, C, h, w).
+        """Turn tokens (B, prefix + h w, C) or maps (B, h, w, C) into (B, C, h, w), without prefix.
 
-        The prefix is timm's: class token and registers come before the patches.
+        The prefix is timm's: class token and registers precede the patches.
         """
         output = first_tensor(output)
         if not isinstance(output, Tensor):
@@ -161,7 +161,7 @@ class TimmModel:
 
 
 def _check_input(path: str, config: Mapping[str, Any]) -> None:
-    """Raises ValueError where a config does not say how RGB images are to be handed in."""
+    """Raises ValueError if a config does not say how to normalise RGB images."""
     for key, least in (("mean", -math.inf), ("std", 0), ("input_size", 0)):
         numbers = config.get(key)
         if (
