@@ -1,11 +1,11 @@
-"""Choosing timesteps: one choice an image, learned from the reward that the choice earned.
+"""Choosing timesteps: one choice per image, learned from the reward that the choice earned.
 
-`protocol` says what a policy is; `simple`, `reinforce`, `bandits`, `sb3`, `dqn` and `soft_mix` hold
-the policies, and `progress` shows one of them how far training is; `reward` and `label_free` say
-what a choice earns; `table` holds recorded rewards, and `environment` the same problem as a
-gymnasium environment, registered here by name alone; `drawing`, `bins` and `summary` turn
-distributions into indices, indices into timesteps, and distributions into figures. None of them is
-imported here: stable-baselines3 takes two seconds to load.
+`protocol` defines a policy; `simple`, `reinforce`, `bandits`, `sb3`, `dqn` and `soft_mix` have the
+policies, and `progress` shows one how far training is. `reward` and `label_free` compute rewards;
+`table` has recorded ones, and `environment` the problem as a gymnasium environment, registered
+here by name. `drawing`, `bins` and `summary` turn distributions into indices, indices into
+timesteps, and distributions into figures. None of them is imported here, as stable-baselines3
+takes two seconds to load.
 """
 
 import gymnasium

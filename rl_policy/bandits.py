@@ -1,4 +1,4 @@
-"""Bandits that know no context: which bin is best for all images together, and how sure that is."""
+"""Bandits without context, which learn the best bin for all images together."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rl_policy.scaling import RunningScale
 
 
 class GaussianBandit:
-    """What Thompson and UCB share: a Gaussian posterior of the mean reward of each bin.
+    """Base of Thompson and UCB: a Gaussian posterior of each bin's mean reward.
 
-    Rewards are taken to be normal around their bin's mean, with the variance that rewards have as
-    a whole; the prior of the means is normal too, around the mean of all rewards. Sums are kept
-    in units of the rewards and standardised where they are read: with the bins all on the scale of
-    one moment, a mean that rises as the policy improves favours no bin.
+    Rewards are assumed normal around their bin's mean, with the variance of all rewards; the prior
+    of the means is normal too, around the mean of all rewards. Sums are stored in units of the
+    rewards and standardised when they are read: all bins are then on the scale of one moment, and a
+    mean that rises as the policy improves favours no bin.
 
     Args:
         bins: K.
-        discount: what past rewards weigh after a step, so that the posterior follows rewards that
+        discount: weight of past rewards after each step, so that the posterior follows rewards that
             drift (Garivier and Moulines 2011); 1 never forgets.
-        prior: deviation of the bins' means before there are rewards, in deviations of a reward.
+        prior: prior standard deviation of the bins' means, in standard deviations of a reward.
     """
 
     def __init__(self, bins: int, discount: float, prior: float) -> None:
@@ -37,6 +37,7 @@ class GaussianBandit:
     def learn(
         self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float
     ) -> dict[str, float]:
+        """See `TimestepPolicy.learn`."""
         self.reward_scale.update(rewards.double())
         self.counts.mul_(self.discount).index_add_(0, bins, torch.ones_like(rewards).double())
         self.sums.mul_(self.discount).index_add_(0, bins, rewards.double())
@@ -52,17 +53,19 @@ class GaussianBandit:
         return standardised / precision, precision.rsqrt()
 
     def state_dict(self) -> dict[str, Any]:
+        """See `TimestepPolicy.state_dict`."""
         scale = self.reward_scale.state_dict()
         return {"counts": self.counts, "sums": self.sums, "reward_scale": scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TimestepPolicy.load_state_dict`."""
         self.counts.copy_(state["counts"])
         self.sums.copy_(state["sums"])
         self.reward_scale.load_state_dict(state["reward_scale"])
 
 
 class Thompson(GaussianBandit):
-    """Thompson sampling: each bin as often as it is, by the posterior, the best (Thompson 1933).
+    """Thompson sampling: choose each bin with its posterior probability of being best (1933).
 
     Args:
         discount: see `GaussianBandit`.
@@ -82,13 +85,15 @@ class Thompson(GaussianBandit):
         super().__init__(bins, discount, prior)
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
+        """See `TimestepPolicy.act`."""
         return torch.multinomial(self._best(), len(context), True, generator=generator)
 
     def probabilities(self, context: Tensor) -> Tensor:
+        """See `TimestepPolicy.probabilities`."""
         return self._best().float().expand(len(context), -1)
 
     def _best(self) -> Tensor:
-        """The probability (K,) of each bin to be the best: the integral of p_k prod_j!=k F_j."""
+        """The probability (K,) that each bin is the best: the integral of p_k prod_j!=k F_j."""
         mean, deviation = self.posterior()
         low, high = (mean - 8 * deviation).max(), (mean + 8 * deviation).max()
         edges = torch.linspace(low.item(), high.item(), 2001, dtype=torch.float64)[:, None]
@@ -100,15 +105,15 @@ class Thompson(GaussianBandit):
 
 
 class UCB(GaussianBandit):
-    """Upper confidence bounds (Auer et al. 2002), for many choices between two looks at rewards.
+    """Upper confidence bounds (Auer et al. 2002), for a batch of choices per step.
 
-    Images of one step choose before any of them is rewarded. As in GP-BUCB (Desautels et al. 2014)
-    a choice narrows its bin's bound as if the reward were the mean it has, and the step's choices
-    are shared out so that the bounds of all chosen bins end up equal. Each image draws from those
+    A step's images choose before any of them is rewarded. As in GP-BUCB (Desautels et al. 2014) a
+    choice narrows its bin's bound as if it earned the bin's mean, and the step's choices are
+    distributed so that the bounds of all chosen bins become equal. Each image draws from these
     shares.
 
     Args:
-        exploration: how many deviations the bound lies above the mean.
+        exploration: distance of the bound above the mean, in standard deviations.
         discount: see `GaussianBandit`.
         prior: see `GaussianBandit`.
     """
@@ -129,19 +134,21 @@ class UCB(GaussianBandit):
         self.batch, self.exploration = batch, exploration
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
+        """See `TimestepPolicy.act`."""
         return torch.multinomial(self._shares(), len(context), True, generator=generator)
 
     def probabilities(self, context: Tensor) -> Tensor:
+        """See `TimestepPolicy.probabilities`."""
         return self._shares().float().expand(len(context), -1)
 
     def _shares(self) -> Tensor:
-        """Shares (K,) of the bins in the next `batch` choices, by bisection of the common bound."""
+        """Shares (K,) of the bins among the next `batch` choices, by bisecting the common bound."""
         mean, deviation = self.posterior()
         low, high = mean.max(), (mean + self.exploration * deviation).max()
         choices = torch.ones_like(mean)
         for _ in range(50):
             bound = (low + high) / 2
-            # A bin reaches the bound with this precision, of which it has some already
+            # A bin reaches the bound at this precision; it already has part of it
             wanted = (self.exploration / (bound - mean)).square() - deviation.pow(-2)
             choices = wanted.clamp(min=0)
             low, high = (bound, high) if choices.sum() > self.batch else (low, bound)

@@ -1,4 +1,4 @@
-"""What an image earns whatever is chosen for it, taken off what a choice earned."""
+"""A baseline per image: what it earns on average is subtracted from its rewards."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from torch import Tensor, nn
 from rl_policy.scaling import RunningScale
 
 FORGETTING = 0.1
-"""Least weight of an image's newest reward in its mean: what it earns drifts as the heads learn."""
+"""Least weight of the newest reward in an image's mean, as rewards drift while the heads learn."""
 
 
 class ImageBaseline(nn.Module):
-    """Takes off each reward what the same image has earned before.
+    """Subtracts from each reward what the same image earned before.
 
-    An image that is hard is hard at every timestep, so that most of a reward's variance says
-    nothing of the choice: 85% on CIFAR-10 among timesteps up to 200. Labelled images are few and
-    come back; what one has earned before does not depend on the choice of the moment, and as a
-    baseline it leaves the policy's gradient the same in expectation, with less variance (Williams
-    1992). A critic of the context cannot stand in for it: it does not know the label.
+    A hard image is hard at every timestep, so most of a reward's variance does not depend on the
+    choice: 85% on CIFAR-10 among timesteps up to 200. Labelled images are few and reappear; their
+    earlier rewards do not depend on the current choice, so as a baseline they leave the expected
+    policy gradient unchanged and lower its variance (Williams 1992). A critic of the context cannot
+    replace it, as it does not know the label.
 
-    Rewards count from the running mean of all images, and an image's mean as if one reward of 0 had
-    come first.
+    Rewards count relative to the running mean of all images, and each image's mean starts with one
+    reward of 0.
 
     Args:
-        images: how many images can come back.
+        images: number of images that can reappear.
     """
 
     own: Tensor
@@ -38,11 +38,11 @@ class ImageBaseline(nn.Module):
 
     @torch.no_grad()
     def forward(self, places: Tensor, rewards: Tensor) -> Tensor:
-        """Take in a step's rewards; each less its image's baseline of before.
+        """Subtract each image's baseline from its reward, then update the baselines.
 
         Args:
-            places: (N,) int64, which image each is of, 0 to images - 1; -1 for one that is not
-                known, whose baseline is that of all images.
+            places: (N,) int64, the image of each reward, 0 to images - 1; -1 for an unknown
+                image, whose baseline is the mean of all images.
             rewards: (N,) float32.
 
         Returns:

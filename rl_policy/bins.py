@@ -23,9 +23,9 @@ def timestep_bins(
 
     Args:
         log_snr: log(alpha_bar / (1 - alpha_bar)) at each of the T timesteps, falling with t.
-        count: K. One bin alone lies in the middle.
-        spacing: equal steps of the index ("linear"), or of the log signal-to-noise ratio
-            ("log_snr"): the nearest timestep to each, or the next free one.
+        count: K. A single bin lies in the middle.
+        spacing: equal steps of the index ("linear") or of the log signal-to-noise ratio
+            ("log_snr"), rounded to the nearest free timestep.
         lowest: smallest timestep allowed.
         highest: largest timestep allowed, T-1 if None.
 
@@ -33,8 +33,8 @@ def timestep_bins(
         (K,) int64, increasing, within [lowest, highest].
 
     Raises:
-        ValueError: a range outside 0..T-1, more bins than timesteps, an unknown spacing, or a
-            log-SNR that is not finite and falling within the range although `spacing` needs it.
+        ValueError: a range outside 0..T-1, more bins than timesteps, an unknown spacing, or for
+            "log_snr" a log-SNR that is not finite and falling within the range.
     """
     curve = torch.as_tensor(log_snr, dtype=torch.float64).cpu()
     last = len(curve) - 1
@@ -60,7 +60,7 @@ def timestep_bins(
 
 
 def _nearest_distinct(curve: Tensor, fractions: Tensor) -> Tensor:
-    """Indices of a falling curve (N,) nearest to these fractions (K,) of its fall, all distinct."""
+    """Distinct indices of a falling curve (N,) nearest to the fractions (K,) of its fall."""
     if not bool(torch.isfinite(curve).all()) or bool((curve.diff() >= 0).any()):
         raise ValueError(
             "log-SNR spacing needs a log-SNR that is finite and falls with the timestep; narrow "

@@ -1,4 +1,4 @@
-"""Value learning of stable-baselines3: the reward of each bin, and the best bin with it."""
+"""Value learning of stable-baselines3: it predicts each bin's reward and picks the best bin."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from rl_policy.seeding import seeded_numpy, seeded_torch
 class DQNPolicy:
     """Deep Q-network (Mnih et al. 2015) on a replay buffer of the last steps, with gamma 0.
 
-    What is left of it for a bandit is a regression of the reward, standardised by a running mean
-    and scale, on context and bin. It chooses the bin with the largest value, or with a small
-    probability any: it stays spread over the images only where the values tell them apart.
+    For a bandit it reduces to a regression of the reward, standardised by a running mean and scale,
+    on context and bin. It chooses the bin with the largest value, or with a small probability any
+    bin; images get different bins only if their values differ.
 
     Args:
         learning_rate: of Adam.
-        exploration: the probability of any bin at the end; it falls linearly from 1.
-        exploration_until: the share of the steps with a teacher after which it is that.
+        exploration: final probability of a random bin; it falls linearly from 1.
+        exploration_until: share of the steps with a teacher after which `exploration` is reached.
         hidden: width of the two hidden layers.
-        replay: steps kept; few, because rewards drift as the reward head learns.
-        minibatch: images in a gradient step.
-        gradient_steps: after each step.
+        replay: number of steps stored; few, because rewards drift as the reward head learns.
+        minibatch: images per gradient step.
+        gradient_steps: number of gradient steps after each step.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class DQNPolicy:
         self.model.set_logger(Logger(folder=None, output_formats=[]))
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
+        """See `TimestepPolicy.act`."""
         fallen = min(1.0, progress / self.exploration_until)
         self.rate = 1 - (1 - self.exploration) * fallen
         return draw(self.probabilities(context), generator)
@@ -88,7 +89,7 @@ class DQNPolicy:
         """See `TimestepPolicy.learn`.
 
         Raises:
-            ValueError: not `batch` images.
+            ValueError: the number of images is not `batch`.
         """
         if len(context) != self.batch:
             raise ValueError(
@@ -115,6 +116,7 @@ class DQNPolicy:
 
     @torch.no_grad()
     def probabilities(self, context: Tensor) -> Tensor:
+        """See `TimestepPolicy.probabilities`."""
         values = self.model.q_net(self.context_scale(context))
         check_finite(values)
         best = values.argmax(dim=1, keepdim=True)
@@ -122,6 +124,7 @@ class DQNPolicy:
         return spread.scatter_add_(1, best, torch.full(best.shape, 1 - self.rate))
 
     def state_dict(self) -> dict[str, Any]:
+        """See `TimestepPolicy.state_dict`."""
         buffer = self._buffer
         filled = buffer.buffer_size if buffer.full else buffer.pos
         return {
@@ -139,6 +142,7 @@ class DQNPolicy:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TimestepPolicy.load_state_dict`."""
         self.model.policy.load_state_dict(state["network"])
         self.model.policy.optimizer.load_state_dict(state["optimizer"])
         self.context_scale.load_state_dict(state["context_scale"])

@@ -1,4 +1,4 @@
-"""From a distribution over bins to a bin an image."""
+"""From a distribution over bins to one bin per image."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ EXPLODED = "the policy diverged: its outputs are no longer finite; try a smaller
 
 
 def check_finite(outputs: Tensor) -> None:
-    """Raises ValueError where a network's outputs are not finite: its weights have exploded."""
+    """Raises ValueError if a network's outputs are not finite: its weights have exploded."""
     if not bool(outputs.isfinite().all()):
         raise ValueError(EXPLODED)
 
 
 def draw(probabilities: Tensor, generator: Generator) -> Tensor:
-    """A bin an image: probabilities (B, K) -> (B,) int64.
+    """Draw one bin per image: probabilities (B, K) -> (B,) int64.
 
     Raises:
-        ValueError: they are not finite, as of a network whose weights have exploded.
+        ValueError: they are not finite, because a network's weights have exploded.
     """
     check_finite(probabilities)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
@@ -29,7 +29,7 @@ def draw(probabilities: Tensor, generator: Generator) -> Tensor:
 
 @contextmanager
 def of_finite_logits() -> Iterator[None]:
-    """Around torch's own distributions, which refuse logits that are no numbers: the same line."""
+    """Turn the error of torch's distributions about NaN logits into `EXPLODED`."""
     try:
         yield
     except ValueError as error:

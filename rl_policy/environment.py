@@ -7,7 +7,7 @@ Importing `rl_policy` registers `distill/TimestepSelection-v0`, which replays a 
     environment = gymnasium.make("distill/TimestepSelection-v0", source="table.safetensors")
     stable_baselines3.A2C("MlpPolicy", environment, gamma=0.0).learn(10_000)
 
-`gymnasium.make_vec("distill/TimestepSelection-v0", num_envs=64, source=...)` looks a whole batch up
+`gymnasium.make_vec("distill/TimestepSelection-v0", num_envs=64, source=...)` handles a whole batch
 at once.
 """
 
@@ -27,11 +27,11 @@ from rl_policy.table import ReplayTable
 
 
 class RewardSource(Protocol):
-    """Images with contexts, and what each choice of a timestep bin for them earns.
+    """Images with contexts, and the reward of each choice of a timestep bin.
 
-    Live, `earn` does one distillation step on these images at these bins, so that one step of
-    the environment is one step of distillation. Replayed, both methods look the answer up. Images
-    go by their index, 0..images-1, and come in batches.
+    A live source does one distillation step on the images at the given bins in `earn`, so that one
+    step of the environment is one step of distillation. A recorded one looks contexts and rewards
+    up. Images are given by their index, 0..images-1, in batches.
     """
 
     @property
@@ -48,19 +48,19 @@ class RewardSource(Protocol):
         ...
 
     def earn(self, images: NDArray[np.int64], bins: NDArray[np.int64]) -> NDArray[np.float32]:
-        """What these bins (B,) earn for these images (B,) -> (B,) float32."""
+        """Rewards of bins (B,) for images (B,) -> (B,) float32."""
         ...
 
 
 Source = RewardSource | str | os.PathLike[str]
-"""Where rewards come from; a path is that of a `ReplayTable`."""
+"""Source of rewards; a path is that of a `ReplayTable`."""
 
 
 Contexts = gymnasium.Space[NDArray[np.float32]]
 
 
 def _open(source: Source) -> tuple[RewardSource, Contexts, spaces.Discrete]:
-    """The source, and the spaces of one context and one choice."""
+    """Read the source, and build the spaces of one context and one choice."""
     if isinstance(source, str | os.PathLike):
         source = ReplayTable.read(source)
     limit = np.finfo(np.float32).max  # any finite context: the checkers mistrust infinity
@@ -69,11 +69,11 @@ def _open(source: Source) -> tuple[RewardSource, Contexts, spaces.Discrete]:
 
 
 class TimestepEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
-    """A contextual bandit: see one image's context, choose a bin, get the reward; one step long.
+    """A contextual bandit: see one image's context, choose a bin, get the reward.
 
     Observation: the context, Box (D,) float32. Action: the bin, Discrete(K). `reset` draws the
-    image uniformly; `info["image"]` tells its index. The observation after the step is the same
-    context again, for nothing follows from the choice.
+    image uniformly; `info["image"]` has its index. An episode is one step long, and the observation
+    after it is the same context.
     """
 
     def __init__(self, source: Source) -> None:
@@ -94,7 +94,7 @@ class TimestepEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         """Earn the reward of the bin `action` for the image.
 
         Raises:
-            gymnasium.error.ResetNeeded: the image has had its choice; `reset` draws the next.
+            gymnasium.error.ResetNeeded: the episode is over; `reset` draws the next image.
             gymnasium.error.InvalidAction: there is no such bin.
         """
         if self._image is None:
@@ -106,15 +106,14 @@ class TimestepEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
 
 
 class TimestepVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray[Any]]):
-    """As many of these at once, in one look-up (or one live step of distillation) a step.
+    """A batch of `TimestepEnv`, with one look-up (or live step of distillation) per step.
 
-    Every step ends all episodes, so that the next images are drawn in the same step: the
-    observations that `step` returns are theirs, and those that it ended on stand in
-    `info["final_obs"]`, as gymnasium has it.
+    Every step ends all episodes and draws the next images: `step` returns their observations, and
+    the last ones of the ended episodes are in `info["final_obs"]`, as gymnasium defines it.
 
     Args:
         num_envs: B.
-        source: as of `TimestepEnv`.
+        source: as for `TimestepEnv`.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (as in the base class)
@@ -140,8 +139,8 @@ class TimestepVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArra
         """Earn the rewards of the bins `actions` (B,), and draw the next images.
 
         Raises:
-            gymnasium.error.ResetNeeded: there was no `reset` yet.
-            gymnasium.error.InvalidAction: they are not B bins.
+            gymnasium.error.ResetNeeded: `reset` was not called yet.
+            gymnasium.error.InvalidAction: the actions are not B bins.
         """
         if self._images is None:
             raise gymnasium.error.ResetNeeded("call reset() first")

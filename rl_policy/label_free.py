@@ -1,4 +1,4 @@
-"""The reward `label_free`: what the teacher's feature tells of clusters in place of labels."""
+"""The reward `label_free`: what the teacher's feature says about clusters instead of labels."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from rl_policy.reward import TeacherTaskReward
 from rl_policy.scaling import RunningScale
 
 TEMPERATURE = 0.05
-"""Of the softmax over clusters, whose scores are cosines (SwAV, Caron et al. 2020)."""
+"""Temperature of the softmax over clusters, whose scores are cosines (SwAV, Caron et al. 2020)."""
 QUEUE = 512
-"""The last images, among which the clusters have equal shares."""
+"""Number of last images among which the clusters have equal shares."""
 ITERATIONS = 3
-"""Of Sinkhorn's algorithm a step, from where the last step left it."""
+"""Iterations of Sinkhorn's algorithm per step, starting from the last step's result."""
 PAST = 0.99
-"""What earlier images weigh a step later in the centres of bins and clusters."""
+"""Decay per step of earlier images' weights in the centres of bins and clusters."""
 
 
 class LabelFreeReward(nn.Module):
     """`TeacherTaskReward` on pseudo-labels: clusters of the teacher's features.
 
-    A cluster of the very feature that is rewarded would prove nothing: noise tells its own cluster
-    best. The pseudo-label must not depend on the chosen bin. So what is clustered is the part of
-    the pooled teacher feature that the image decides, its mean over bins and noise: a linear map of
-    the student's pooled feature is regressed on the features of whatever bins are chosen, and the
-    image's cluster is that of its prediction. Each bin's features are centred by themselves first,
-    or the mean would tell which bins the policy gives to whom. A bin of pure noise moves the
-    regression nowhere and tells no cluster, so that it earns nothing.
+    A cluster of the rewarded feature itself would prove nothing, as noise predicts its own cluster
+    best: the pseudo-label must not depend on the chosen bin. So the clustered quantity is the part
+    of the pooled teacher feature that the image decides, its mean over bins and noise: a linear map
+    of the student's pooled feature is regressed on the features at the chosen bins, and its
+    prediction gives the image's cluster. Each bin's features are centred separately first, or the
+    mean would reveal which images get which bins. A bin of pure noise does not move the regression
+    and predicts no cluster, so it earns nothing.
 
-    Images are assigned to clusters by Sinkhorn's algorithm with equal shares, among the last images
-    rather than those of one batch, which may be fewer than the clusters (SwAV, Caron et al. 2020,
-    with its queue). So all images in one cluster is no solution, whatever the features are.
-    Cluster centres are running means of their images' predictions, on the unit sphere.
+    Images are assigned to clusters by Sinkhorn's algorithm with equal shares, over the last images
+    rather than one batch, which may be smaller than the number of clusters (SwAV, Caron et al.
+    2020, with its queue). So putting all images into one cluster is never a solution. Cluster
+    centres are running means of their images' predictions, on the unit sphere.
 
-    Several processes see each other's pooled features here, and keep the same clusters and scales.
+    All processes share their pooled features here, and have the same clusters and scales.
 
     Args:
         channels: C of the teacher's feature map.
@@ -68,16 +68,17 @@ class LabelFreeReward(nn.Module):
         self.register_buffer("potentials", torch.zeros(clusters))
 
     def forward(self, feature: Tensor, bins: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-        """Train on these images, and reward their choices; in float32, whatever autocast says.
+        """Losses to train on these images, and their rewards; in float32 despite autocast.
 
         Args:
             feature: (B, C, h, w) floating, the teacher's, without gradient.
-            bins: (B,) int64 in 0..K-1, that it was taken at.
+            bins: (B,) int64 in 0..K-1, the bins of the feature.
             student: (B, D) floating, the student's pooled feature, without gradient.
 
         Returns:
             Losses (B,) of regression and head, and rewards (B,) without gradient: what the feature
-            tells of the pseudo-label beyond the bin, in nats. Running figures follow in training.
+            says about the pseudo-label beyond the bin, in nats. In training mode running figures
+            are updated.
         """
         with torch.autocast(feature.device.type, enabled=False):
             student = student.float()
@@ -100,7 +101,7 @@ class LabelFreeReward(nn.Module):
 
     @torch.no_grad()
     def codes(self, predicted: Tensor) -> Tensor:
-        """Pseudo-labels, a distribution over clusters each: predictions (B, C) -> (B, P)."""
+        """Pseudo-labels, a distribution over clusters per image: predictions (B, C) -> (B, P)."""
         codes: Tensor = (self._scores(F.normalize(predicted, dim=1)) + self.potentials).softmax(1)
         return codes
 
@@ -109,7 +110,7 @@ class LabelFreeReward(nn.Module):
 
     @torch.no_grad()
     def _centred(self, pooled: Tensor, bins: Tensor) -> Tensor:
-        """Pooled features (B, C), standardised, less the running mean of their bin."""
+        """Pooled features (B, C), standardised, minus the running mean of their bin."""
         if self.training:
             self.scale.update(pooled)
         standardised: Tensor = self.scale(pooled)
@@ -117,12 +118,12 @@ class LabelFreeReward(nn.Module):
             chosen = F.one_hot(of_all(bins), len(self.counts)).to(standardised)  # (B, K)
             self.counts.mul_(PAST).add_(chosen.sum(dim=0))
             self.sums.mul_(PAST).add_(chosen.T @ of_all(standardised))
-        # As if one more image were at the mean of all: a bin of few images is hardly moved
+        # One more image at the mean of all: a bin of few images is hardly moved
         return standardised - (self.sums / (self.counts + 1)[:, None])[bins]
 
     @torch.no_grad()
     def _balance(self, predicted: Tensor) -> None:
-        """Lower the potential of clusters with more than their share of the last images."""
+        """Lower the potential of clusters that have more than their share of the last images."""
         newest = F.normalize(of_all(predicted.detach()), dim=1)
         self.queue.copy_(torch.cat([self.queue, newest])[-len(self.queue) :])
         scores = self._scores(self.queue)  # (Q, P)
@@ -133,7 +134,7 @@ class LabelFreeReward(nn.Module):
 
     @torch.no_grad()
     def _follow(self, predicted: Tensor, codes: Tensor) -> None:
-        """Move the cluster centres to their images; one that few are in moves by as little."""
+        """Move the cluster centres towards their images, in proportion to how many they have."""
         directions, codes = F.normalize(of_all(predicted.detach()), dim=1), of_all(codes)
         members = codes.sum(dim=0)[:, None]  # (P, 1)
         pace = ((1 - PAST) * len(members) / len(codes) * members).clamp(max=1)

@@ -1,4 +1,4 @@
-"""The options that a recipe gives to a policy: one clear line for what is wrong."""
+"""The options that a recipe gives to a policy, checked with one clear line per mistake."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOLD = ("timesteps", "image_size")
-"""Keywords of policies that are no options: what they stand for follows from the run."""
+"""Keywords of policies that are not options, as the run sets them."""
 WIDEST = 2**16
-"""Largest width of a layer that a policy takes for meant."""
+"""Largest width of a layer that is accepted as intended."""
 
 
 class OptionError(ValueError):
-    """An option that a policy does not take; the line begins with its name."""
+    """An unknown or wrong option of a policy; the message begins with its name."""
 
 
 def create(
@@ -30,14 +30,14 @@ def create(
     options: Mapping[str, Any],
     image_size: int | None = None,
 ) -> Any:
-    """A policy, told those of these facts that it has a keyword for.
+    """Build a policy; `timesteps` and `image_size` are passed only if it has these keywords.
 
-    `timesteps` (K,) int64 are those of its bins; `image_size` is the side in px of the images that
-    its contexts are, (3, S, S) flattened, or None if they are something else.
+    `timesteps` (K,) int64 are those of its bins; `image_size` is the side in px if its contexts are
+    images, (3, S, S) flattened, otherwise None.
 
     Raises:
-        OptionError: the policy has no such option, or refuses its value.
-        ValueError: what it is told, or it is called otherwise than policies are.
+        OptionError: the policy has no such option, or rejects its value.
+        ValueError: the policy rejects another argument, or has another signature.
     """
     signature = inspect.signature(policy)
     parameters = signature.parameters
@@ -79,20 +79,20 @@ def _refuse_unknown(policy: Callable[..., Any], options: Iterable[str]) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise unless `value` is one of the choices.
+    """Check that `value` is one of the choices.
 
     Raises:
-        OptionError: it is none of them.
+        OptionError: it is not.
     """
     if value not in choices:
         raise OptionError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise unless `value` is true or false.
+    """Check that `value` is true or false.
 
     Raises:
-        OptionError: it is neither; the text "no" would count as yes.
+        OptionError: it is neither; the text "no" would count as true.
     """
     if not isinstance(value, bool):
         raise OptionError(f"{name} must be true or false, got {value!r}")
@@ -107,10 +107,10 @@ def check_range(
     most: float | None = None,
     whole: bool = False,
 ) -> None:
-    """Raise unless `value` is a number with least <= value <= most and value > above.
+    """Check that `value` is a number with least <= value <= most and value > above.
 
     Raises:
-        OptionError: it is not such a number, or not a whole one although `whole` is set.
+        OptionError: it is not, or `whole` is set and it is not a whole number.
     """
     numeric = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     if (

@@ -1,4 +1,4 @@
-"""Moments of samples, and what several processes that train one model have in common."""
+"""Moments of samples, and gathering them over the processes that train one model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, distributed
 
 
 def of_all(rows: Tensor) -> Tensor:
-    """Rows of this process (N, ...) -> those of all, rank after rank; as many of each."""
+    """Rows of this process (N, ...) -> rows of all, rank after rank; N must be equal for all."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return rows
     parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
@@ -17,12 +17,12 @@ def of_all(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def moments(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of samples (N, ...); torch's `var` takes several times as long on a CPU."""
+    """Mean and variance of samples (N, ...), several times faster than torch's `var` on a CPU."""
     mean = samples.mean(dim=0)
     return mean, (samples - mean).square_().mean(dim=0)
 
 
 def moments_of_all(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of this process's samples -> those of all, as many of each; same shapes."""
+    """Mean and variance of this process's samples -> of all, which must have equal numbers."""
     means, variances = of_all(torch.stack([mean, variance])[None]).unbind(dim=1)
     return means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)

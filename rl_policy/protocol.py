@@ -1,4 +1,4 @@
-"""What the training loop asks of a timestep policy."""
+"""The interface of a timestep policy."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class TimestepPolicy(Protocol):
     """A contextual bandit over K timestep bins, on the CPU.
 
     A policy is built as `Policy(context_size, bins, batch, seed, **options)`: contexts have
-    `context_size` = D numbers, there are `bins` = K choices, `learn` receives `batch` rewards a
-    step (all processes together), and `options` are the recipe's own for this policy, its keywords;
-    one out of range raises ValueError. One that has a keyword `timesteps` is also told
-    what its bins stand for, (K,) int64; one that has a keyword `image_size` the side S in px of the
-    images that contexts are, (3, S, S) in [0, 1] flattened, or None if they are something else.
+    `context_size` = D numbers, there are `bins` = K choices, `learn` receives `batch` rewards per
+    step (of all processes together), and `options` are the recipe's options for this policy; one
+    out of range raises ValueError. A policy with a keyword `timesteps` also gets the timesteps of
+    its bins, (K,) int64; one with a keyword `image_size` gets the side S in px if contexts are
+    images, (3, S, S) in [0, 1] flattened, otherwise None.
 
-    Given the seed, the generators and the calls, everything a policy does is determined. Several
-    processes that each call `learn` with the same gathered transitions therefore stay identical.
-    `progress`, the share that is done of the steps in which the policy acts, lies in [0, 1].
+    The seed, the generators and the calls determine everything a policy does, so processes that
+    each call `learn` with the same gathered transitions stay identical. `progress` in [0, 1] is the
+    share of the steps in which the policy acts that are done.
     """
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
-        """Choose a bin an image: context (B, D) float32, any B -> (B,) int64 in 0..K-1.
+        """Choose one bin per image: context (B, D) float32, any B -> (B,) int64 in 0..K-1.
 
         Changes nothing that `learn` depends on; `generator` is the only randomness.
         """
@@ -34,10 +34,10 @@ class TimestepPolicy(Protocol):
     def learn(
         self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float
     ) -> dict[str, float]:
-        """Learn from the step's rewards, and return finite figures to log (none is fine).
+        """Learn from the step's rewards, and return finite figures to log (possibly none).
 
         context (batch, D) float32 and bins (batch,) int64 as in this step's `act`; rewards
-        (batch,) float32 on any scale: the policies that need it standardise them themselves.
+        (batch,) float32 on any scale: policies that need it standardise them themselves.
         """
         ...
 
@@ -46,25 +46,25 @@ class TimestepPolicy(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as tensors, numbers and plain containers of them, to be saved at once.
+        """Everything that changes, as tensors, numbers and plain containers of them.
 
-        It passes `torch.load(weights_only=True)`. The tensors may be the policy's own: copy what
-        must outlast the next `learn`.
+        `torch.load(weights_only=True)` can read it. The tensors may be the policy's own: save them
+        at once, or copy what must outlast the next `learn`.
         """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where the policy that gave `state` was."""
+        """Continue exactly where the policy that returned `state` was."""
         ...
 
 
 @runtime_checkable
 class MixingPolicy(Protocol):
-    """A policy that chooses no bin: the target is the mixture of the features at all of them.
+    """A policy that mixes the features at all bins into the target instead of choosing a bin.
 
-    Everything else is as of `TimestepPolicy`. The teacher looks K times at every image. The weights
-    get their gradient through the loss of the reward head on the mixed feature, and from nothing
-    else; that head is not told the bin.
+    Otherwise it is like `TimestepPolicy`. The teacher looks K times at every image. The weights get
+    their gradient only from the reward head's loss on the mixed feature; that head does not know
+    the bin.
     """
 
     def mix(self, context: Tensor, progress: float) -> Tensor:
@@ -74,17 +74,21 @@ class MixingPolicy(Protocol):
     def learn(
         self, context: Tensor, weights: Tensor, gradients: Tensor, progress: float
     ) -> dict[str, float]:
-        """Go against the gradients, and return finite figures to log (none is fine).
+        """Descend the gradients, and return finite figures to log (possibly none).
 
         context (N, D) and weights (N, K) of the labelled images as in this step's `mix`; gradients
-        (N, K) float32, of each image's loss of the reward head by its weights.
+        (N, K) float32, of the reward head's loss for each image with respect to its weights.
         """
         ...
 
     def probabilities(self, context: Tensor) -> Tensor:
-        """The weights, to be shown: context (B, D) -> (B, K) float32."""
+        """The weights, for display: context (B, D) -> (B, K) float32."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """See `TimestepPolicy.state_dict`."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TimestepPolicy.load_state_dict`."""
+        ...

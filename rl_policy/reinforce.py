@@ -18,8 +18,8 @@ from rl_policy.seeding import seeded_torch
 class Reinforce:
     """Policy gradient with an entropy bonus (RepFusion: Yang and Wang, ICCV 2023).
 
-    Minimises -mean(reward x log p(bin | context)) - weight x mean entropy, one step of the
-    optimiser each time.
+    `learn` takes one optimiser step on -mean(reward x log p(bin | context)) - weight x mean
+    entropy.
 
     Args:
         network: "mlp", one hidden layer on contexts standardised by a running mean and variance;
@@ -28,13 +28,14 @@ class Reinforce:
         hidden: width of the hidden layers.
         optimizer: "adam", or "sgd" with plain momentum 0.9.
         learning_rate: at the start.
-        rate_drops: the shares of the steps with a teacher after each of which it falls to a tenth.
+        rate_drops: shares of the steps with a teacher, after each of which the rate falls to a
+            tenth.
         weight_decay: L2 penalty on all weights.
-        entropy_weight: at the start; it falls linearly to 0.
-        entropy_until: the share of the steps with a teacher after which it is 0.
-        baseline: standardise the rewards by a running mean and scale, which learns faster, and on
-            any scale of rewards; as published they are used as they come.
-        image_size: side in px of the images that contexts are, None if they are none.
+        entropy_weight: weight of the entropy bonus at the start; it falls linearly to 0.
+        entropy_until: share of the steps with a teacher after which that weight is 0.
+        baseline: standardise the rewards by a running mean and scale, which learns faster and on
+            any scale of rewards; the published method uses raw rewards.
+        image_size: side in px if contexts are images, otherwise None.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Reinforce:
             else:
                 layers = convolutions(image_size, hidden)
             self.network = nn.Sequential(*layers, last)
-        # Every bin alike until there are rewards
+        # All bins are equally likely until there are rewards
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         make = torch.optim.Adam if optimizer == "adam" else partial(torch.optim.SGD, momentum=0.9)
@@ -84,11 +85,13 @@ class Reinforce:
         )
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
+        """See `TimestepPolicy.act`."""
         return draw(self.probabilities(context), generator)
 
     def learn(
         self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float
     ) -> dict[str, float]:
+        """See `TimestepPolicy.learn`."""
         if self.reward_scale is not None:
             self.reward_scale.update(rewards)
             rewards = self.reward_scale(rewards)
@@ -110,6 +113,7 @@ class Reinforce:
 
     @torch.no_grad()
     def probabilities(self, context: Tensor) -> Tensor:
+        """See `TimestepPolicy.probabilities`."""
         return self._logits(context).softmax(dim=-1)
 
     def _logits(self, context: Tensor) -> Tensor:
@@ -119,9 +123,11 @@ class Reinforce:
         return logits
 
     def state_dict(self) -> dict[str, Any]:
+        """See `TimestepPolicy.state_dict`."""
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TimestepPolicy.load_state_dict`."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 
@@ -136,10 +142,10 @@ class Reinforce:
 
 
 def convolutions(image_size: int | None, width: int) -> list[nn.Module]:
-    """Flattened images (B, 3 S S) -> (B, width), for S of 1 px or more.
+    """Layers from flattened images (B, 3 S S) to (B, width), for S of at least 1 px.
 
     Raises:
-        OptionError: contexts are no images.
+        OptionError: contexts are not images.
     """
     if image_size is None:
         raise OptionError(

@@ -1,4 +1,4 @@
-"""What a chosen timestep earned: `teacher_task`, `student_progress`, and sums of rewards."""
+"""Rewards of chosen timesteps: `teacher_task`, `student_progress`, and weighted sums."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from rl_policy.processes import of_all
 from rl_policy.scaling import RunningScale
 
 RECENT = 0.9
-"""What the classes of a step's images weigh a step later: little, to follow a policy that moves."""
+"""Decay per step of the counted classes, low enough to follow a policy that changes."""
 SMOOTHING = 10
-"""As of how many images the frequencies of all count in those of a bin."""
+"""Number of images that the overall class frequencies count as in those of a bin."""
 
 
 class TeacherTaskReward(nn.Module):
-    """The light head whose task loss on the teacher's feature map is, negated, the reward.
+    """The light head whose negative task loss on the teacher's feature map is the reward.
 
-    That of RepFusion (Yang and Wang, ICCV 2023), but conditioned on the timestep: a
-    head that all timesteps share stays behind the best of them, and the policy stays diffuse. As
-    published: conditioned, standardised and beyond_bin False, hidden 256, layers 3.
+    It is RepFusion's (Yang and Wang, ICCV 2023), but conditioned on the timestep: a head shared by
+    all timesteps is worse than the best one at each, and the policy stays diffuse. As published:
+    conditioned, standardised and beyond_bin False, hidden 256, layers 3.
 
-    Such a head can be told the answer: a policy that sees the image could give each class a bin of
-    its own, which the head would learn to read, whatever the teacher shows. So the loss of one who
-    knows the bin alone is given back: the reward is the pointwise V-information of the feature
-    (Ethayarajh et al. 2022), what it tells beyond the bin. While all classes see the same bins,
-    that is minus the task loss but for a constant an image. See `guesses`.
+    A conditioned head can learn the answer from the bin: a policy that sees the image could give
+    each class its own bin, whatever the teacher shows. So the loss of a guess from the bin alone is
+    added back: the reward is the feature's pointwise V-information beyond the bin (Ethayarajh et
+    al. 2022). While all classes see the same bins, that is minus the task loss up to a constant per
+    image. See `guesses`.
 
     Each channel is standardised by running figures, then scaled and shifted by amounts that
     depend on the bin (FiLM, Perez et al. 2018); a perceptron, 1x1 for dense tasks, follows. The
-    trainer computes the loss of each image from the logits, and trains this with its optimizer.
+    trainer computes each image's loss from the logits, and trains this head with its optimizer.
 
-    No statistic is taken over the batch alone, so any mix of timesteps will do, and a batch of one.
+    No statistic depends on the batch alone, so any mix of timesteps works, and a batch of one.
     Running figures are those of all processes.
 
     Args:
         channels: C of the feature map.
         bins: K.
         classes: L, width of the logits.
-        dense: logits at each position, or of the globally pooled map.
+        dense: whether logits are per position; otherwise they are of the globally pooled map.
         hidden: width of the hidden layers, and of the embedding of bins.
-        conditioned: whether the head is told the bin; a mixture of all bins has none.
-        layers: linear layers of the perceptron, with ReLU between them.
+        conditioned: whether the head knows the bin; a mixture of all bins has none.
+        layers: number of linear layers of the perceptron, with ReLU between them.
         standardised: whether the feature's channels are standardised.
-        beyond_bin: whether the loss of one who knows the bin alone is given back; otherwise the
-            reward is minus the head's loss. The trainer asks for `guesses` accordingly.
+        beyond_bin: whether the loss of a guess from the bin alone is added back; otherwise the
+            reward is minus the head's loss. The trainer calls `guesses` accordingly.
     """
 
     seen: Tensor
@@ -80,8 +80,8 @@ class TeacherTaskReward(nn.Module):
         """Logits from a teacher's feature map.
 
         Args:
-            feature: (B, C, h, w) floating; a gradient reaches it, where it asks for one.
-            bins: (B,) int64 in 0..K-1, that each image's feature was taken at.
+            feature: (B, C, h, w) floating; it gets a gradient if it requires one.
+            bins: (B,) int64 in 0..K-1, the bin of each image's feature.
 
         Returns:
             (B, classes), or (B, classes, h, w) if dense.
@@ -102,14 +102,14 @@ class TeacherTaskReward(nn.Module):
 
     @torch.no_grad()
     def guesses(self, logits: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
-        """What to reward by: the classes as the feature tells them, and as the bin alone does.
+        """Log-probabilities of the classes, from the feature and from the bin alone.
 
-        The second are the classes' frequencies among the images that the bin was lately chosen for;
-        of few images, nearer to those of all. A tenth of the frequencies of all is mixed into
-        both, so that a head that is sure of the classes it saw does not deter the others.
+        The second are the class frequencies among the images that recently got the bin; with few
+        images, they stay near those of all. A tenth of the overall frequencies is mixed into both,
+        so that a head that is sure of the classes it saw does not deter the others.
 
         Args:
-            logits: of `forward`.
+            logits: from `forward`.
             bins: (B,) int64 in 0..K-1.
 
         Returns:
@@ -125,36 +125,36 @@ class TeacherTaskReward(nn.Module):
 
     @torch.no_grad()
     def count(self, shares: Tensor, bins: Tensor) -> None:
-        """Take in the classes (B, L) of images, as shares of their labels, that went to `bins`."""
+        """Count the classes of images at `bins`. shares: (B, L), of each class in a label."""
         self.seen.mul_(RECENT).index_add_(0, of_all(bins), of_all(shares))
 
 
 def student_progress(before: Tensor, after: Tensor) -> Tensor:
-    """How much an update of the student lowered its own task loss: (B,) twice -> (B,).
+    """How much an update of the student lowered its own task loss: two (B,) -> (B,).
 
-    Both losses are of the same labelled images, augmented alike, with the student in evaluation
-    mode: dropout and the other images of the batch play no part, so that the difference is what
-    the update did and nothing else. It costs two more forward passes of the labelled images.
+    Both losses are of the same labelled images with equal augmentation and the student in
+    evaluation mode: dropout and the other images of the batch have no effect, so the difference is
+    due to the update alone. It costs two more forward passes of the labelled images.
 
-    The choice comes first and its effect is seen in the very next weights, so the reward is causal;
-    it is not the choice's alone. The update is that of the whole batch, the task loss included.
-    What all images share moves the mean, which policies take off; the rest is noise beside the
-    part that is the image's own. It looks one step ahead: what pays only later is not in it.
+    The choice precedes the update, so the reward is causal, but not due to the choice alone: the
+    update is that of the whole batch, including the task loss. What all images share moves the
+    mean, which policies subtract; the rest is noise beside the image's own part. The reward looks
+    one step ahead and misses what pays only later.
     """
     return before - after
 
 
 class WeightedRewards(nn.Module):
-    """Several rewards as one: each standardised with its own running mean and scale, and weighted.
+    """A weighted sum of rewards, each standardised by its own running mean and scale.
 
-    So a weight says how much a reward counts, whatever its scale is. An image that a reward says
-    nothing of (an unlabelled one, for a reward that needs labels) counts there with the mean, 0.
+    So a weight says how much a reward counts, whatever its scale. An image without a value of a
+    reward (an unlabelled one, for a reward that needs labels) gets its mean there, 0.
 
-    One reward alone is not standardised but passed on, times its weight: policies standardise for
+    A single reward is not standardised, only multiplied by its weight: policies standardise rewards
     themselves.
 
     Args:
-        weights: of each reward, by name, one or more.
+        weights: of each reward, by name; at least one.
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
@@ -165,11 +165,11 @@ class WeightedRewards(nn.Module):
 
     @torch.no_grad()
     def forward(self, rewards: Tensor, known: Tensor) -> Tensor:
-        """The weighted sum, after the running figures took these rewards in.
+        """The weighted sum, after updating the running figures with these rewards.
 
         Args:
             rewards: (N, R) float32, in the order of `weights`.
-            known: (N, R) bool, which of them mean anything; if R is 1 all do.
+            known: (N, R) bool, which of them are valid; if R is 1 all are.
 
         Returns:
             (N,) float32.

@@ -1,8 +1,8 @@
-"""Actor-critic policies of stable-baselines3, one environment step a distillation step.
+"""Actor-critic policies of stable-baselines3, with one environment step per distillation step.
 
 The library supplies the network, the rollout buffer and the update, through public attributes; the
-training loop here is the caller's. A bandit is what is left of reinforcement learning with gamma 0
-and every step the end of its episode, so the advantage is the reward minus the critic's guess.
+training loop is the caller's. With gamma 0 and episodes of one step, reinforcement learning becomes
+a bandit, and the advantage is the reward minus the critic's estimate.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _BUFFERED = ("observations", "actions", "rewards", "episode_starts", "values", "
 
 
 class ActorCritic:
-    """What A2C and PPO share: choose, collect, and train when the rollout buffer is full.
+    """Base of A2C and PPO: choose, collect, and train when the rollout buffer is full.
 
-    Contexts and rewards are standardised by running means and variances. `learn` takes the images
-    of one step as the simultaneous steps of as many environments.
+    Contexts and rewards are standardised by running means and variances. `learn` treats the images
+    of one step as simultaneous steps of as many environments.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class ActorCritic:
         model.set_logger(Logger(folder=None, output_formats=[]))
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
+        """See `TimestepPolicy.act`."""
         return draw(self.probabilities(context), generator)
 
     def learn(
@@ -56,7 +57,7 @@ class ActorCritic:
         """See `TimestepPolicy.learn`. Returns nothing while the buffer is filling.
 
         Raises:
-            ValueError: not `batch` images.
+            ValueError: the number of images is not `batch`.
         """
         batch = self.model.n_envs
         if len(context) != batch:
@@ -76,7 +77,7 @@ class ActorCritic:
             values,
             log_probabilities,
         )
-        # After its use: `act` saw the contexts on the old scale
+        # After the contexts are used: `act` saw them on the old scale
         self.context_scale.update(context)
         return self._train(progress) if buffer.full else {}
 
@@ -98,6 +99,7 @@ class ActorCritic:
 
     @torch.no_grad()
     def probabilities(self, context: Tensor) -> Tensor:
+        """See `TimestepPolicy.probabilities`."""
         with of_finite_logits():
             distribution = self.model.policy.get_distribution(self.context_scale(context))
         assert isinstance(distribution, CategoricalDistribution)
@@ -105,6 +107,7 @@ class ActorCritic:
         return probabilities
 
     def state_dict(self) -> dict[str, Any]:
+        """See `TimestepPolicy.state_dict`."""
         buffer = self.model.rollout_buffer
         return {
             "network": self.model.policy.state_dict(),
@@ -119,6 +122,7 @@ class ActorCritic:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TimestepPolicy.load_state_dict`."""
         self.model.policy.load_state_dict(state["network"])
         self.model.policy.optimizer.load_state_dict(state["optimizer"])
         self.context_scale.load_state_dict(state["context_scale"])
@@ -132,14 +136,14 @@ class ActorCritic:
 
 
 class A2CPolicy(ActorCritic):
-    """Advantage actor-critic (Mnih et al. 2016): one update a step, on that step's images.
+    """Advantage actor-critic (Mnih et al. 2016): one update per step, on that step's images.
 
     Args:
         learning_rate: of Adam.
-        entropy_weight: of the entropy bonus at the start. Large, because a bin is worth nothing to
-            a class that the reward head has not met there yet.
-        entropy_end: its weight when it has fallen, linearly.
-        entropy_until: the share of the steps with a teacher after which it has.
+        entropy_weight: of the entropy bonus at the start. Large, because a bin has no value for
+            a class that the reward head has not yet seen at it.
+        entropy_end: final weight of the entropy bonus, reached linearly.
+        entropy_until: share of the steps with a teacher after which it is reached.
         hidden: width of the two hidden layers, of the actor and of the critic.
     """
 
@@ -181,12 +185,12 @@ class PPOPolicy(ActorCritic):
 
     Args:
         learning_rate: of Adam.
-        entropy_weight: of the entropy bonus at the start. Large, because a bin is worth nothing to
-            a class that the reward head has not met there yet.
-        entropy_end: its weight when it has fallen, linearly.
-        entropy_until: the share of the steps with a teacher after which it has.
+        entropy_weight: of the entropy bonus at the start. Large, because a bin has no value for
+            a class that the reward head has not yet seen at it.
+        entropy_end: final weight of the entropy bonus, reached linearly.
+        entropy_until: share of the steps with a teacher after which it is reached.
         hidden: width of the two hidden layers, of the actor and of the critic.
-        steps: collected before an update.
+        steps: steps collected before an update.
         minibatch: images in each of its gradient steps, at most.
         epochs: passes over the collected steps in an update.
         clip_range: how far a bin's probability may move in an update, as a ratio.
@@ -218,7 +222,7 @@ class PPOPolicy(ActorCritic):
         if steps * batch < 2:
             raise OptionError("steps must be at least 2 where a step has a single rewarded image")
         with seeded_torch(seed), warnings.catch_warnings():
-            # A last minibatch that is smaller does no harm
+            # A smaller last minibatch does no harm
             warnings.filterwarnings("ignore", message="You have specified a mini-batch size")
             model = PPO(
                 "MlpPolicy",
@@ -251,7 +255,7 @@ def _check_common(
 
 
 def environments(context_size: int, bins: int, batch: int) -> DummyVecEnv:
-    """Environments that tell the library their spaces and their number, and are never stepped."""
+    """Environments that give the library their spaces and number, and are never stepped."""
     blank = ReplayTable(
         contexts=np.zeros((1, context_size), np.float32), rewards=np.zeros((1, bins), np.float32)
     )

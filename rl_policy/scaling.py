@@ -14,20 +14,20 @@ MOMENTUM = 0.99
 
 
 class RunningScale(nn.Module):
-    """Standardises with a running mean and variance of what it was shown.
+    """Standardises by a running mean and variance of the samples seen so far.
 
-    The mean and variance of all samples so far at first; from 1 / (1 - MOMENTUM) updates on an
-    exponential average, because rewards and features drift while the networks that make them
-    learn. Before the first update it passes its input on.
+    At first these are the mean and variance of all samples; after 1 / (1 - MOMENTUM) updates they
+    become exponential averages, because rewards and features drift while the networks that make
+    them learn. Before the first update the input is returned unchanged.
 
     Args:
         *shape: of one sample; none for a scalar such as the reward.
-        shared: the figures are those of all processes, which are each shown some of the samples,
-            as many each; otherwise this one's, which may have been shown all.
+        shared: average over all processes, which must each give equally many samples; otherwise
+            each process keeps figures of its own.
         floor: added to the variance, for numbers that hardly vary. 0 is for numbers on any scale:
-            the floor is what float32 numbers of that mean lose to rounding.
-        clip: results are clipped to [-clip, clip], so that one outlier, or a number that never
-            varied before, cannot throw its reader off; None: they are not.
+            the floor is then the rounding error of float32 numbers of that mean.
+        clip: clip results to [-clip, clip], so that one outlier, or a number that never varied
+            before, cannot disturb the reader; None: no clipping.
     """
 
     mean: Tensor
@@ -49,13 +49,13 @@ class RunningScale(nn.Module):
 
     @torch.no_grad()
     def update(self, samples: Tensor) -> None:
-        """Take in N samples at once: (N, *shape) float32."""
+        """Update the running figures with N samples: (N, *shape) float32."""
         self.updates += 1
         rate = (1 / self.updates).clamp(min=1 - MOMENTUM)
         mean, variance = moments(samples)
         if self.shared:
             mean, variance = moments_of_all(mean, variance)
-        # The variance of the mixture: within both parts, and between their means
+        # The variance of the mixture: within both parts, plus between their means
         between = rate * (1 - rate) * (mean - self.mean).square()
         self.variance.copy_((1 - rate) * self.variance + rate * variance + between)
         self.mean.lerp_(mean, rate)
@@ -66,7 +66,7 @@ class RunningScale(nn.Module):
         return scaled if self.clip is None else scaled.clamp_(-self.clip, self.clip)
 
     def inverse_deviation(self) -> Tensor:
-        """What standardised samples are multiplied with, (*shape)."""
+        """The factor (*shape) that standardising multiplies by."""
         least = self.floor or 1e-14 * self.mean.square() + 1e-30
         return (self.variance + least).rsqrt()
 
@@ -74,12 +74,12 @@ class RunningScale(nn.Module):
 class ContextScale(RunningScale):
     """Standardises contexts (N, D), then divides by sqrt(D).
 
-    So a context's squared length is 1 on average. What a linear layer learns from one image carries
-    over to another by 1 + the product of their contexts, the 1 being the bias's share. With D in
-    the hundreds it would be chance likeness that decides, and the policy would see a rule for
-    each image before it saw which timestep is best for all.
+    So a context's squared length is 1 on average. A linear layer transfers what it learns from one
+    image to another in proportion to 1 + the product of their contexts, with 1 from the bias. With
+    D in the hundreds, chance similarity would dominate otherwise, and the policy would learn a rule
+    for each image before the timestep that is best for all.
     """
 
     def forward(self, samples: Tensor) -> Tensor:
-        """Contexts (N, D) -> (N, D) float32."""
+        """Standardise contexts (N, D) -> (N, D) float32."""
         return super().forward(samples) / math.sqrt(samples.shape[1])

@@ -1,4 +1,4 @@
-"""Fence the global random states that libraries draw from: seeded inside, untouched outside."""
+"""Seed the global random states that libraries draw from in a block, and restore them after it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 @contextmanager
 def seeded_torch(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator for the block (weight initialisation), then put it back."""
+    """Seed torch's CPU generator for the block (weight initialisation), then restore it."""
     with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would reseed the accelerators too, which this fence does not restore
+        # torch.manual_seed would also reseed the accelerators, which are not restored here
         torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
         yield
 
 
 @contextmanager
 def seeded_numpy(seed: int, step: int) -> Iterator[None]:
-    """Seed numpy's global generator from (seed, step) for the block, then put it back.
+    """Seed numpy's global generator from (seed, step) for the block, then restore it.
 
     stable-baselines3 shuffles its minibatches with it, so a resumed run needs it to depend on the
     step alone.

@@ -1,4 +1,4 @@
-"""Policies that learn nothing: the yardsticks for those that do."""
+"""Policies that do not learn, as baselines for those that do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rl_policy.table import ReplayTable
 
 
 class Fixed:
-    """The same bin for every image.
+    """Chooses one bin for all images.
 
     Args:
         bin: index of the bin, 0 (the least noise) to K-1.
@@ -26,30 +26,35 @@ class Fixed:
         self.bins, self.bin = bins, bin
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
+        """See `TimestepPolicy.act`."""
         return torch.full((len(context),), self.bin)
 
     def learn(
         self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float
     ) -> dict[str, float]:
+        """See `TimestepPolicy.learn`."""
         return {}
 
     def probabilities(self, context: Tensor) -> Tensor:
+        """See `TimestepPolicy.probabilities`."""
         return one_hot(torch.full((len(context),), self.bin), self.bins).float()
 
     def state_dict(self) -> dict[str, Any]:
+        """See `TimestepPolicy.state_dict`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TimestepPolicy.load_state_dict`."""
         pass
 
 
 class Grid(Fixed):
-    """The best timestep of a probe for every image: that of the bin nearest to it.
+    """Chooses for all images the bin nearest to the best timestep of a probe.
 
     Args:
-        table: the file of recorded rewards, which `ReplayTable.read` reads; the best timestep is
-            that of the largest mean reward.
-        timesteps: (K,) int64, what the bins stand for.
+        table: file of recorded rewards (`ReplayTable.read`); the best timestep has the largest
+            mean reward.
+        timesteps: (K,) int64, those of the bins.
     """
 
     def __init__(
@@ -77,40 +82,47 @@ class Grid(Fixed):
         super().__init__(context_size, bins, batch, seed, bin=nearest)
 
     def state_dict(self) -> dict[str, Any]:
+        """See `TimestepPolicy.state_dict`."""
         return {"bin": self.bin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TimestepPolicy.load_state_dict`."""
         self.bin = state["bin"]
 
 
 class Uniform:
-    """Every bin alike, whatever the image."""
+    """Chooses every bin with equal probability."""
 
     def __init__(self, context_size: int, bins: int, batch: int, seed: int) -> None:
         self.bins = bins
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
+        """See `TimestepPolicy.act`."""
         return torch.randint(self.bins, (len(context),), generator=generator)
 
     def learn(
         self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float
     ) -> dict[str, float]:
+        """See `TimestepPolicy.learn`."""
         return {}
 
     def probabilities(self, context: Tensor) -> Tensor:
+        """See `TimestepPolicy.probabilities`."""
         return torch.full((len(context), self.bins), 1 / self.bins)
 
     def state_dict(self) -> dict[str, Any]:
+        """See `TimestepPolicy.state_dict`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TimestepPolicy.load_state_dict`."""
         pass
 
 
 class LinearDecay:
-    """Uniform over the lowest bins, of which fewer and fewer are allowed as training goes on.
+    """Chooses uniformly among the lowest bins, whose number falls as training proceeds.
 
-    All K at the start and one at the end, each number for an equal share of the steps:
+    It falls from K to 1, with an equal share of the steps for each number:
     max(1, K - floor(progress x K)).
     """
 
@@ -119,21 +131,26 @@ class LinearDecay:
         self.allowed = bins
 
     def act(self, context: Tensor, generator: Generator, progress: float) -> Tensor:
+        """See `TimestepPolicy.act`."""
         self.allowed = max(1, self.bins - int(progress * self.bins))
         return torch.randint(self.allowed, (len(context),), generator=generator)
 
     def learn(
         self, context: Tensor, bins: Tensor, rewards: Tensor, progress: float
     ) -> dict[str, float]:
+        """See `TimestepPolicy.learn`."""
         return {"allowed_bins": float(self.allowed)}
 
     def probabilities(self, context: Tensor) -> Tensor:
+        """See `TimestepPolicy.probabilities`."""
         probabilities = torch.zeros(len(context), self.bins)
         probabilities[:, : self.allowed] = 1 / self.allowed
         return probabilities
 
     def state_dict(self) -> dict[str, Any]:
+        """See `TimestepPolicy.state_dict`."""
         return {"allowed": self.allowed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TimestepPolicy.load_state_dict`."""
         self.allowed = state["allowed"]

@@ -1,4 +1,4 @@
-"""What a policy has come to prefer, in a few figures."""
+"""A policy's preferences in a few figures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class PolicySummary(NamedTuple):
     entropy: float
     """Entropy of `mean`: how spread the policy is over all images."""
     effective_arms: float
-    """exp(entropy), from 1 (one bin for all) to K (all alike)."""
+    """exp(entropy), from 1 (one bin for all images) to K (all bins equally likely)."""
     image_entropy: float
-    """Mean entropy an image. Far below `entropy` means that the choice depends on the image."""
+    """Mean entropy per image. Far below `entropy` means that the choice depends on the image."""
 
 
 def policy_summary(probabilities: Tensor) -> PolicySummary:

@@ -1,4 +1,4 @@
-"""A recorded table of rewards, image x timestep, which policies are tried on."""
+"""A recorded table of rewards, image x timestep, to try policies on."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class ReplayTable:
     """The reward of every bin for every image, and each image's context.
 
     Raises:
-        ValueError: the arrays do not fit each other, hold no image, bin or number of an image, a
-            number that is not finite, or timesteps that do not rise from 0 or more.
+        ValueError: the shapes do not fit each other or have a size of 0, a number is not finite, or
+            the timesteps do not increase from 0 or more.
     """
 
     contexts: NDArray[np.float32]
     """(N, D): the context of each image."""
     rewards: NDArray[np.float32]
-    """(N, K): the reward of each bin for it."""
+    """(N, K): the reward of each bin for each image."""
     timesteps: NDArray[np.int64] | None = None
-    """(K,): the timestep of each bin, where they are known."""
+    """(K,): the timestep of each bin, or None if unknown."""
 
     def __post_init__(self) -> None:
         contexts, rewards = self.contexts.shape, self.rewards.shape
@@ -50,10 +50,10 @@ class ReplayTable:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ReplayTable:
-        """The table of a safetensors file with `rewards`, `timesteps` and `contexts`.
+        """Read a safetensors file with `rewards`, `timesteps` and `contexts`.
 
         Raises:
-            ValueError: it is no such file; the line names it.
+            ValueError: it is not such a file; the message names it.
             OSError: it is missing, or a folder.
         """
         if os.path.isdir(path):
@@ -83,7 +83,7 @@ class ReplayTable:
             raise ValueError(f"{path}: {error}") from error
 
     def to_bytes(self) -> bytes:
-        """The file that `read` reads; bins without timesteps are numbered."""
+        """The content of a file for `read`; bins without timesteps are numbered."""
         timesteps = np.arange(self.bins) if self.timesteps is None else self.timesteps
         arrays = {"rewards": self.rewards, "timesteps": timesteps, "contexts": self.contexts}
         return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
@@ -101,7 +101,9 @@ class ReplayTable:
         return int(self.rewards.shape[1])
 
     def observe(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `RewardSource.observe`."""
         return self.contexts[images].astype(np.float32)
 
     def earn(self, images: NDArray[np.int64], bins: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `RewardSource.earn`."""
         return self.rewards[images, bins].astype(np.float32)
