@@ -45,8 +45,8 @@ def augmentation(
         size: (H, W) of the images; a crop comes out at this size again. For `patch`, images may
             have any size; smaller ones are mirrored at their borders.
         patch_scale: See `RandomPatch`.
-        mirrored: Which point each landmark becomes in the mirror image, or which class that of a
-            pixel or an image; nothing: classes have no side.
+        mirrored: The point that each landmark, or the class that each class, becomes in the mirror
+            image; empty: classes have no side.
     """
     height, width = size
     steps: list[Callable[..., object]] = [v2.Identity()]
@@ -134,7 +134,7 @@ class RandomPatch:
 
 
 def _continued(image: tv_tensors.TVTensor, borders: Sequence[int]) -> tv_tensors.TVTensor:
-    """image: (..., h, w), continued as by mirrors by so many rows and columns in all."""
+    """Extend an image (..., h, w) by `borders` rows and columns in total, mirroring its content."""
     if not any(borders):
         return image
     pad = [(0, 0)] * (image.ndim - 2) + [(border // 2, border - border // 2) for border in borders]
@@ -189,12 +189,12 @@ class RandomMirror:
 
 
 def mirror_points(points: Tensor, mirrored: Sequence[int]) -> Tensor:
-    """The points (K, 2) of the mirror image, in their own order."""
+    """Mirror points (K, 2) left to right, and put each where its mirrored number says."""
     return torch.stack([1 - points[:, 0], points[:, 1]], dim=1)[list(mirrored)]
 
 
 def mirror_mask(mask: Tensor, mirrored: Sequence[int]) -> Tensor:
-    """The mask (H, W) uint8 of the mirror image; values that are no class stay."""
+    """Mirror a mask (H, W) uint8 left to right; values that are not classes stay."""
     becomes = torch.arange(256, dtype=torch.uint8)
     becomes[: len(mirrored)] = torch.tensor(mirrored, dtype=torch.uint8)
     return becomes[mask.as_subclass(Tensor).flip(-1).long()]

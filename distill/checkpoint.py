@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whatever happens while they are written."""
+"""Atomic writes: a file is either the old or the new one, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Replace the checkpoint at `path` by `state`.
 
     Args:
-        state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None: what
-            `torch.load(weights_only=True)` gives back. Arrays of numpy are not among them.
+        state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None, which
+            `torch.load(weights_only=True)` can read; numpy arrays are not allowed.
 
-    Raises:
-        UserError: the disk is full, or the folder cannot be written, or the state holds something
-            else; the previous file is intact.
+        Raises:
+            UserError: the disk is full, the folder cannot be written, or the state contains
+                something else; the previous file is intact.
     """
     _refuse_others(state, "")
     # through memory: torch's zip writer turns a full disk into an unrelated RuntimeError
@@ -47,7 +47,7 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
 
 
 def _refuse_others(value: object, key: str) -> None:
-    """Raises UserError that names the first entry which could not be read back."""
+    """Raises UserError naming the first entry that could not be read back."""
     if isinstance(value, Tensor) or type(value) in PLAIN:
         return
     if type(value) not in CONTAINERS:
@@ -62,11 +62,11 @@ def _refuse_others(value: object, key: str) -> None:
 
 
 def load(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
-    """What `save` was given, with every tensor on the CPU. Runs no code from the file.
+    """Read what `save` wrote, with every tensor on the CPU. Runs no code from the file.
 
     Raises:
-        UserError: the file is missing, truncated, or not a checkpoint of this program's version, or
-            one that has not these keys.
+        UserError: the file is missing, truncated, not a checkpoint of this program's version, or
+            lacks one of the keys.
     """
     path = Path(path)
     if not path.is_file():
@@ -99,15 +99,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def read_json(
     path: str | os.PathLike[str], *keys: str, kind: type[Any] | None = None
 ) -> dict[str, Any]:
-    """The object in a JSON file of a run.
+    """Read the object in a JSON file of a run.
 
     Args:
         path: the file.
-        keys: what it must have.
-        kind: a pydantic model, or another type that pydantic knows, which it must fit.
+        keys: required keys.
+        kind: a type known to pydantic that the object must match.
 
     Raises:
-        UserError: the file is missing or damaged, or no such object.
+        UserError: the file is missing or damaged, or its object does not match.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -128,16 +128,16 @@ def read_json(
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder around `path` that exists: where it is made before it has one itself."""
+    """The nearest parent folder of `path` that exists."""
     return next(place for place in path.absolute().parents if place.exists())
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Refuse, before the work, what cannot become a folder to write to; it is not made yet.
+    """Check, before the work, that a folder can be written to or made; it is not made yet.
 
     Args:
-        option: what named it, such as `--out`.
-        folder: there or not.
+        option: what named the folder, such as `--out`.
+        folder: the folder, which may not exist yet.
     """
     there = existing_parent(folder / "any")
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -148,7 +148,7 @@ def check_folder(option: str, folder: Path) -> None:
 
 
 def check_json(option: str, file: Path) -> None:
-    """Refuse, before the work, what cannot become a JSON file of results."""
+    """Check, before the work, that a JSON file of results can be written."""
     if file.suffix != ".json" or file.is_dir() or not file.parent.is_dir():
         raise UserError(f"{option}: {file} must be a .json file in a folder that exists")
     if not os.access(file.parent, os.W_OK):
@@ -173,8 +173,8 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` only once it is complete and on the disk."""
-    # of its process alone: others may write the file too
+    """A file to write, which replaces `path` only once it is complete and on the disk."""
+    # named after its process, as others may write the file too
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -198,10 +198,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A path to make a folder at, which takes the place of `folder` once it is on the disk.
+    """A path to make a folder at, which replaces `folder` once it is on the disk.
 
-    Whoever may read other files of this process may read its files: safetensors writes them for
-    their owner alone.
+    Its files get the usual permissions: safetensors would make them readable only by their owner.
 
     Raises:
         OSError: it cannot be written; the previous folder is intact.

@@ -1,7 +1,7 @@
 """From a benchmark's examples to batches, in an order that can be resumed.
 
-What a step sees is a pure function of (seed, step): not of the number of workers, nor of what was
-drawn before. That makes an interrupted and resumed run equal to one that was not.
+What a step sees is a pure function of (seed, step), independent of the number of workers and of
+earlier draws. That makes an interrupted and resumed run equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Resized:
 
 
 class InMemory:
-    """`examples`, each read once and then kept, while there is room; each worker process keeps its
-    own.
+    """`examples`, each kept in memory once it is read, while there is room; worker processes do not
+    share them.
 
     Args:
         examples: Images and their targets.
@@ -80,7 +80,7 @@ def as_float(image: Tensor) -> Tensor:
 
 
 class Draw(NamedTuple):
-    """Which example comes, the seed of its augmentation, and its place among those drawn from."""
+    """An example's index, the seed of its augmentation, and its place among `indices`."""
 
     example: int
     seed: int
@@ -100,7 +100,7 @@ class Augmented(Dataset[Item]):
         return self.view(*self.examples[draw.example], draw.seed)
 
     def view(self, image: Tensor, target: Tensor | int, seed: int) -> Item:
-        """An example as the seed changes it."""
+        """An example, augmented as the seed decides."""
         with seeding.seeded_torch(seed):
             image, target = self.augment(image, target)
         if isinstance(target, Tensor) and not target.is_floating_point():
@@ -109,7 +109,7 @@ class Augmented(Dataset[Item]):
 
 
 class Tagged(Dataset[tuple[Tensor, Tensor | int, Tensor]]):
-    """Views that are flipped at most, each with a tag that says what it shows, for a cache.
+    """Views that are at most flipped, each with a tag for a cache that says what it shows.
 
     A tag is (3,) int64: the example, whether it is flipped, and a checksum of the example's image,
     which is never 0.
@@ -132,12 +132,12 @@ class Tagged(Dataset[tuple[Tensor, Tensor | int, Tensor]]):
 class StepSampler(Sampler[list[Draw]]):
     """The draws of every step, computed from the step's number alone.
 
-    The examples come in one permutation an epoch. Batches run on over the border of two epochs, so
-    that each is full, however few examples there are. A global batch is `world` batches long.
+    The examples come in one permutation per epoch. Batches cross the border of two epochs, so that
+    each is full, however few examples there are. A global batch has `world` batches.
 
     Args:
         indices: The examples to draw from.
-        batch: Images a step and process.
+        batch: Images per step and process.
         seed: The run's seed.
         rank: This process.
         world: Number of processes.
@@ -201,7 +201,7 @@ def loader(
     The images of a batch must have one size: augment to it, or wrap `examples` in `Resized`.
 
     Raises:
-        UserError: of an example, also where a worker process read it, without that traceback.
+        UserError: of an example; a worker process's comes without its traceback.
     """
     yield from _mended(
         DataLoader(
@@ -218,7 +218,7 @@ def loader(
 def in_order(
     examples: Examples, indices: Sequence[int], batch: int, workers: int = 0
 ) -> Iterator[list[Item]]:
-    """Some examples as they are, up to `batch` at a time; their images may differ in size.
+    """The examples at `indices` without augmentation, up to `batch` at a time, of any sizes.
 
     Raises:
         UserError: As `loader`.
@@ -235,7 +235,8 @@ def in_order(
 
 
 def _as_arrays(items: Sequence[Item]) -> list[tuple[Any, Any]]:
-    """For the way from a worker: as tensors each would take a file handle of its own."""
+    """Convert tensors to arrays for transfer from a worker: each tensor would need a file
+    handle."""
     return [
         (image.numpy(), target.numpy() if isinstance(target, Tensor) else target)
         for image, target in items
@@ -243,11 +244,11 @@ def _as_arrays(items: Sequence[Item]) -> list[tuple[Any, Any]]:
 
 
 def _mended(batches: Iterable[Any]) -> Iterator[Any]:
-    """The same; a mistake in a worker is told as if it were made here."""
+    """Batches of a loader, with a worker's UserError raised as if it came from this process."""
     try:
         yield from batches
     except UserError as error:
-        # A worker's is its traceback, which ends with the class and what it says.
+        # A worker's message is its traceback, which ends with the class and the message.
         text = str(error).rpartition(f"{type(error).__name__}: ")[2]
         raise UserError(text.strip()) from error
 
@@ -261,15 +262,15 @@ def choose_labelled(
 ) -> list[int]:
     """Choose which training examples keep their labels.
 
-    The first `count` of one seeded order, so that a smaller choice is part of every larger one.
+    They are the first `count` of one seeded order, so a smaller choice is part of a larger one.
 
     Args:
         length: Number of training examples.
         count: Number of labelled ones; None: all.
         seed: Decides the order.
-        targets: Class of each example. Where given, the order takes one example of every class
-            before the next of any, so that the choice is balanced.
-        ignore_index: The target that says that an example has no label; it is not chosen.
+        targets: Class of each example. If given, classes take turns in the order, so that the
+            choice is balanced.
+        ignore_index: The target of examples without a label, which are not chosen.
     """
     order = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
     if targets is not None and ignore_index is not None:

@@ -1,4 +1,4 @@
-"""`--dry-run` and `distill teacher layers`: all is resolved and tried, nothing is trained."""
+"""`--dry-run` and `distill teacher layers`: everything is checked and tried, nothing trained."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from teachers.diffusion import View
 
 
 def dry_run(config: RunConfig) -> str:
-    """Check a recipe to the last detail, with one batch of each arm, and estimate its cost."""
+    """Check a recipe completely, with one batch of each arm, and estimate its cost."""
     config, data, held_out, accelerator = _prepare(config)
     lines = [to_yaml(config).rstrip(), ""]
     lines.append(
@@ -72,10 +72,10 @@ def dry_run(config: RunConfig) -> str:
 
 
 class Trial(NamedTuple):
-    """What two steps of a recipe tell of its run."""
+    """What two steps of a recipe show about its run."""
 
     seconds: float
-    """Of training all its arms, estimated."""
+    """Estimated seconds to train all arms."""
     teachers: dict[Arm, str]
     """The fingerprint of each arm's teacher."""
 
@@ -96,7 +96,7 @@ def try_recipe(config: RunConfig) -> Trial:
 
 
 def _prepare(config: RunConfig) -> tuple[RunConfig, TrainingSet, Examples, Accelerator]:
-    """The recipe with its batch in numbers, its training and held-out images, the device."""
+    """The recipe with `auto` resolved, its training and held-out images, and the accelerator."""
     accelerator = build_accelerator(config.device)
     data = build_training_set(config.data)
     config = fit_batch(config, data, accelerator)
@@ -107,7 +107,7 @@ def _prepare(config: RunConfig) -> tuple[RunConfig, TrainingSet, Examples, Accel
 
 
 def _step_seconds(trainer: Trainer) -> float:
-    """Seconds of a step: the second of two if there are, as the first pays for warming up."""
+    """Seconds of a step; of the second one if there are two, as the first one warms up."""
     stream = batches(trainer)
     for _ in range(min(2, trainer.config.train.steps)):
         batch = next(stream)
@@ -142,7 +142,7 @@ def teacher_dry_run(config: TeacherTrainConfig) -> str:
 
 
 def teacher_layers(name: str, path: str, size: int | None, options: Sequence[str] = ()) -> str:
-    """A table of a network's blocks: channels, reduction, share of a forward pass spent by then.
+    """A table of a network's blocks: channels, reduction, share of the forward pass done by then.
 
     Args:
         name, path: As in a recipe's `teacher`.
@@ -182,7 +182,7 @@ def teacher_layers(name: str, path: str, size: int | None, options: Sequence[str
 
 
 def _pairs(trainer: Trainer) -> list[str]:
-    """The matched maps with their shapes, and what the teacher costs an image."""
+    """The matched maps with their shapes, and the teacher's cost per image."""
     student, teacher = trainer.student, trainer.teacher
     assert teacher is not None
     lines = [f"# {trainer.arm}: teacher {teacher.name}, feature pairs"]

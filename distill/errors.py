@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """What a user can mend. Its text is one line: what is wrong, where, what would be right."""
+    """A mistake that a user can fix. The text is one line: what is wrong, where, what is right."""
 
 
 class Interrupted(Exception):
-    """The user stopped long work; everything is saved, and the text says how to go on."""
+    """The user stopped long work; everything is saved, and the text says how to continue."""
 
 
 def nearest(name: str, choices: Iterable[str], section: str = "") -> str:
-    """The end of an error line about an unknown name: the closest choice, or all of them.
+    """The end of an error line about an unknown name: the closest choice, or all choices.
 
-    `section` is what stands before the closest one (`train.`), so that a key is given whole.
+    `section` is a prefix of the closest choice (`train.`), to give a key in full.
     """
     known = sorted(choices)
     close = difflib.get_close_matches(name, known, n=1)
@@ -30,16 +30,16 @@ def nearest(name: str, choices: Iterable[str], section: str = "") -> str:
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:
-    """What an error of others says, without its line breaks; at most so many characters of it."""
+    """The message of an error without line breaks, cut to `most` characters."""
     return " ".join(str(error).split())[:most]
 
 
 @contextmanager
 def blame(where: str) -> Iterator[None]:
-    """Turn what a room raises about its arguments into a `UserError` that names the recipe's key.
+    """Turn a package's errors about its arguments into a `UserError` that names the recipe's key.
 
-    The rooms (`teachers`, `students`, `rl_policy`) do not know recipes: they raise `ValueError` and
-    `OSError`. Whoever builds them from a recipe wraps that in `with blame("teacher.path"):`.
+    `teachers`, `students` and `rl_policy` do not know recipes: they raise `ValueError` and
+    `OSError`. Code that builds their objects from a recipe uses `with blame("teacher.path"):`.
     """
     try:
         yield
@@ -48,11 +48,11 @@ def blame(where: str) -> Iterator[None]:
 
 
 def problem_line(problem: ErrorDetails, below: str = "") -> str:
-    """What pydantic found wrong: the key, of the section `below`, and what it got."""
+    """One line for a problem found by pydantic: the key below `below`, the fault, the value."""
     key = ".".join(filter(None, [below, *map(str, key_path(problem))]))
     if problem["type"] in ("missing", "missing_argument"):
         return f"{key} is missing"
-    if not key:  # of the whole
+    if not key:  # a problem of the whole
         return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
     if "Sequence" in problem["msg"]:  # as Python has it; users write YAML
         given = problem["input"]

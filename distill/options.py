@@ -1,4 +1,4 @@
-"""Options of what a recipe names, checked against what it takes."""
+"""Options of an object that a recipe names, checked against its keywords."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from distill.errors import UserError, nearest, problem_line
 def checked_options(
     options: Mapping[str, Any], factory: Callable[..., Any], key: str, given: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """The options as the types that `factory` is annotated with.
+    """The options, converted to the types that `factory` is annotated with.
 
-    A type that pydantic does not know is left to the factory, and so are, where nothing is `given`,
-    the names of one that takes any (`**`).
+    Types unknown to pydantic are not checked; nor are names if the factory accepts any (`**`) and
+    nothing is `given`.
 
     Args:
         options: By name.
         factory: Takes them by keyword.
-        key: Where the recipe has them.
-        given: Other keywords of the factory, which are no options.
+        key: The recipe's key of the options.
+        given: Other keywords of the factory, which are not options.
 
     Raises:
-        UserError: An option that it does not take, or of another type.
+        UserError: An unknown option, or one of another type.
     """
     parameters = inspect.signature(factory).parameters.values()
     if given or not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

@@ -16,16 +16,16 @@ from torch.nn import functional as F
 from teachers.arithmetic import Replaced, group_norm
 
 LONG = 512
-"""Keys from which attention trains faster in bfloat16 than in float32 on a CPU with AMX."""
+"""Number of keys from which attention trains faster in bfloat16 on a CPU with AMX."""
 HEAVY = 8
-"""Weights for each number of the input from which a convolution trains faster as a product."""
+"""Weights per input value from which a convolution trains faster as a matrix product."""
 
 
 @functools.cache
 def computes_bfloat16(kind: str) -> bool:
-    """Whether the `cuda` or `cpu` here has instructions for it.
+    """Whether the `cuda` or `cpu` device here has bfloat16 instructions.
 
-    Without them it is imitated, on a CPU up to a hundred times slower than float32 is computed.
+    Without them bfloat16 is emulated, on a CPU up to a hundred times slower than float32.
     """
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -38,10 +38,10 @@ def computes_bfloat16(kind: str) -> bool:
 
 @functools.cache
 def warn_if_slow(asked: str, instead: str, kind: str) -> None:
-    """Tell, once, of bfloat16 that a recipe asks for where it is imitated.
+    """Warn once if a recipe asks for bfloat16 where it is emulated.
 
     Args:
-        asked, instead: `key=value`.
+        asked, instead: `key=value`, as requested and as recommended.
         kind: `cuda` or `cpu`.
     """
     if not computes_bfloat16(kind):
@@ -54,7 +54,8 @@ def warn_if_slow(asked: str, instead: str, kind: str) -> None:
 
 @contextmanager
 def autocast(device: torch.device, precision: Literal["bf16", "no"]) -> Iterator[None]:
-    """Forward passes compute in `precision` under it; on a CPU, where torch is slow, otherwise."""
+    """Compute forward passes in `precision`, with faster replacements where torch is slow on a
+    CPU."""
     low = precision == "bf16"
     if low:
         warn_if_slow("precision=bf16", "precision=no", device.type)
@@ -74,10 +75,10 @@ def _attention(
     *args: Any,
     **kw: Any,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`, over few keys in float32 where gradients are asked for.
+    """`F.scaled_dot_product_attention`, in float32 for few keys if gradients are needed.
 
-    torch's backward pass in bfloat16 takes longer, with few channels a head several times. Masks,
-    whose type is the query's, are left to it.
+    torch's backward pass is slower in bfloat16, several times so with few channels per head. Calls
+    with masks, whose dtype is the query's, are left to torch.
     """
     if attn_mask is not None or key.shape[-2] >= LONG or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kw)
@@ -97,9 +98,9 @@ def _convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`F.conv2d`; of small maps the product of unfolded positions with the weights.
+    """`F.conv2d`, for small maps as the product of unfolded positions with the weights.
 
-    There torch spends most of the time on the order of the weights, in its backward pass above all.
+    There torch spends most of its time on reordering the weights, above all in the backward pass.
     """
     light = weight.numel() < HEAVY * x.numel() or not torch.is_grad_enabled()
     dilated = max(to_2tuple(dilation)) > 1

@@ -18,7 +18,7 @@ from distill.registry import is_own
 
 Config = TypeVar("Config")
 PLACES = ("name", "output", "data.root")
-"""What may be edited in the config.yaml of a run that was moved."""
+"""Keys that may be edited in the config.yaml of a run that was moved."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,8 +61,8 @@ def load_config(kind: type[Config], recipe: str | Path, overrides: Sequence[str]
     """Read a recipe and apply `section.key=value` overrides, each value written as in YAML.
 
     Raises:
-        UserError: The file is missing or no YAML, a key is unknown, a value has the wrong type or
-            lies outside its range; the line names file and key.
+        UserError: The file is missing or not YAML, a key is unknown, or a value has the wrong type
+            or is out of range; the message names file and key.
     """
     tree = read_tree(recipe, "recipe")
     for override in overrides:
@@ -74,7 +74,7 @@ def read_tree(file: str | Path, what: str) -> dict[str, Any]:
     """The plain tree of a YAML file, with `name` taken from the file's name where it has none.
 
     Raises:
-        UserError: The file is missing or no YAML, or holds no sections; the line begins with
+        UserError: The file is missing or not YAML, or has no sections; the message begins with
             `what` it is and its path.
     """
     path = Path(file)
@@ -126,7 +126,7 @@ def to_yaml(config: RunConfig | TeacherTrainConfig) -> str:
 
 
 class Difference(NamedTuple):
-    """A key of which two recipes say different things; None where one has no such entry."""
+    """A key with different values in two recipes; None where one has no such entry."""
 
     key: str
     before: Any
@@ -140,7 +140,7 @@ def first_difference(
 ) -> Difference | None:
     """The first key in which two recipes differ, `places` aside; None if there is none.
 
-    `device`, and how many files may be unreadable, change nothing of what a run computes.
+    `device`, and how many files may be unreadable, do not change what a run computes.
     """
     old, new = flat(to_tree(before)), flat(to_tree(now))
     for key in old | new:
@@ -170,18 +170,17 @@ def refuse_changes(
 def check_recipe(
     config: RunConfig | TeacherTrainConfig, written: Mapping[str, Any], source: Path
 ) -> None:
-    """Refuse a checkpoint of another recipe: the run's config.yaml was edited, in more than the
-    `PLACES` of a run that was moved.
+    """Check that a checkpoint has the recipe's values, except for the `PLACES` of a moved run.
 
     Args:
         config: The recipe.
-        written: The tree that the checkpoint holds.
+        written: The tree in the checkpoint.
         source: The checkpoint.
 
     Raises:
         UserError: The first key that differs.
     """
-    # Built anew, so that a key which is younger than the file stands at its default.
+    # Rebuilt, so that a key newer than the file gets its default.
     before = build_config(type(config), written, where=str(source))
     if changed := first_difference(before, config, PLACES):
         raise UserError(
@@ -211,19 +210,19 @@ _CODE = re.compile(
 
 
 def refuse_foreign(config: RunConfig, overrides: Sequence[str], folder: Path) -> None:
-    """Refuse a recipe that came with weights or results where it names code of somebody else.
+    """Check that a recipe that came with weights or results names no foreign code.
 
-    A run folder or an exported student may come from anybody, and looking at it must not run what
-    it names. `module:attribute` is followed where it is a file of one's own
-    (`registry.is_own`), or where an override gives that name too.
+    A run folder or an exported student may come from anybody, and opening it must not run code that
+    it names. `module:attribute` is allowed if it is the user's own file (`registry.is_own`), or
+    if an override gives the same name.
 
     Args:
         config: The recipe, with the overrides.
         overrides: Those of the command line.
-        folder: What was received.
+        folder: The run folder or exported student.
 
     Raises:
-        UserError: It names other code; the line says how to allow it.
+        UserError: It names foreign code; the message says how to allow it.
     """
     given: dict[str, Any] = {}
     for override in overrides:

@@ -88,19 +88,18 @@ TABLES: dict[str, dict[str, str]] = {
 
 
 _own: set[str] = set()
-"""Files that names of a recipe brought in."""
+"""Files imported because a recipe named them."""
 
 
 def own_error(error: Exception) -> str | None:
-    """What an error that came out of an outsider's code says, and at which of its lines that was;
-    None if its traceback has none of them."""
+    """The message and place of an error raised in a user's own code; None for other errors."""
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename in _own]
     return f"{places[-1]}: {type(error).__name__}: {one_line(error)}" if places else None
 
 
 def resolve(table: str, name: str, key: str) -> Any:
-    """What a name stands for. An outsider's `module:attribute` works wherever a name does.
+    """The object that a name stands for; `module:attribute` works wherever a name does.
 
     Args:
         table: One of `TABLES`.
@@ -135,19 +134,21 @@ def resolve(table: str, name: str, key: str) -> Any:
 
 
 def lacks(found: object, protocol: type[Any]) -> str:
-    """The members of a protocol that an object has not, listed; empty if it has them all."""
+    """The members of a protocol that an object lacks, as a list in words; empty if none."""
     members = [name for name in vars(protocol) if not name.startswith("_")]
     return ", ".join(name for name in members if not hasattr(found, name))
 
 
 def is_own(name: str, received: Path) -> bool:
-    """Whether `module:attribute` is a file of one's own; nothing is imported to tell.
+    """Whether `module:attribute` is the user's own file; nothing is imported to find out.
+
+    It is if the module, or its package, is below the working directory and not installed there (as
+    in a virtual environment).
 
     Args:
-        name: The module, or the package around it, lies below the working directory, and is not
-            installed there (as in a virtual environment).
-        received: A folder that may be of somebody else: what lies in it, or has it inside, is not
-            one's own.
+        name: `module:attribute`.
+        received: A folder that may come from somebody else: files in it, and packages that contain
+            it, are not the user's own.
     """
     _search_here()
     try:
@@ -171,6 +172,6 @@ def is_own(name: str, received: Path) -> bool:
 
 
 def _search_here() -> None:
-    """Have Python find one's own files beside the recipe: last, so that they hide nothing."""
+    """Add the working directory to Python's search path: last, so that it hides nothing."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -14,17 +14,17 @@ from distill.errors import UserError, nearest
 
 
 class Traits(NamedTuple):
-    """Of one task."""
+    """What sets one task apart from the others."""
 
     metric: str
     """The score that students are chosen and compared by (`metrics.TITLES`)."""
     labels: str
-    """What the labels are, for error lines."""
+    """Description of the labels, for error lines."""
     dense: bool
-    """Whether a student predicts at every position, in place of once an image."""
+    """Whether a student predicts once per position instead of once per image."""
     classes: bool = True
-    """Whether labels are classes; otherwise they are places in the image, which a student shows as
-    heat maps, and which the reward head predicts as coordinates, from the pooled feature."""
+    """Whether labels are classes; otherwise they are points in the image, which a student predicts
+    as heat maps, and the reward head as coordinates from the pooled feature."""
 
 
 TASKS: Mapping[Task, Traits] = MappingProxyType(
@@ -37,7 +37,7 @@ TASKS: Mapping[Task, Traits] = MappingProxyType(
 
 
 def traits(benchmark: Benchmark) -> Traits:
-    """Of a benchmark that has labels; a UserError where it has none."""
+    """The traits of a benchmark's task. Raises UserError if it has no labels."""
     if benchmark.task is None:
         raise UserError(
             f"data.benchmark: {benchmark.name!r} has no labels to score a student with; use it "
@@ -52,7 +52,7 @@ def traits(benchmark: Benchmark) -> Traits:
 
 
 def blank_targets(benchmark: Benchmark, count: int, size: tuple[int, int]) -> Tensor:
-    """Targets of the shape in which training sees them, of `count` images of (H, W)."""
+    """Targets for `count` images of (H, W) in the shape and dtype of training, all blank."""
     if not traits(benchmark).classes:
         return torch.zeros(count, benchmark.num_classes, 2)
     return torch.zeros(count, *(size if traits(benchmark).dense else ()), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What a user sees of long work: the run folder's log, the progress display, a clean stop."""
+"""Feedback on long work: the run folder's log, the progress display, a clean stop."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from distill.errors import UserError
 
 
 def open_run_folder(folder: Path, resume: bool, other: str = "name=") -> None:
-    """Make the folder of a new run, or find the one to resume. Raises UserError otherwise.
+    """Make the folder of a new run, or check the one to resume. Raises UserError if it cannot.
 
     Args:
-        other: What names another folder.
+        other: The option that chooses another folder.
     """
     if resume and not folder.is_dir():
         raise UserError(f"there is no run {folder} to resume; start it without --resume")
@@ -60,9 +60,9 @@ class RunLog:
 
     Args:
         folder: The run folder.
-        arm: Name of what is trained; it stands in every row.
-        start: The step that training goes on from. Rows of this arm past it, which a run that was
-            killed left behind, are dropped: the resumed run writes them again.
+        arm: Name of what is trained, written in every row.
+        start: The step that training continues from. Later rows of this arm, left by a killed run,
+            are dropped: the resumed run writes them again.
     """
 
     def __init__(self, folder: Path, arm: str, start: int = 0) -> None:
@@ -73,7 +73,7 @@ class RunLog:
         self.events = SummaryWriter(str(folder / "tensorboard" / arm), purge_step=start or None)
 
     def scalars(self, step: int, values: Mapping[str, float], **lists: Sequence[float]) -> None:
-        """Write one row, and the same figures (the lists apart) to TensorBoard."""
+        """Write one row, and its figures (without the lists) to TensorBoard."""
         row = {"arm": self._arm, "step": step, **values, **lists}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -81,19 +81,20 @@ class RunLog:
             self.events.add_scalar(name, value, step)
 
     def distribution(self, step: int, name: str, values: Tensor) -> None:
-        """A histogram of chosen timesteps, for TensorBoard."""
+        """Write a histogram of chosen timesteps to TensorBoard."""
         self.events.add_histogram(name, values, step)
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        """Images (N, 3, H, W) in [0, 1], for TensorBoard."""
+        """Write images (N, 3, H, W) in [0, 1] to TensorBoard."""
         self.events.add_images(name, images, step)
 
     def close(self) -> None:
+        """Close both files; nothing can be written afterwards."""
         self.events.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that a crash cut off is left out.
+    """The rows of metrics.jsonl, without a last line that a crash cut off.
 
     Raises:
         UserError: Another line is damaged.
@@ -114,7 +115,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _row(content: Any) -> dict[str, Any]:
-    """A row of the log. Raises ValueError, TypeError or KeyError where it is none."""
+    """Check a row of the log. Raises ValueError, TypeError or KeyError if it is invalid."""
     row = {"arm": content["arm"], "step": content["step"], **content}
     kinds = {"arm": str, "step": int, "probabilities": list}
     for name, value in row.items():
@@ -134,7 +135,7 @@ class Progress:
         total: Number of steps.
         start: Steps done before.
         show: False on all processes but the first.
-        last: Whether there is a plain line of the last step, however soon it comes.
+        last: Whether to print a plain line for the last step, however soon it comes.
     """
 
     PLAIN_SECONDS = 10.0
@@ -159,7 +160,7 @@ class Progress:
         self._start, self._count, self._waited = start, 0, 0.0
 
     def update(self, count: int, values: Mapping[str, float], waited: float = 0.0) -> None:
-        """One step is done.
+        """Report that one step is done.
 
         Args:
             count: Images in it.
@@ -191,7 +192,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Images a second since the start."""
+        """Images per second since the start."""
         return self._count / max(time.monotonic() - self._began, 1e-9)
 
     def __enter__(self) -> Progress:
@@ -220,7 +221,7 @@ _STOPS: list[StopSignal] = []
 
 
 def stop_of_any(stop: StopSignal, accelerator: Accelerator) -> bool:
-    """Whether the user asked one of the processes to stop: they must all leave at one step."""
+    """Whether any process was asked to stop, as all must stop at the same step."""
     if accelerator.num_processes == 1:
         return bool(stop)
     asked = torch.tensor([float(bool(stop))], device=accelerator.device)
@@ -229,9 +230,9 @@ def stop_of_any(stop: StopSignal, accelerator: Accelerator) -> bool:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopSignal]:
-    """Turn the first Ctrl-C (or SIGTERM) into a flag to look at between steps; the second kills.
+    """Turn the first Ctrl-C (or SIGTERM) into a flag to check between steps; the second kills.
 
-    Of several around each other all are set, and those that begin later too.
+    If nested, all flags are set, including those that begin later.
     """
     stop, mine = StopSignal(any(_STOPS)), os.getpid()
     _STOPS.append(stop)
@@ -256,7 +257,7 @@ def stop_on_signals() -> Iterator[StopSignal]:
 
 
 def commit() -> str:
-    """Commit of the checkout this program runs from, with `+` if changed; `unknown` if none."""
+    """Commit of the program's checkout, with `+` if changed; `unknown` if there is none."""
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here)]
     try:
@@ -271,7 +272,7 @@ def commit() -> str:
 
 
 def hardware(device: torch.device) -> str:
-    """The machine in words, to stand beside a figure."""
+    """The machine in words, to accompany a figure."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     kind = [platform.machine(), torch.backends.cpu.get_cpu_capability()]

@@ -1,1 +1,1 @@
-"""The training loop of a run: what a step sees, does and costs."""
+"""The training loop of a run and its parts."""

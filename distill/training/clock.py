@@ -10,24 +10,24 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 Timed = Callable[[str], AbstractContextManager[None]]
-"""`with timed("teacher"): ...`"""
+"""Measures the time of a part: `with timed("teacher"): ...`."""
 
 
 def untimed(part: str) -> AbstractContextManager[None]:
-    """Takes no time."""
+    """A `Timed` that measures nothing."""
     return nullcontext()
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was asked for."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Clock:
-    """Adds up the seconds of a program's parts; those of a part inside another count for it alone.
+    """Adds up the seconds of a program's parts; nested parts count only for the inner one.
 
-    On a GPU it waits at every border, so that what runs there counts for the part that asked.
+    It waits for a GPU at every border, so that its work counts for the part that started it.
 
     Attributes:
         seconds: by part.

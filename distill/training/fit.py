@@ -1,4 +1,4 @@
-"""What fits: a schedule's numbers together, and into a GPU's memory (`train.batch: auto`)."""
+"""Checks of the training section, and the batch that fits into a GPU (`train.batch: auto`)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from distill.training.trainer import Trainer
 
 
 def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) -> RunConfig:
-    """The recipe with a number in place of `auto`: at most the labelled images, and a power of two
-    for every process and part (`train.accumulate`).
+    """The recipe with a number in place of `auto`: at most the number of labelled images, and a
+    power of two per process and part (`train.accumulate`).
 
-    Tried is the recipe's first arm with a teacher, with two steps, as the first one makes the
+    It tries two steps of the recipe's first arm with a teacher, as the first step allocates the
     optimiser's state.
 
     Raises:
@@ -59,7 +59,7 @@ def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) ->
 
 
 def check_schedule(config: RunConfig, processes: int, dense: bool) -> None:
-    """Refuse combinations of the training section that have no meaning.
+    """Check that the keys of the training section fit together.
 
     dense: Whether the student predicts at every position, with a head that sees labelled images
         alone.
@@ -108,7 +108,7 @@ def check_schedule(config: RunConfig, processes: int, dense: bool) -> None:
 
 
 def with_batch(config: RunConfig, batch: int) -> RunConfig:
-    """The same recipe with another number of labelled images a step."""
+    """A copy of the recipe with another number of labelled images per step."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch=batch))
 
 

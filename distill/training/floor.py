@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def distinct(pairs: Sequence[str], losses: Sequence[str]) -> list[str]:
-    """A name of its own for every pair of feature maps: where two match the same maps, with the
-    name of its loss, and where that is the same too, with its number."""
+    """Unique names for pairs of feature maps: equal pairs get the name of the loss appended and, if
+    that is equal too, a number."""
     named = [
         f"{pair}-{loss.rpartition(':')[2]}" if pairs.count(pair) > 1 else pair
         for pair, loss in zip(pairs, losses, strict=True)
@@ -33,19 +33,19 @@ class NoiseFloor:
         self._count = torch.zeros(bins, 1, dtype=torch.float64)
 
     def add(self, measured: Tensor, bins: Tensor) -> None:
-        """Take in measured (B, pairs), taken at bins (B,) int64."""
+        """Add measurements (B, pairs), made at bins (B,) int64."""
         self._sum.index_add_(0, bins, measured.double())
         self._count.index_add_(0, bins, torch.ones(len(bins), 1, dtype=torch.float64))
 
     def means(self) -> dict[str, float]:
-        """Over all that was measured, by pair; nothing before the first measurement."""
+        """Mean of all measurements by pair; empty before the first one."""
         if not self._count.sum():
             return {}
         means = self._sum.sum(dim=0) / self._count.sum()
         return dict(zip(self.pairs, means.tolist(), strict=True))
 
     def by_bin(self) -> dict[str, list[float | None]]:
-        """(K,) means of each pair; None for a bin that was never measured."""
+        """Means (K,) of each pair; None for a bin that was never measured."""
         table = (self._sum / self._count).T.tolist()
         rows = [[None if math.isnan(x) else x for x in row] for row in table]
         return dict(zip(self.pairs, rows, strict=True))

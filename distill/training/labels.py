@@ -1,4 +1,4 @@
-"""Whether a teacher can be told the labels of the images that it looks at in training."""
+"""Checks whether a teacher can be given the labels of training images (`teacher.labels`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from teachers.protocol import Teacher
 
 
 def check_task(config: TeacherConfig, benchmark: Benchmark) -> None:
-    """Refuse labels that are no classes, before a teacher is read. Raises UserError."""
+    """Check, before a teacher is read, that labels are classes. Raises UserError."""
     if config.labels and benchmark.task != "classification":
         label = "a mask" if traits(benchmark).classes else "a set of points"
         raise UserError(
@@ -25,14 +25,14 @@ def check_task(config: TeacherConfig, benchmark: Benchmark) -> None:
 
 
 def check_labels(config: TeacherConfig, teacher: Teacher, classes: int, image: Tensor) -> None:
-    """Refuse labels that the teacher cannot be told, and prompts that no label would choose.
+    """Check that the teacher can be given the labels, and that its prompts are used.
 
     Args:
         classes: How many the benchmark has.
         image: (1, 3, H, W), of the size that the teacher will see.
 
     Raises:
-        UserError: Which of the recipe's keys does not fit.
+        UserError: Names the recipe's key that does not fit.
     """
     members: dict[str, Any] = config.options.get("members") or {}
     options = {

@@ -1,4 +1,4 @@
-"""Figures of a step, fetched late: the program runs ahead of a GPU instead of waiting for it."""
+"""Figures of a step, fetched later, so that the program does not wait for a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.errors import UserError
 
 
 class Copied:
-    """A tensor on its way to the CPU; reading it waits for no more than its own copy."""
+    """A tensor being copied to the CPU; reading it waits only for that copy."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._host, self._done = tensor.detach(), None
@@ -26,7 +26,7 @@ class Copied:
 
     @property
     def arrived(self) -> bool:
-        """Whether reading would not wait; on the CPU always."""
+        """Whether reading is possible without waiting; always true on the CPU."""
         return self._done is None or bool(self._done.query())  # type: ignore[no-untyped-call]
 
     def read(self) -> Tensor:
@@ -50,7 +50,7 @@ class Late:
 
     @property
     def arrived(self) -> bool:
-        """Whether reading would not wait; on the CPU always."""
+        """Whether reading is possible without waiting; always true on the CPU."""
         return self._copied.arrived
 
     def read(self) -> dict[str, float]:
@@ -58,7 +58,7 @@ class Late:
         return dict(zip(self._names, self._copied.read().tolist(), strict=True))
 
     def read_finite(self, remedy: Callable[[int], str], where: str = "") -> dict[str, float]:
-        """The same; a UserError if one of them is not finite, with the remedy at its step."""
+        """The figures by name. Raises UserError with the step's remedy if one is not finite."""
         figures = self.read()
         for name, value in figures.items():
             if not math.isfinite(value):
@@ -67,7 +67,7 @@ class Late:
 
 
 def not_finite(step: int, what: str, remedy: str, where: str = "") -> UserError:
-    """What to say of a step at which something is not finite, once that cannot be saved."""
+    """The error about a value that is not finite at a step, with its remedy."""
     return UserError(
         f"{where}the {what} is not finite at step {step}; start a new run (name=...) with {remedy}"
     )

@@ -1,4 +1,4 @@
-"""The feature loss of a pair of maps, and the task loss, each one number an image."""
+"""The feature loss of a pair of maps and the task loss, with one value per image."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ from students.heads import resize_logits
 
 
 class FeatureLoss(nn.Module):
-    """How far a student's feature map is from a teacher's, one number an image.
+    """How far a student's feature map is from a teacher's, one value per image.
 
-    The finer map is averaged down to the coarser grid (bilinear where the sizes do not divide), the
-    student's goes through an own projector, the teacher's is standardised.
+    The finer map is averaged down to the coarser grid (bilinear where the sizes do not divide); the
+    student's map passes through a projector, and the teacher's is standardised.
 
     Args:
-        measure: A name (`distill list losses`) or `module:attribute`, a measure, or a function for
-            one.
+        measure: A name (`distill list losses`), `module:attribute`, a `Measure`, or a function.
         student_channels: Channels of the student's map, or of several for `fpn_ppm`.
         teacher_channels: Channels of the teacher's map.
         pooled: Compare the maps' averages over all positions.
         projector: A name in `PROJECTORS`, or `none`. `auto`: `linear` where channels differ and the
             measure compares them, `fpn_ppm` for several maps, otherwise none.
-        standardise: Standardise the targets a channel.
+        standardise: Standardise the targets per channel.
         options: Options of the measure, such as `temperature`.
 
     Raises:
-        UserError: On an unknown measure, projector or option, or a combination without meaning; the
-            line begins with the key of the pair.
+        UserError: On an unknown measure, projector or option, or an invalid combination; the
+            message begins with the key of the pair.
     """
 
     def __init__(
@@ -104,8 +103,8 @@ class FeatureLoss(nn.Module):
             (B,) float32, computed in float32 (but the projector) whatever autocast says.
 
         Raises:
-            UserError: If the batch is too small for the measure, or it answers something else than
-                a number an image, with a gradient.
+            UserError: If the batch is too small for the measure, or the measure does not return one
+                value per image with a gradient.
         """
         maps = [student_maps] if isinstance(student_maps, Tensor) else student_maps
         if len(maps[0]) < self.measure.smallest_batch:
@@ -141,7 +140,7 @@ class FeatureLoss(nn.Module):
 
     @torch.no_grad()
     def noise_floor(self, student_map: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """The part of the target's variance that the noise makes: no student can predict it.
+        """The share of the target's variance that is due to noise, which no student can predict.
 
         Half the mean squared difference of two draws estimates the variance over draws without
         bias; in units of the standardised target, so that 1 is all of its variance. It is the
@@ -167,7 +166,7 @@ class FeatureLoss(nn.Module):
 
 
 def task_loss(logits: Tensor, targets: Tensor, ignore_index: int = 255) -> Tensor:
-    """Cross-entropy, or of landmarks `landmark_loss`, one number an image.
+    """Cross-entropy, or `landmark_loss` for landmarks, one value per image.
 
     Args:
         logits: (B, C), or (B, C, h, w), which is resized to the masks.
@@ -175,7 +174,7 @@ def task_loss(logits: Tensor, targets: Tensor, ignore_index: int = 255) -> Tenso
         ignore_index: Class, or mask value, that does not count.
 
     Returns:
-        (B,) float32: of masks the mean over valid pixels; 0 if nothing is valid.
+        (B,) float32; for masks the mean over valid pixels, 0 if there are none.
     """
     if targets.is_floating_point():
         return landmark_loss(logits, targets)
@@ -190,7 +189,7 @@ def task_loss(logits: Tensor, targets: Tensor, ignore_index: int = 255) -> Tenso
 
 
 def class_shares(targets: Tensor, classes: int, ignore_index: int = 255) -> Tensor:
-    """How much of each target is of each class.
+    """The share of each class in each target.
 
     Args:
         targets: Classes (B,) int64, or masks (B, H, W) int64.
@@ -210,7 +209,7 @@ def class_shares(targets: Tensor, classes: int, ignore_index: int = 255) -> Tens
 def _checked(
     options: Mapping[str, float], name: str, function: Callable[..., Tensor]
 ) -> dict[str, float]:
-    """The options, if the function has them, and numbers where its defaults are."""
+    """Check that the function has these options, and that they are numbers like their defaults."""
     signature = inspect.signature(function)
     try:
         signature.bind("student map", "teacher map")

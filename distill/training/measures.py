@@ -1,4 +1,4 @@
-"""How far a student's map is from a teacher's, one number an image."""
+"""Distances between a student's and a teacher's map, one value per image."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 
 class Measure(NamedTuple):
-    """How far a student's map is from a teacher's, and what it asks of them.
+    """A distance between a student's and a teacher's map, and its requirements.
 
     Attributes:
         function: (student (B, C, H, W), teacher (B, C, H, W)) float32 -> (B,); its keyword-only
             parameters are the options.
-        same_channels: It compares channels with channels, so that a projector must align them.
-        poolable: It still says something of maps averaged to one position.
+        same_channels: Whether it compares channel with channel, so that a projector must align
+            them.
+        poolable: Whether it is meaningful for maps averaged to one position.
         smallest_batch: The fewest images it can compare.
     """
 
@@ -28,7 +29,7 @@ class Measure(NamedTuple):
     smallest_batch: int = 1
 
     def __call__(self, student: Tensor, teacher: Tensor, **options: float) -> Tensor:
-        """The same as `function`."""
+        """Call `function`."""
         return self.function(student, teacher, **options)
 
 
@@ -76,9 +77,9 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0) 
 def relational(student: Tensor, teacher: Tensor, *, angle_weight: float = 2.0) -> Tensor:
     """Relational knowledge distillation, distances and angles (Park et al. 2019, section 3.2).
 
-    An image's share is the mean over the pairs that it is in, plus `angle_weight` times the mean
-    over the triplets of which it is the vertex; the mean over the batch is the paper's loss. Memory
-    grows with B cubed, not with the maps.
+    An image's value is the mean over the pairs that contain it, plus `angle_weight` times the mean
+    over the triplets with it as vertex; the mean over the batch is the paper's loss. Memory grows
+    with B cubed, not with the maps.
 
     student: (B, C, H, W), teacher: (B, C', H', W'), B >= 3 -> (B,).
     """

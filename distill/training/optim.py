@@ -1,4 +1,4 @@
-"""What of an arm is trained, by which optimiser, and its learning rate at every step."""
+"""The trained weights of an arm, their optimiser, and its learning rate at every step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def stage_lr_factor(train: TrainConfig, step: int, taught: bool) -> float:
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """timm's AdamW, or SGD with momentum 0.9: "sgd" Nesterov's, "momentum" the plain one."""
+    """timm's AdamW, or SGD with momentum 0.9: Nesterov's for "sgd", plain for "momentum"."""
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         model,
         opt=train.optimizer,

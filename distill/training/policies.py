@@ -1,4 +1,4 @@
-"""From a recipe's policy section to objects: the policy, its timesteps, the rewards' heads."""
+"""Build the policy, its timesteps and the reward heads from a recipe's policy section."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def reward_layer(config: RunConfig) -> str:
 def build_rewards(
     config: RunConfig, benchmark: Benchmark, student: Student, teacher: Teacher
 ) -> tuple[TeacherTaskReward | None, LabelFreeReward | None]:
-    """What of `policy.rewards` is trained: the reward heads on labels and on clusters."""
+    """Build the trained parts of `policy.rewards`: the reward heads on labels and on clusters."""
     check_rewards(config)
     channels, bins = teacher.channels[reward_layer(config)], config.policy.bins
     head = config.policy.reward_head
@@ -62,7 +62,7 @@ def mixes(config: RunConfig) -> bool:
 
 
 def check_rewards(config: RunConfig) -> None:
-    """Refuse rewards that there are not, or that have no meaning in this recipe."""
+    """Check that the rewards exist, and that they are meaningful in this recipe."""
     for name in config.policy.rewards:
         if name not in TABLES["rewards"]:
             near = nearest(name, TABLES["rewards"])
@@ -83,14 +83,14 @@ def check_rewards(config: RunConfig) -> None:
 def build_policy(
     config: RunConfig, teacher: Teacher, context_size: int, *, unlabelled: bool
 ) -> tuple[TimestepPolicy | MixingPolicy, Tensor]:
-    """The policy, and the timesteps (K,) int64 that its bins stand for.
+    """Build the policy and the timesteps (K,) int64 of its bins.
 
-    A teacher of one timestep has one bin, whatever the recipe's `bins` and `spacing` are.
+    A teacher with a single timestep gets one bin, whatever the recipe's `bins` and `spacing` are.
 
     Args:
         config: The recipe.
-        teacher: Whose timesteps they are.
-        context_size: D, of what the policy sees.
+        teacher: The teacher, with its schedule.
+        context_size: D, the size of the policy's context.
         unlabelled: Whether there are unlabelled images.
     """
     policy, schedule = config.policy, teacher.noise_schedule
@@ -115,7 +115,7 @@ def build_policy(
 
 
 def _tell_of_another_teacher(table: str, teacher: Teacher) -> None:
-    """A line on stderr where the probe that a table lies beside is of another teacher."""
+    """Warn on stderr if the probe that made a table was of another teacher."""
     probe = Path(table).with_name("probe.json")
     if not probe.is_file():
         return
@@ -130,7 +130,7 @@ def _tell_of_another_teacher(table: str, teacher: Teacher) -> None:
 def policy_over(
     config: RunConfig, timesteps: Tensor, context_size: int, *, unlabelled: bool
 ) -> TimestepPolicy | MixingPolicy:
-    """The policy, new, for timesteps (K,) int64 that are known; the rest as for `build_policy`."""
+    """Build a new policy for given timesteps (K,) int64; other arguments as in `build_policy`."""
     policy = config.policy
     rewarded = config.train.batch
     if unlabelled and "label_free" in policy.rewards:

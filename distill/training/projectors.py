@@ -1,7 +1,7 @@
-"""From a student's maps to the shape of a teacher's: what learns along and is dropped at export.
+"""Projectors from a student's maps to the shape of a teacher's, trained along and not exported.
 
-Every projector is called with one or more maps of the student, the grid (h, w) to come out at, and
-the timesteps of the teacher's maps, and answers (B, channels of the teacher, h, w).
+Every projector is called with one or more maps of the student, the grid (h, w) of the output, and
+the timesteps of the teacher's maps, and returns (B, channels of the teacher, h, w).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Grid = tuple[int, int]
 
 
 class Linear(nn.Conv2d):
-    """A 1x1 convolution. student: channels of the one map; teacher: those that come out."""
+    """A 1x1 convolution. student: channels of the single map; teacher: output channels."""
 
     def __init__(self, student: Sequence[int], teacher: int) -> None:
         super().__init__(_only(student, "linear"), teacher, 1)
@@ -31,14 +31,14 @@ class Linear(nn.Conv2d):
 class FiLM(nn.Module):
     """A 1x1 convolution of channels that the timestep scales and shifts (Perez et al. 2018).
 
-    The student knows no timestep, the teacher's map depends on one: what differs between timesteps
-    is the projector's to learn, so that the student need not average over them. It begins as the
-    plain 1x1 convolution.
+    The teacher's map depends on the timestep, but the student does not know it: the projector
+    learns the difference between timesteps, so that the student need not average over them. It
+    starts as a plain 1x1 convolution.
 
     Args:
         student: Channels of the one map.
-        teacher: Channels that come out.
-        width: Of the embedding of timesteps (Vaswani et al. 2017, section 3.5).
+        teacher: Output channels.
+        width: Channels of the embedding of timesteps (Vaswani et al. 2017, section 3.5).
     """
 
     def __init__(self, student: Sequence[int], teacher: int, width: int = 64) -> None:
@@ -68,7 +68,7 @@ class PyramidRegressor(nn.Module):
 
     Args:
         student: Channels of the maps, shallowest first.
-        teacher: Channels that come out.
+        teacher: Output channels.
         width: Channels inside.
     """
 

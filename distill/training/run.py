@@ -119,7 +119,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
 
 
 def _trainer(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accelerator) -> Trainer:
-    """A new arm, its feature cache open."""
+    """Build a new arm with its feature cache open."""
     trainer = Trainer(config, arm, data, accelerator)
     with accelerator.main_process_first():  # one makes the folder, the others find it
         trainer.open_cache()
@@ -142,7 +142,7 @@ def score(
 
 
 def _observe(trainer: Trainer, log: RunLog | None, examples: Examples) -> None:
-    """Score the student on the way, and show TensorBoard what it predicts."""
+    """Score the student during training, and write predictions to TensorBoard."""
     benchmark, student = trainer.data.benchmark, trainer.average.module
     if trainer.step < trainer.config.train.steps:
         scores = score(student, examples, benchmark, trainer.config, trainer.accelerator)
@@ -160,7 +160,7 @@ def _observe(trainer: Trainer, log: RunLog | None, examples: Examples) -> None:
 
 
 def _resumed(config: RunConfig, path: Path) -> RunConfig:
-    """A resumed run goes on; nothing may change but where it computes."""
+    """The recipe of a resumed run, of which only the device may have changed."""
     saved = load_config(RunConfig, path)
     if not config.train.batch:  # the number that `auto` found
         config = with_batch(config, saved.train.batch)
@@ -175,7 +175,7 @@ def _finish_arm(
     scores: Mapping[str, Any],
     parts: Mapping[str, float],
 ) -> None:
-    """Write an arm's result; for the main one the student and a picture."""
+    """Write an arm's result and, for the main arm, the student and a picture."""
     config, benchmark = trainer.config, trainer.data.benchmark
     student = trainer.average.module.cpu().eval()
     if trainer.arm == main_arm(config.train.arms):
@@ -222,7 +222,7 @@ def _finish_arm(
 
 
 def predict(student: Student, examples: Examples) -> list[Shown]:
-    """Some examples with truth and prediction."""
+    """A few examples with truth and prediction, evenly spread, as neighbouring frames are alike."""
     items = [examples[index] for index in spread(len(examples), SHOWN)]
     images = [as_float(image) for image, _ in items]
     device = next(student.parameters()).device
@@ -238,13 +238,13 @@ def predict(student: Student, examples: Examples) -> list[Shown]:
 def make_card(
     config: RunConfig, benchmark: Benchmark, student: Student, provenance: Mapping[str, Any]
 ) -> StudentCard:
-    """What stands beside an exported student.
+    """The card of an exported student.
 
     Args:
         config: The recipe.
         benchmark: Names the classes.
-        student: Built after the recipe.
-        provenance: Its arm, step, and the teacher's fingerprint; the commit is added.
+        student: The student built from the recipe.
+        provenance: Arm, step and the teacher's fingerprint; the commit is added.
     """
     return StudentCard(
         model=config.student.model,
