@@ -19,7 +19,7 @@ from torch import Tensor
 from distill.errors import UserError
 
 IGNORE_INDEX = 255
-"""The target of a pixel, or of an image, that has no label."""
+"""The target of a pixel or image without a label."""
 
 Entry = TypeVar("Entry")
 Task = Literal["segmentation", "classification", "landmarks"]
@@ -70,7 +70,7 @@ class Benchmark(Protocol):
         """(num_classes, 3), the RGB colour of each class in pictures."""
 
     def dataset(self, split: str, /) -> Examples:
-        """The examples of "train", "val" or "test"; a UserError where there is no such split."""
+        """The examples of "train", "val" or "test"; a UserError for an unknown split."""
 
 
 class LandmarkBenchmark(Benchmark, Protocol):
@@ -86,7 +86,7 @@ class LandmarkBenchmark(Benchmark, Protocol):
 
 
 def notice(line: str) -> None:
-    """Say on stderr what is unusual about the data, though no mistake."""
+    """Report on stderr what is unusual about the data but not an error."""
     print(f"distill: {line}", file=sys.stderr, flush=True)
 
 

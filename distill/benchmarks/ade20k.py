@@ -39,7 +39,7 @@ CLASSES = {0: IGNORE_INDEX} | {number + 1: number for number in range(len(NAMES)
 
 
 def ade20k(root: str | None) -> Published:
-    """The SceneParsing release of 2016: one channel a mask.
+    """The SceneParsing release of 2016: masks with one channel.
 
     Args:
         root: Folder of `ADEChallengeData2016/`, or that folder.

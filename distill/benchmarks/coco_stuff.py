@@ -48,7 +48,7 @@ CLASSES = {number - 1: place for place, number in enumerate(IDS)} | {IGNORE_INDE
 
 
 def coco_stuff(root: str | None) -> Published:
-    """Things and stuff of COCO 2017; one channel a mask, 255 has no label.
+    """Things and stuff of COCO 2017; masks with one channel, where 255 has no label.
 
     Args:
         root: Folder of `train2017/`, `val2017/` and `stuffthingmaps/`.

@@ -32,7 +32,7 @@ TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by the orientation that its camera noted (EXIF)."""
+"""The operation that makes an image upright, by its EXIF orientation."""
 
 
 def decode(path: Path, upright: bool = False) -> Image.Image:
@@ -67,8 +67,8 @@ def is_cut(image: ImageFile.ImageFile) -> bool:
 
 
 def stored_as(image: ImageFile.ImageFile) -> tuple[str, int | None]:
-    """Of an image, opened and not yet loaded: the mode that its decoder reads, such as `L;4` for 4
-    bits, and the largest value of a portable map (PGM, PPM), None of other files."""
+    """The mode that the decoder of an opened image reads, such as `L;4` for 4 bits, and the largest
+    value of a portable map (PGM, PPM), None for other files. The image must not be loaded yet."""
     if not image.tile:
         return "", None
     codec, _, _, args = image.tile[0]
@@ -77,7 +77,7 @@ def stored_as(image: ImageFile.ImageFile) -> tuple[str, int | None]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """What the camera noted in tag 274; 1, as stored, where the notes cannot be read."""
+    """The EXIF orientation (tag 274); 1, as stored, if it cannot be read."""
     try:
         return int(image.getexif().get(274, 1))
     except (*UNREADABLE, struct.error, KeyError, TypeError, IndexError):
@@ -98,7 +98,7 @@ def read_image(path: Path, upright: bool = False) -> Tensor:
 
 
 def image_files(folder: Path) -> dict[str, Path]:
-    """The images directly in a folder, by stem (`composed`). A UserError where there are none."""
+    """The images directly in a folder, by stem (`composed`). Raises UserError if there are none."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     files: dict[str, Path] = {}
@@ -171,7 +171,7 @@ class Pair(NamedTuple):
 
 
 def read_pairs(names: Path, images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[Pair]:
-    """The pairs that a list file names, one a line, in its order.
+    """The pairs that a list file names, one per line, in its order.
 
     A line is a stem, a file name or a path, and may go on with other columns after a space: the
     lists of the SegNet release (image and mask path) and of Oxford Pets (class, species) are read.

@@ -49,9 +49,9 @@ class Folder:
         ignore_values: More values that are ignored; 255 always is, unless `value_map` has it.
         images: Folder of the images in `root`.
         masks: Folder of the masks in `root`, of the stems of their images.
-        train_list: List file in `root`, one image name a line.
-        val_list: The same for val; val.txt may be missing.
-        test_list: The same for test; test.txt may be missing.
+        train_list: List file in `root`, one image name per line.
+        val_list: List file for val; val.txt may be missing.
+        test_list: List file for test; test.txt may be missing.
         val_ratio: Share of the train images that is held out for val where there is no val list.
         test_ratio: Share of all images that is held out for test where there are no lists.
         split_seed: Chooses the held-out images.
@@ -193,7 +193,7 @@ class Labels(NamedTuple):
 
 
 def read_palette(path: Path) -> Labels:
-    """Read lines `R G B name`. Raises UserError where there is no such file, or line."""
+    """Read lines `R G B name`. Raises UserError if the file is missing or a line is invalid."""
     if not path.is_file():
         raise UserError(f"data.options.palette: there is no file {path}; write 'R G B name' lines")
     names: dict[Colour, str] = {}

@@ -90,7 +90,7 @@ class Placed(NamedTuple):
     """(2,): x and y."""
     radius: float
     angle: float
-    """Of its tilt, in radians."""
+    """Tilt in radians."""
 
     def distance(self, x: Array, y: Array) -> Array:
         """Signed distance of points to its outline, of the shape of x and y; negative inside."""

@@ -21,7 +21,7 @@ class KeypointPair(NamedTuple):
     """
 
     names: tuple[str, str]
-    """Of the two images; equal names are equal images."""
+    """Names of the two images; equal names are equal images."""
     source: Tensor
     """(3, H, W) uint8."""
     target: Tensor

@@ -1,4 +1,4 @@
-"""`image_folder`: classification of any images in one folder a class."""
+"""`image_folder`: classification of any images in one folder per class."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYOUT = Layout(
 
 
 def class_folders(split: Path) -> list[str]:
-    """The names of the class folders of a split, sorted. A UserError where there is no split."""
+    """Sorted names of a split's class folders. Raises UserError if the split has no folder."""
     if not split.is_dir():
         raise UserError(f"there is no folder {split}")
     return sorted(
@@ -37,7 +37,7 @@ def sorted_images(base: Path, split: str, numbers: Mapping[str, int]) -> Labelle
         numbers: From a class folder to its class; folders of classes without images may be missing.
 
     Raises:
-        UserError: There is no such folder, no image, or a folder that is no class.
+        UserError: There is no such folder, no image, or a folder that is not a class.
     """
     strangers = [name for name in class_folders(base / split) if name not in numbers]
     if strangers:

@@ -19,7 +19,7 @@ def imagenet(root: str | None) -> Published:
     """The 1,000 classes in the order of their WordNet ids, as every published score counts them.
 
     Args:
-        root: Folder of `train/` and `val/`, the images of both in one folder a class.
+        root: Folder of `train/` and `val/`, the images of both in one folder per class.
     """
     info = ImageNetInfo()
     numbers = {wnid: number for number, wnid in enumerate(info.label_names())}

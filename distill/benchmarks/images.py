@@ -57,7 +57,8 @@ class UnlabelledImages(Dataset[tuple[Tensor, int]]):
             index = (index + 1) % len(self)
 
     def check_headers(self) -> None:
-        """Leave out what is no image by its first bytes; nothing is decoded. Raises UserError."""
+        """Leave out files that are not images by their first bytes; nothing is decoded. Raises
+        UserError."""
         problems = {index: _header_problem(path) for index, path in enumerate(self.paths)}
         self._leave_out({index: text for index, text in problems.items() if text})
 
@@ -78,7 +79,7 @@ class UnlabelledImages(Dataset[tuple[Tensor, int]]):
 
 
 def _header_problem(path: Path) -> str:
-    """What is wrong with a file as far as its first bytes tell; empty for nothing."""
+    """The fault that a file's first bytes show; empty if there is none."""
     try:
         with Image.open(path) as image:
             mode, deep = image.mode, is_cut(image)

@@ -20,7 +20,7 @@ INDEX_MODES = frozenset({"1", "L", "P"}) | DEEP_MODES
 
 Colour = tuple[int, int, int]
 MaskReader = Callable[[Path, tuple[int, int]], Tensor]
-"""Reads the mask of an image of size (H, W) from a file: (H, W) uint8."""
+"""Function that reads the mask of an image of size (H, W) from a file: (H, W) uint8."""
 
 
 class _OtherSizeError(UserError):

@@ -68,7 +68,7 @@ def _inside(shape: tuple[int, ...], crop: tuple[slice, slice]) -> NDArray[np.boo
 
 
 def _listed(base: Path, split: str) -> list[Pair]:
-    """The pairs of a list file: image, depth and a focal length a line, from the split's folder."""
+    """The pairs of a list file (image, depth and focal length per line) in the split's folder."""
     names, folder = base / f"nyudepthv2_{split}_files_with_gt.txt", base / FOLDERS[split]
     if not names.is_file():
         raise UserError(f"there is no list file {names}")

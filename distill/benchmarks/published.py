@@ -59,7 +59,7 @@ class Layout:
     folder: str = ""
     """The archive's own folder; `data.root` may be it or what holds it."""
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Number of labelled images a split, as published."""
+    """Published number of labelled images per split."""
 
     @contextmanager
     def at(self, root: str | None) -> Iterator[Path]:
@@ -83,7 +83,7 @@ class Layout:
         """Say in one line on stderr which splits are not of their published size.
 
         Args:
-            found: Number of examples a split.
+            found: Number of examples per split.
             sizes: The published ones; by default the layout's own.
             what: The examples.
         """
@@ -111,9 +111,9 @@ class Layout:
         Args:
             splits: The examples found.
             task: What the targets are.
-            class_names: One a class.
+            class_names: One per class.
             palette: (classes, 3); by default distinct colours.
-            sizes: Published number of images a split; by default the layout's own.
+            sizes: Published number of images per split; by default the layout's own.
             withheld: Splits whose labels are not public.
             mirrored: Which class each becomes in the mirror image, if any becomes another.
         """

@@ -135,7 +135,7 @@ class ShapesDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 class ShapesDepths(ShapesDataset):
-    """The same scenes. Items: image (3, S, S) uint8, depth (S, S) float32, see `depth_order`."""
+    """Scenes with depth. Items: image (3, S, S) uint8, depth (S, S) float32 (`depth_order`)."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not 0 <= index < self.length:
@@ -258,7 +258,7 @@ class Shapes:
         return ShapesDataset(split, self._length(split), self.size, self.seed)
 
     def depths(self, split: str) -> ShapesDepths:
-        """The same scenes with their depth."""
+        """The scenes of a split with their depth."""
         return ShapesDepths(split, self._length(split), self.size, self.seed)
 
     def pairs(self, split: str) -> ShapesPairs:

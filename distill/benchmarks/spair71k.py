@@ -29,7 +29,7 @@ class AnnotatedPairs:
 
     Args:
         files: Their annotations, JSON.
-        images: Folder of a folder a category.
+        images: Folder with one folder per category.
     """
 
     def __init__(self, files: list[Path], images: Path) -> None:

@@ -1,1 +1,1 @@
-"""Teacher features that are computed once and read again."""
+"""A cache of teacher features, computed once and read again."""

@@ -2,7 +2,7 @@
 
 `manifest.json` says what the features are of, `features.bin` holds the rows (the layers' maps one
 after the other, in the precision that the teacher computes in), and `marks.bin` a uint32
-a row: 0 while it is missing, otherwise the checksum of the image it is of. Rows are read and
+per row: 0 while it is missing, otherwise the checksum of the image it is of. Rows are read and
 written, not mapped: the pages of a map would count as memory of this process.
 """
 
@@ -31,41 +31,41 @@ from distill.training.projectors import resize_map
 from teachers.protocol import Teacher
 
 BLOCK = 256
-"""Rows between two moments at which they are safe on the disk: what a crash can lose."""
+"""Number of rows between two syncs to the disk: the most that a crash can lose."""
 ALIGNMENT = 64
 CHUNK = "images at once"
-"""Key of the manifest: kernels round differently for every number of images."""
+"""Key of the manifest, needed because kernels round differently for every number of images."""
 
 
 class Stored(NamedTuple):
-    """How a layer's map is kept: of (C, 1, 1) where its average is all that is looked at."""
+    """Shape and dtype in which a layer's map is stored; (C, 1, 1) if only its average is needed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def bytes(self) -> int:
-        """Of one map."""
+        """Size of one map in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Plan(NamedTuple):
-    """What a cache holds when it is full."""
+    """The content of a full cache."""
 
     images: int
     flips: int
-    """2 where images come flipped too, otherwise 1."""
+    """2 if images also come flipped, otherwise 1."""
     bins: int
     layers: Mapping[str, Stored]
 
     @property
     def rows(self) -> int:
-        """How many features of each layer."""
+        """Number of features per layer."""
         return self.images * self.flips * self.bins
 
     @property
     def columns(self) -> dict[str, slice]:
-        """Which bytes of a row are a layer's."""
+        """The bytes of each layer in a row."""
         columns, start = {}, 0
         for layer, stored in self.layers.items():
             columns[layer] = slice(start, start + stored.bytes)
@@ -74,12 +74,12 @@ class Plan(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Of all layers."""
+        """Size of a row, over all layers, in bytes."""
         return sum(_aligned(stored.bytes) for stored in self.layers.values())
 
     @property
     def gb(self) -> float:
-        """On the disk."""
+        """Size on the disk in GB."""
         return self.rows * (self.row_bytes + 4) / 1e9
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ def _aligned(size: int) -> int:
 
 
 class FeatureCache:
-    """A teacher that remembers.
+    """A teacher that stores its features.
 
     The features of an image, flip and timestep are a function of these alone: their noise has a
     seed of its own, whatever the run's seed is, and the teacher computes them in batches of one
@@ -111,7 +111,7 @@ class FeatureCache:
         chunk: Images that the teacher looks at together in a new folder.
 
     Attributes:
-        chunk: The same in this one, which keeps to what it was begun with.
+        chunk: Images per look in this folder, which keeps the number it was made with.
         looked: How many images the teacher has looked at so far, those that filled a chunk too.
 
     Raises:
@@ -158,7 +158,7 @@ class FeatureCache:
         return f"cache of {self.plan} in {self.folder}, {len(self) / self.plan.rows:.0%} filled"
 
     def __len__(self) -> int:
-        """How many rows are filled."""
+        """Number of filled rows."""
         return int(np.count_nonzero(self._marks))
 
     def features(self, images: Tensor, tags: Tensor, bins: Tensor) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def extract(config: RunConfig) -> str:
     Raises:
         UserError: The recipe asks for no cache, or one that cannot be (see `plan_cache`), or there
             is one of other features or images.
-        Interrupted: The user stopped it; the same command goes on.
+        Interrupted: The user stopped it; rerunning the command continues.
     """
     if config.teacher.cache is None:
         raise UserError("teacher.cache: name the folder to fill, such as teacher.cache=caches/mine")

@@ -34,12 +34,12 @@ class Subject(NamedTuple):
     path: str
     """A folder; an exported file; a timm name; what a recipe gives as `teacher.path`."""
     weights: str = ""
-    """Of a timm model: a file, `scratch`, or nothing for those that timm publishes."""
+    """Weights of a timm model: a file, `scratch`, or empty for timm's published ones."""
     layers: tuple[str, ...] = ()
     """Feature maps to read; by default the last one."""
     timestep: int = 0
     family: str = ""
-    """Of a teacher: its `teacher.name`."""
+    """The `teacher.name` of a teacher."""
 
 
 def parse_subject(text: str) -> Subject:
@@ -108,7 +108,7 @@ class Backbone(Protocol):
     Attributes:
         layers: The maps it gives, shallowest first.
         channels: C of each map.
-        parameters: Number of weights of the whole network; None where nothing tells.
+        parameters: Number of weights of the whole network; None if unknown.
     """
 
     layers: Sequence[str]
@@ -116,8 +116,8 @@ class Backbone(Protocol):
     parameters: int | None
 
     def flops(self, size: tuple[int, int]) -> int | None:
-        """Floating-point operations until the last map, for one image of (H, W), two a
-        multiply-add; None where nothing tells."""
+        """Floating-point operations until the last map for one image of (H, W), two per
+        multiply-add; None if unknown."""
         ...
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
@@ -195,7 +195,7 @@ class TeacherBackbone:
 
 
 def at_size(student: Student, size: tuple[int, int]) -> Student:
-    """The same student, sharing its weights, for images of another (H, W).
+    """A student that shares its weights with the given one, for images of another (H, W).
 
     Raises:
         UserError: Its backbone takes images of one size alone, as a plain ViT does, or its deepest

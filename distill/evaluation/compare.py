@@ -47,7 +47,7 @@ def compare(
         protocol: Of the subjects, by default `own`; results bring theirs.
         benchmark: Of the subjects.
         out: A folder for table.md, table.csv, compare.json and speed.png.
-        batch: Images a pass, where speed and memory are measured.
+        batch: Images per pass, where speed and memory are measured.
         rounds: How often all take their turn.
 
     Returns:
@@ -124,7 +124,7 @@ class _Result(BaseModel):
     size: tuple[int, int]
     figures: Annotated[dict[str, float], Field(min_length=1)]
     intervals: dict[str, Interval | None] = {}
-    """None of a single choice of labels."""
+    """None for a single choice of labels."""
     recipe: dict[str, Any]
 
 
@@ -139,7 +139,7 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _check(results: Sequence[Mapping[str, Any]], words: Sequence[str]) -> None:
-    """The same images are scored, or a line that says what differs."""
+    """Check that all results score the same images; the error says what differs."""
     for word, result in zip(words, results, strict=True):
         mine, first = _scored_on(result), _scored_on(results[0])
         images = [one.get("images") for one in (result, results[0])]
@@ -157,7 +157,7 @@ def _check(results: Sequence[Mapping[str, Any]], words: Sequence[str]) -> None:
 
 
 def _scored_on(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What says which images are scored, and by what; the metric once it is known."""
+    """The keys that decide which images are scored and how, and the metric once it is known."""
     of_recipe = {
         f"{section}.{key}": result["recipe"].get(section, {}).get(key)
         for section, key in (("data", "options"), ("evaluate", "images"))
@@ -167,7 +167,7 @@ def _scored_on(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What of the settings is not the same for all, and had better be."""
+    """Notes on settings that differ but should be equal."""
     settings = [_setting(result) for result in results]
     notes = []
     for key in dict.fromkeys(key for setting in settings for key in setting):
@@ -179,7 +179,7 @@ def _differences(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _setting(result: Mapping[str, Any]) -> dict[str, Any]:
-    """How a subject came to its score: what it saw, and every key that its protocol reads."""
+    """The settings behind a score: what the subject saw, and every key that its protocol reads."""
     recipe, finetuned = result["recipe"], result["protocol"] == "finetune"
     sections = ("data", "evaluate", "train") if finetuned else ("data", "evaluate")
     keys = {
@@ -193,7 +193,7 @@ def _setting(result: Mapping[str, Any]) -> dict[str, Any]:
         keys["student.head"] = recipe.get("student", {}).get("head")
     if result["protocol"] != "own":
         keys.pop("data.unlabelled", None)  # of a student's own training
-    # What came of these two is told instead.
+    # The results of these two keys are given instead.
     keys.pop("data.size", None)
     told = {"protocol": result["protocol"], "size": result["size"]}
     if result.get("labelled") is not None:
@@ -237,7 +237,7 @@ def _row(result: Mapping[str, Any], cost: Footprint) -> dict[str, str]:
 
 
 def _short(figure: float | None) -> str:
-    """Three digits; empty where nothing tells."""
+    """A figure with three digits; empty if it is unknown."""
     return "" if figure is None else f"{figure:.3g}" if figure < 100 else f"{figure:.0f}"
 
 

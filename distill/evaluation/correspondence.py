@@ -73,7 +73,7 @@ def match(features: Tensor, maps: Maps, size: tuple[int, int]) -> Tensor:
 
 
 class Matched(NamedTuple):
-    """What became of a pair."""
+    """The result for one pair."""
 
     number: int
     """Which pair."""
@@ -81,9 +81,9 @@ class Matched(NamedTuple):
     found: Tensor
     """(N, 2): where the points were found, in pixels of the target."""
     in_box: Tensor
-    """(N,) bool: no further off than `ALPHA` of the longer side of the target's box."""
+    """(N,) bool: within `ALPHA` of the longer side of the target's box."""
     in_image: Tensor
-    """(N,) bool: of the longer side of the target image."""
+    """(N,) bool: within `ALPHA` of the longer side of the target image."""
 
 
 def judge(number: int, pair: KeypointPair, found: Tensor) -> Matched:
@@ -112,7 +112,7 @@ def match_pairs(
         indices: Which of them.
         size: (H, W) that images are resized to for the backbone, whatever their aspect.
         device: Where.
-        batch: Images a pass at most, 2 at least.
+        batch: Images per pass, at least 2.
         progress: Called with the number of images after each pass.
     """
     matched = []

@@ -55,7 +55,7 @@ class Tally:
         Args:
             logits: (C,) or (C, h, w).
             guess: The class predicted, (), or classes (H, W).
-            truth: Of the same shape.
+            truth: The true class or classes, in the shape of `guess`.
         """
         if isinstance(self.counter, BoundaryMatrix):
             guess = guess.to(torch.uint8)  # small integers are counted several times faster
@@ -125,7 +125,7 @@ def count(
         benchmark: Says the task and the classes.
         candidates: Number of predictors.
         device: Where images go.
-        batch: Images a forward pass.
+        batch: Images per forward pass.
         workers: Processes that read them.
         rank: This process, which takes every `world`-th example.
         world: Number of processes.
@@ -133,9 +133,9 @@ def count(
         timed: Measures the parts `read`, `predict` and `score`.
 
     Returns:
-        One a candidate.
+        One tally per candidate.
     """
-    # The few logits of an image of one class are copied once a batch: image by image a GPU waits.
+    # The few logits of an image of one class are copied once per batch: image by image a GPU waits.
     counted = torch.device("cpu" if benchmark.task == "classification" else device)
     tallies = [new_tally(benchmark, counted) for _ in range(candidates)]
     batches = in_order(examples, range(rank, len(examples), world), batch, workers)
@@ -161,14 +161,14 @@ def count(
 
 
 def _by_size(items: Sequence[Item]) -> Iterator[list[int]]:
-    """Places of the items whose images have one size, a list a size."""
+    """Indices of the items, grouped by the size of their images."""
     sizes = [tuple(image.shape) for image, _ in items]
     for size in dict.fromkeys(sizes):
         yield [place for place, other in enumerate(sizes) if other == size]
 
 
 def new_tally(benchmark: Benchmark, device: torch.device | str) -> Tally | LandmarkTally:
-    """What counts for a benchmark's task."""
+    """The tally for a benchmark's task."""
     if traits(benchmark).classes:
         return Tally(benchmark, device)
     return LandmarkTally(cast(LandmarkBenchmark, benchmark), device)

@@ -48,7 +48,7 @@ class Binned(nn.Module):
 def depth_probe(
     backbone: Backbone, rates: Sequence[float], depth_range: tuple[float, float], seed: int
 ) -> LinearProbe:
-    """Linear heads, one a learning rate, that give depths (B, h, w) at the finest map's grid.
+    """Linear heads, one per learning rate, that give depths (B, h, w) at the finest map's grid.
 
     The arguments are those of `LinearProbe`, and the nearest and the farthest depth.
     """
@@ -82,7 +82,7 @@ def scale_invariant_loss(guess: Tensor, truth: Tensor) -> Tensor:
 
 
 class DepthScores(NamedTuple):
-    """Of one image, or means over images; all NaN where no pixel is known."""
+    """Scores of one image, or means over images; all NaN if no pixel is known."""
 
     rmse: float
     """Root of the mean squared error, in the unit of depth."""
@@ -127,11 +127,11 @@ def measure(
         predict: Images (B, 3, H, W) in [0, 1] to each predictor's depths (B, h, w).
         examples: Images (3, H, W) uint8 of one size; depths of any, which guesses are resized to.
         device: Where images go.
-        batch: Images a pass.
+        batch: Images per pass.
         workers: Processes that read them.
 
     Returns:
-        A list a predictor.
+        One list per predictor.
     """
     found: list[list[DepthScores]] = []
     for items in in_order(examples, range(len(examples)), batch, workers):

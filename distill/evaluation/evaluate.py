@@ -201,7 +201,7 @@ def _write_pictures(scored: Scored, out: Path) -> None:
         pictures.confusion(matrix, tally.confusion, benchmark.class_names)
     each = [float(value) for value in tally.each]
     known = [index for index, value in enumerate(each) if not math.isnan(value)]
-    # Of classes it is told how much is right, of points how far they are off.
+    # Captions give the share of right classes, or the error of points.
     ranked = sorted(known, key=each.__getitem__, reverse=isinstance(tally, Tally))
     shown = []
     for kind, index in best_and_worst(ranked):
@@ -220,7 +220,7 @@ def _write_pictures(scored: Scored, out: Path) -> None:
 
 
 def _table(result: Mapping[str, Any]) -> str:
-    """The scores, shares in points, those of the classes below."""
+    """The scores as a table, shares in points, with those of the classes below."""
     lines = [
         f"{result['subject']} on {result['benchmark']} {result['split']}, "
         f"protocol {result['protocol']}"

@@ -26,15 +26,15 @@ class Footprint(NamedTuple):
     """The cost of a backbone's forward pass until its last map."""
 
     parameters: int | None
-    """Weights of the whole network; None where nothing tells."""
+    """Number of weights of the whole network; None if unknown."""
     flops: int | None
-    """Of one image, two a multiply-add; None where nothing tells."""
+    """Floating-point operations per image, two per multiply-add; None if unknown."""
     images_per_second: float
-    """The median of the rounds."""
+    """Images per second, the median over the rounds."""
     slowest: float
-    """Images a second in the slowest round."""
+    """Images per second in the slowest round."""
     fastest: float
-    """The same in the fastest."""
+    """Images per second in the fastest round."""
     memory: float
     """MiB that tensors take at most during the pass of a batch, weights not counted."""
 
@@ -53,7 +53,7 @@ def measure(
         backbones: On the device.
         sizes: (H, W) of the images that each one sees.
         device: Where.
-        batch: Images a pass.
+        batch: Images per pass.
         rounds: How often all take their turn, so that a disturbed moment strikes all alike.
     """
     inputs = [torch.rand(batch, 3, *size, device=device) for size in sizes]

@@ -40,7 +40,7 @@ class ShownDepth(NamedTuple):
     truth: Tensor
     """(h, w), NaN where it is not scored."""
     guess: Tensor
-    """Of the same shape."""
+    """The predicted depth, (h, w)."""
 
 
 def matches(path: str | Path, shown: Sequence[ShownPair]) -> None:
@@ -49,7 +49,7 @@ def matches(path: str | Path, shown: Sequence[ShownPair]) -> None:
 
     Args:
         path: A PNG.
-        shown: What to show, two pairs a row.
+        shown: What to show, two pairs per row.
     """
     with rc_context({**STYLE, "axes.grid": False}):
         rows = -(-len(shown) // 2)
@@ -102,7 +102,7 @@ def depths(
     depth_range: tuple[float, float],
     unit: str,
 ) -> None:
-    """Write images with true and predicted depth, a row each, all in one scale of colours.
+    """Write images with true and predicted depth, one per row, all in one colour scale.
 
     Args:
         path: A PNG.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from students.heads import resize_logits
 
 Predictor = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W) in [0, 1] -> logits (B, K), or (B, K, h, w)."""
+"""Function from images (B, 3, H, W) in [0, 1] to logits (B, K) or (B, K, h, w)."""
 
 
 def several_looks(

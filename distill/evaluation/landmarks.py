@@ -17,11 +17,11 @@ from distill.benchmarks import LandmarkBenchmark
 from distill.errors import UserError
 
 SIGMA = 1.5
-"""Of the Gaussian in positions of the heat map, as HRNet trains WFLW (Sun et al. 2019)."""
+"""Sigma of the Gaussian, in heat map positions, as HRNet trains WFLW (Sun et al. 2019)."""
 FLOOR = 0.1
-"""Share of a peak that its neighbours count with at least: of a Gaussian they have more."""
+"""Least height of a peak's neighbours as a share of it; those of a Gaussian are higher."""
 FAILURE = 0.1
-"""The error from which a face counts as failed, and to which AUC is taken (Wu et al. 2018)."""
+"""The error above which a face counts as failed, and up to which AUC is taken (Wu et al. 2018)."""
 
 
 def heat_maps(points: Tensor, size: tuple[int, int]) -> Tensor:

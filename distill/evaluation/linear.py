@@ -27,10 +27,10 @@ class LinearProbe(nn.Module):
 
     Args:
         backbone: Not a part of this module.
-        rates: A head each.
+        rates: Learning rates, one per head.
         classes: Number of classes.
-        dense: A class a position instead of one an image.
-        seed: Of the heads' first weights, the same for all.
+        dense: One class per position instead of one per image.
+        seed: Seed of the heads' initial weights, which are equal.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ def fit(
         probe: In eval mode afterwards.
         batches: Images and targets on the probe's device, (B,) classes or (B, H, W) masks.
         steps: Number of batches.
-        loss: From a head's output and the targets, one number or one an image.
+        loss: From a head's output and the targets to one value, or one per image.
         progress: Called with the number of images after each step.
     """
     groups = [

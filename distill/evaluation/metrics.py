@@ -11,11 +11,11 @@ from torch import Tensor
 from distill.benchmarks import IGNORE_INDEX
 
 TITLES = {"miou": "mIoU", "top1": "top-1", "nme": "NME"}
-"""The main scores, as tables and pictures call them."""
+"""Names of the main scores in tables and pictures."""
 ERRORS = frozenset({"rmse", "abs_rel"})
-"""Errors in a unit of their own; all other figures are shares."""
+"""Errors that have a unit; all other figures are shares."""
 LOWER_IS_BETTER = ERRORS | {"nme", "failure_rate"}
-"""The direction of a score; whatever ranks or compares asks here, or `worth`."""
+"""Scores that are better when lower; all code that compares uses this or `worth`."""
 
 
 def worth(metric: str, value: float) -> float:
@@ -124,7 +124,7 @@ class BoundaryMatrix:
             ValueError: The shapes differ, or a value is not a class.
         """
         _check_shapes(predictions, targets)
-        # Rows for values that are no classes too: faster than to leave these pixels out before.
+        # Also rows for values that are not classes: faster than excluding these pixels first.
         rows, columns = 256, 4 * self.num_classes
         _check_classes("prediction", predictions, self.num_classes)
         if targets.dtype != torch.uint8:
@@ -219,7 +219,7 @@ class ClassificationScores(NamedTuple):
     top1: float
     """Share of the images whose class is right."""
     accuracy: tuple[float, ...]
-    """The same of each class; NaN for one without images."""
+    """Share of each class's images that are right; NaN for a class without images."""
 
 
 def segmentation_scores(counts: Tensor) -> SegmentationScores:

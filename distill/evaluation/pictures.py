@@ -67,7 +67,7 @@ class Shown(NamedTuple):
     truth: Tensor
     """(h, w) classes, a class, (), or points (K, 2) as shares of the image's width and height."""
     guess: Tensor
-    """Of the same shape."""
+    """The prediction, in the form of `truth`."""
 
 
 def overlays(
@@ -102,8 +102,8 @@ def _laid_over(
     class_names: Sequence[str],
     colours: NDArray[np.uint8],
 ) -> Figure:
-    """Two images a row, the first half of them on the left: each itself, truth and prediction over
-    it; the classes that occur below."""
+    """Two images per row, the first half on the left: each alone, under the truth, and under the
+    prediction; the classes that occur are named below."""
     height, width = pictures[0].shape[:2]
     across = 2 if len(shown) > 2 else 1
     rows = -(-len(shown) // across)
@@ -136,7 +136,7 @@ def _laid_over(
 def _named_below(
     pictures: Sequence[NDArray[Any]], shown: Sequence[Shown], class_names: Sequence[str]
 ) -> Figure:
-    """Four images a row, with predicted and true class."""
+    """Four images per row, with predicted and true class."""
     figure, panels = _panels(len(shown))
     for axes, picture, item in zip(panels, pictures, shown, strict=True):
         _image(axes, picture, item.title)
@@ -147,7 +147,7 @@ def _named_below(
 
 
 def _dotted(pictures: Sequence[NDArray[Any]], shown: Sequence[Shown]) -> Figure:
-    """Four images a row, with true and predicted points and how far they are apart."""
+    """Four images per row, with true and predicted points and their distances."""
     figure, panels = _panels(len(shown))
     for axes, picture, item in zip(panels, pictures, shown, strict=True):
         _image(axes, picture, item.title)
@@ -164,7 +164,7 @@ def _dotted(pictures: Sequence[NDArray[Any]], shown: Sequence[Shown]) -> Figure:
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """So many axes, four a row."""
+    """A figure with `count` axes, four per row."""
     rows = -(-count // 4)
     figure = Figure(figsize=(9.0, 2.6 * rows), dpi=150, layout="constrained")
     grid = figure.subplots(rows, 4, squeeze=False)
@@ -198,12 +198,12 @@ def against_speed(
     metric: str,
     falling: bool = False,
 ) -> None:
-    """Write a scatter of scores against images a second, both better up and to the right.
+    """Write a scatter of scores against images per second, both better up and to the right.
 
     Args:
         path: A PNG.
-        names: Of the points.
-        speeds: Images a second.
+        names: Names of the points.
+        speeds: Images per second.
         scores: In points.
         metric: Name of the score.
         falling: Whether a lower one is better, so that the axis runs down.
@@ -219,7 +219,7 @@ def against_speed(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
         axes.margins(0.15)
-        axes.set(xlabel="images a second", ylabel=metric)
+        axes.set(xlabel="images per second", ylabel=metric)
         if falling:
             axes.invert_yaxis()
         figure.legend(loc="outside lower center", ncols=1)

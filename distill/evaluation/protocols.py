@@ -70,14 +70,14 @@ FINETUNE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""What `finetune` sets, whatever a student's recipe says; overrides count more."""
+"""Settings of `finetune`, which replace those of a student's recipe; overrides take precedence."""
 
 
 class Fitted(NamedTuple):
     """A predictor, and how it came about."""
 
     predict: Predictor
-    """On the device."""
+    """The predictor, on the device."""
     size: tuple[int, int]
     """(H, W) of the images that it sees."""
     layers: list[str]
@@ -179,7 +179,7 @@ def linear(
 def fit_linear(
     backbone: Backbone, config: RunConfig, data: TrainingSet, accelerator: Accelerator, label: str
 ) -> Fitted:
-    """The same of a backbone that is open; `label` stands before the progress."""
+    """`linear` for a backbone that is open already; `label` precedes the progress."""
     benchmark, options, device = data.benchmark, config.evaluate, accelerator.device
     val = benchmark.dataset("val")
     if not len(val):
@@ -261,7 +261,7 @@ class Choice(NamedTuple):
     labels: int
     seed: int
     names: list[str] | None
-    """Of the images; None: all of them."""
+    """Names of the images; None: all of them."""
     fitted: Fitted
 
 
@@ -315,7 +315,7 @@ def label_counts(labels: list[int | str], available: int) -> list[int]:
 def drawn(
     config: RunConfig, examples: Augmented, indices: Sequence[int], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented images with their targets, those of `indices`, a batch a step of `linear`."""
+    """Augmented images with their targets, those of `indices`, one batch per step of `linear`."""
     sampler = StepSampler(
         indices,
         config.evaluate.train_batch,

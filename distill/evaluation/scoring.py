@@ -25,19 +25,19 @@ class Scored(NamedTuple):
     """A predictor on the split that is scored."""
 
     predict: Predictor
-    """With all the looks that the recipe asks for."""
+    """The predictor, with all looks that the recipe sets."""
     examples: Examples
     benchmark: Benchmark
     tally: Tally | LandmarkTally
-    """Of this process's share."""
+    """The tally of this process's share of the images."""
     scores: dict[str, Any]
-    """Over all processes, see `Tally.scores`."""
+    """Scores over all processes, see `Tally.scores`."""
     seconds: Mapping[str, float]
-    """Of this process, by part: `read`, `predict` (to the mask's size) and `score`."""
+    """Seconds of this process by part: `read`, `predict` (to the mask's size) and `score`."""
 
 
 def metric_of(benchmark: Benchmark) -> str:
-    """The score that is chosen and compared by."""
+    """The main score, by which students are chosen and compared."""
     return traits(benchmark).metric
 
 
