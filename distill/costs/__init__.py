@@ -1,1 +1,1 @@
-"""What a step and a network cost."""
+"""The cost of a training step and of a network."""

@@ -46,8 +46,8 @@ class Case(NamedTuple):
     trainer: Trainer
     batch: Batch
     memory: float
-    """GiB: of a GPU what this way held at most; otherwise the most that the program held so far,
-    with the ways before it."""
+    """Largest memory in GiB: on a GPU of this way alone, otherwise of the program so far, including
+    the ways before it."""
 
     def step(self) -> None:
         """Take the step."""
@@ -64,7 +64,7 @@ def bench(
     images are the same.
 
     Args:
-        batch: Images a step.
+        batch: Images per step.
         rounds: How often all take their turn, after one round to warm up.
         layer: The teacher's layer.
         teacher: A path as in a recipe; None: the network of CIFAR-10's DDPM, its weights random.
@@ -284,7 +284,8 @@ def _memory(case: Case) -> dict[str, float]:
 
 
 def _student_flops(case: Case) -> int:
-    """Of the student's forward and backward pass for the case's images."""
+    """Floating-point operations of the student's forward and backward pass for the case's
+    images."""
     student, train = case.trainer.student, case.trainer.config.train
     assert train.unlabelled_batch == 0
 
@@ -313,7 +314,7 @@ def _feature_error(ours: Trainer, naive: Trainer, batch: Batch) -> float:
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product, the best of ten."""
+    """Floating-point operations per second of a large matrix product, the best of ten."""
     side = 8192 if device.type == "cuda" else 2048
     x = torch.rand(side, side, device=device, dtype=dtype)
     return 2 * side**3 / min(_seconds(lambda: x @ x, device, 3) for _ in range(10))
@@ -339,7 +340,7 @@ def _quotients(above: list[float], below: list[float]) -> list[float]:
 
 
 def _seconds(step: Callable[[], Any], device: torch.device, repeat: int) -> float:
-    """Of one step, the mean of several in a row."""
+    """Seconds of one step, the mean of several in a row."""
     wait(device)
     began = time.perf_counter()
     for _ in range(repeat):

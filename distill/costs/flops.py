@@ -13,7 +13,7 @@ from teachers.protocol import Teacher
 
 
 def operations(run: Callable[[], object]) -> int:
-    """Floating-point operations of the products and convolutions in `run`, two a multiply-add."""
+    """Floating-point operations of products and convolutions in `run`, two per multiply-add."""
     with FlopCounterMode(display=False) as counter:
         run()
     total: int = counter.get_total_flops()
@@ -32,7 +32,7 @@ def flops(
 
     Returns:
         `student`, `teacher`, and `teacher_whole` without the early end; None where there is no
-        teacher or it cannot tell.
+        teacher or it does not count them.
     """
     with torch.no_grad():
         forward = operations(lambda: student(torch.zeros(1, 3, *size)))
@@ -41,6 +41,6 @@ def flops(
 
 
 def teacher_flops(teacher: Teacher | None, size: tuple[int, int]) -> Flops | None:
-    """What the teacher does for one image of (H, W); None where it cannot tell, as one's own."""
+    """The teacher's operations for one image of (H, W); None if it does not count them."""
     told = getattr(teacher, "flops", None)
     return None if told is None else told(size)

@@ -1,1 +1,1 @@
-"""Students that leave: exported, checked, and used without this package."""
+"""Exported students: written, checked, and used without this package."""

@@ -82,7 +82,7 @@ def _check_free(port: int) -> None:
 
 
 def build_page(gradio: Any, name: str, model: ModelFile) -> Any:
-    """The page as gradio's `Blocks`; its endpoint `predict` answers a file with what `look` gives.
+    """The page as gradio's `Blocks`; its endpoint `predict` returns the results of `look`.
 
     Args:
         gradio: The module.

@@ -50,17 +50,17 @@ LARGEST_OUTPUT = 2**29  # bytes of outputs that a comparison keeps
 
 
 class Source(NamedTuple):
-    """What is exported."""
+    """The student to export, and where it comes from."""
 
     student: Student
     card: StudentCard
     config: RunConfig
     scores: dict[str, Any]
-    """Of the run, by name; empty where they are not known."""
+    """Scores of the run by name; empty if unknown."""
     where: Path
-    """Where exports go by default."""
+    """Default folder of exports."""
     exported: str = ""
-    """The name of the exported folder that it was; empty if it comes from a run."""
+    """Name of the exported folder that it was read from; empty if it comes from a run."""
 
     def default(self, format: Format, what: What, precision: Precision) -> Path:
         """Inside of the run; beside an exported folder, and named after it."""
@@ -216,7 +216,7 @@ def _check_replaced(target: Path, card: StudentCard) -> None:
 
 
 def _origin(card: StudentCard) -> tuple[Any, ...]:
-    """What tells students apart, whatever step they are of."""
+    """The properties that identify a student at any step."""
     recipe = card.recipe
     named = (recipe.get("name"), recipe.get("seed"), recipe.get("data", {}).get("benchmark"))
     made = (card.provenance.get("arm"), card.provenance.get("teacher"))

@@ -50,7 +50,8 @@ class StudentCard:
     """The RGB colour of each class; empty in cards of older versions."""
     ignore_index: int = IGNORE_INDEX
     task: Task | None = None
-    """None in cards of older versions, which are of classes, of pixels if `dense`."""
+    """Task of the student; None in cards of older versions: segmentation if `dense`, otherwise
+    classification."""
     recipe: dict[str, Any]
     """The resolved recipe of the run."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +60,7 @@ class StudentCard:
 
 
 def _version() -> str:
-    """Of this package; `unknown` where it runs from a checkout that was never installed."""
+    """Version of this package; `unknown` in a checkout that was never installed."""
     try:
         return version("diffusion-distill")
     except PackageNotFoundError:
@@ -186,7 +187,7 @@ def load_backbone(student: Student, path: str | Path) -> None:
 
 
 def without_paths(card: dict[str, Any]) -> dict[str, Any]:
-    """The tree of a card that tells nobody where its maker kept data, teachers and runs.
+    """The tree of a card without the places of its maker's data, teachers and runs.
 
     Of a teacher the last part of its path is left, unless it is relative, as of an embedded one and
     on the hub. Options that are paths become None.

@@ -35,7 +35,7 @@ What = Literal["backbone", "segmenter", "classifier"]
 Precision = Literal["fp32", "fp16", "int8"]
 
 OPSET = 18
-"""The oldest whose resizing is antialiased as PIL's and torch's is."""
+"""The oldest ONNX opset with antialiased resizing like PIL's and torch's."""
 OUTPUTS: Mapping[What, tuple[str, ...]] = MappingProxyType(
     {"segmenter": ("logits",), "classifier": ("logits",), "backbone": ("features", "pooled")}
 )
@@ -45,7 +45,7 @@ SUFFIXES: Mapping[str, str] = MappingProxyType(
 PRECISIONS: Mapping[str, tuple[Precision, ...]] = MappingProxyType(
     {"onnx": get_args(Precision), "torchexport": ("fp32", "fp16")}
 )
-"""Of a format; the others know fp32 alone."""
+"""Precisions of each format; other formats only have fp32."""
 
 
 class Deployed(nn.Module):
@@ -206,7 +206,7 @@ def write(
 
 
 def _reason(error: BaseException) -> str:
-    """A line of the first cause: what exporters wrap around it tells of their own steps."""
+    """One line about an error's first cause, without what exporters wrap around it."""
     while error.__cause__ is not None:
         error = error.__cause__
     return one_line(error, 200) or type(error).__name__

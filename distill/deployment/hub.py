@@ -138,7 +138,7 @@ def token_for(repository: str) -> str:
     """The token that huggingface_hub knows of.
 
     Raises:
-        UserError: There is none, or `repository` is no name of one.
+        UserError: There is no token, or `repository` is not a valid name.
     """
     try:
         validate_repo_id(repository)

@@ -28,22 +28,23 @@ from students.student import Student
 RUNTIMES = {".onnx": {"onnxruntime"}, ".pt2": {"torch"}, ".ts": {"torch"}}
 TIMM = {"torch", "torchvision", "timm"}
 LARGEST_DIFFERENCE = {"fp32": 1e-4, "fp16": 2e-2}
-"""Of an output: absolute for logits in fp32, otherwise times the largest value if over 1."""
+"""Largest difference of an output: absolute for logits in fp32, otherwise relative to the largest
+value if that is over 1."""
 LARGEST_LOSS = 0.01
-"""Of mIoU or top-1, the share of right predictions, that int8 may cost."""
+"""Loss of mIoU or top-1 that int8 may cost, as a share."""
 FEWEST_EQUAL = 0.95
-"""Share of predictions that int8 leaves alone, where nothing is labelled."""
+"""Least share of predictions that int8 must not change, if nothing is labelled."""
 LARGEST_ERROR = 0.2
-"""Relative error (L2) that int8 may bring into features, which nothing scores."""
+"""Largest relative error (L2) of int8 features, for which there is no score."""
 
 
 class Sample(NamedTuple):
-    """What an export is compared on."""
+    """The images that an export is compared on."""
 
     batches: list[Tensor]
-    """(B, 3, H, W) in [0, 1] each; all but the last of one B."""
+    """Batches (B, 3, H, W) in [0, 1]; only the last may have another B."""
     truths: list[Tensor]
-    """Of each image the mask (h, w), or the class (), int64. Empty: nothing is known."""
+    """The mask (h, w) or class () of each image, int64; empty if unknown."""
     benchmark: Benchmark | None
 
 
@@ -52,7 +53,7 @@ class Row(NamedTuple):
 
     name: str
     rate: float
-    """Images a second."""
+    """Images per second."""
     score: float | None = None
     """mIoU or top-1, in [0, 1]."""
     difference: float | None = None

@@ -38,7 +38,7 @@ class Picture(NamedTuple):
 
     path: Path
     name: Path
-    """Relative to the results, without suffix."""
+    """Path of the results below their folder, without suffix."""
 
 
 def predict(
@@ -122,7 +122,7 @@ def find_pictures(images: Sequence[str], results: Sequence[Path] = ()) -> list[P
         results: Folders of earlier results, which are not searched.
 
     Raises:
-        UserError: There is no such file, a folder holds none, or two have one name.
+        UserError: A file is missing, a folder has no images, or two have the same name.
     """
     found: dict[Path, Picture] = {}
     own = {folder.resolve() for folder in results}
@@ -151,7 +151,8 @@ def find_pictures(images: Sequence[str], results: Sequence[Path] = ()) -> list[P
 
 
 def logits_of(model: ModelFile, images: Sequence[Tensor]) -> Tensor:
-    """Of images (3, H, W) uint8 of any sizes, resized as held-out ones are: (B, C[, h, w])."""
+    """Outputs (B, C[, h, w]) for images (3, H, W) uint8 of any sizes, resized like held-out
+    ones."""
     size = list(model.metadata["image_size"])
     resized = [F.resize(x, size, InterpolationMode.BILINEAR, antialias=True) for x in images]
     (logits,) = model.run(as_float(torch.stack(resized)).numpy())

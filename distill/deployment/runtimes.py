@@ -37,9 +37,10 @@ class ModelFile(NamedTuple):
     """An exported file, ready to run."""
 
     metadata: dict[str, Any]
-    """What `formats.describe` wrote into it."""
+    """The metadata that `formats.describe` wrote into it."""
     run: Run
-    """Images (B, 3, H, W) float32 RGB in [0, 1] -> the outputs that the metadata name."""
+    """Function from images (B, 3, H, W) float32 RGB in [0, 1] to the outputs named in the
+    metadata."""
 
 
 def load(path: Path, threads: int = 0, *, trust: bool = False) -> ModelFile:
@@ -317,7 +318,7 @@ def images_per_second(run: Run, batches: Sequence[Array]) -> float:
 def main(model: str, inputs: str, outputs: str, threads: str) -> None:
     """Run an export on the arrays of an .npz file; what it gives goes into another.
 
-    Outputs follow each other batch by batch. Prints a JSON line: images a second, the metadata,
+    Outputs follow each other batch by batch. Prints a JSON line: images per second, the metadata,
     and which runtimes were loaded.
     """
     path = Path(model)

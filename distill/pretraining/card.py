@@ -35,7 +35,7 @@ A denoising diffusion model, trained with `distill teacher train` to be a teache
 | seed | {seed} |{started}
 | steps | {steps} of {batch} images ({seen:,} images seen) |
 | loss | {curve} (means over equal parts of the training, first to last) |
-| speed | {rate:.1f} images a second (waiting for data and sampling included) |
+| speed | {rate:.1f} images per second (waiting for data and sampling included) |
 | hardware | {hardware}{processes} |
 | commit | `{commit}` |
 | sha256 of the weights | `{sha256}` |
@@ -93,13 +93,13 @@ def teacher_card(
         schedule: The config of its noise schedule, a `DDPMScheduler`.
         hardware: The machine in words.
         processes: How many trained together.
-        losses: At each noise level, or why there are none.
-        probe: Its scores, or why there are none.
+        losses: Loss at each noise level, or the reason for having none.
+        probe: Scores of the probe, or the reason for having none.
 
     Raises:
         UserError: The log is lost.
     """
-    # Where its maker kept data and runs tells nobody anything.
+    # The maker's folders of data and runs mean nothing to others.
     data = dataclasses.replace(config.data, root=None)
     begun = config.init_from
     if begun is not None and Path(begun).is_absolute():

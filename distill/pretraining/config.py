@@ -34,11 +34,11 @@ class UNetConfig:
     """Architecture of a `UNet2DModel`: a size, or every number by itself."""
 
     size: Literal["tiny", "small", "base"] | None = None
-    """4, 14 or 36 million weights: fills in what the recipe leaves out of the keys below."""
+    """Default of the keys below, for 4, 14 or 36 million weights."""
     block_out_channels: list[Count] = Field(default_factory=lambda: [32, 64, 128, 128])
     """Channels of each resolution, from the finest."""
     layers_per_block: Count = 1
-    """Residual blocks a resolution."""
+    """Residual blocks per resolution."""
     attention_levels: list[int] = Field(default_factory=list)
     """Indices of the resolutions with self-attention."""
 
@@ -75,17 +75,17 @@ class TeacherTrainConfig:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of weights, data order and noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: a GPU where there is one. Which of several: the variable CUDA_VISIBLE_DEVICES."""
+    """`auto`: a GPU if there is one; CUDA_VISIBLE_DEVICES chooses among several."""
     data: DataConfig = Field(default_factory=DataConfig)
     init_from: str | None = None
-    """A teacher to train further, of these images or of others: a diffusers folder or a hub id. It
-    brings its network and noise schedule, so that the next two sections stay out."""
+    """A teacher to train further, on these or other images: a diffusers folder or a hub id. It has
+    its own network and noise schedule, so that the next two sections must be left out."""
     unet: UNetConfig = Field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
     steps: Count = 4000
     """Optimiser steps."""
     batch: Count = 64
-    """Images a step."""
+    """Images per step."""
     lr: Positive = 4e-4
     """Learning rate of AdamW after the warm-up; falls to 0 with a cosine."""
     warmup: Annotated[int, Field(ge=0)] = 200
@@ -109,7 +109,7 @@ class TeacherTrainConfig:
     sample_every: Annotated[int, Field(ge=0)] = 0
     """Steps between two sample grids in TensorBoard; 0 for only after the last step."""
     sample_steps: Count = 50
-    """DDIM steps of a sample."""
+    """DDIM steps per sample."""
     probe: Annotated[int, Field(ge=0)] = 1000
     """Labelled images of train, and of val, for the linear probe in the card, where the benchmark
     has labels; 0 for no probe. The teacher itself never sees a label."""

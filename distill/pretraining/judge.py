@@ -94,7 +94,7 @@ def judge_features(
     count: int,
     device: torch.device,
 ) -> Probe | str:
-    """A linear probe on the middle up block at 2% of the schedule; or why there can be none.
+    """A linear probe on the middle up block at 2% of the schedule, or the reason for having none.
 
     Args:
         pipeline: The teacher's folder.
@@ -107,7 +107,7 @@ def judge_features(
     if benchmark.task is None or count == 0:
         return "the data have no labels" if count else "none was asked for"
     if not traits(benchmark).classes:
-        return f"the data have {traits(benchmark).labels}, and it tells classes"
+        return f"the data have {traits(benchmark).labels}, but it needs classes"
     split, val = held_out(benchmark)
     if split != "val":
         return "there is no val split to score it on"

@@ -46,7 +46,7 @@ def save_pipeline(
             raise ValueError(f"{name} has values that are not finite in {dtype}; not saved")
     unet.register_to_config(
         _name_or_path=""
-    )  # a path on the training machine tells nobody anything
+    )  # a path on the training machine means nothing to others
     try:
         with checkpoint.replacing_folder(folder) as new:
             DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(new)

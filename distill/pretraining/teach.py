@@ -145,7 +145,7 @@ class TeacherTraining:
             self.loss = late.read_finite(lambda step: f"a smaller lr{also}")["loss"]
 
     def averaged(self) -> UNet2DModel:
-        """The teacher to be: a copy of the network with the averaged weights."""
+        """The future teacher: a copy of the network with the averaged weights."""
         unet = copy.deepcopy(self.unet)
         self.average.copy_to(unet.parameters())
         return unet
@@ -164,6 +164,7 @@ class TeacherTraining:
         return grid
 
     def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, to be saved by `checkpoint.save`."""
         self.settle()
         return {
             "config": to_tree(self.config),
@@ -177,6 +178,7 @@ class TeacherTraining:
         }
 
     def load_state(self, state: dict[str, Any], source: Path) -> None:
+        """Continue from `state`, read from `source`. Raises UserError if it is of another run."""
         check_recipe(self.config, state["config"], source)
         if state["data"] != self.fingerprint:
             raise UserError(

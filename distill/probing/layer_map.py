@@ -19,7 +19,7 @@ from teachers.protocol import Teacher
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 TEMPERATURES = tuple(0.02 * 1.5**power for power in range(12))  # 0.02 to 1.7
 WIDTH = 1536
-"""A layer of more channels is probed in so many random directions of them: what bounds memory."""
+"""Number of random directions that replace the channels of a wider layer, to bound memory."""
 
 
 class Parts(NamedTuple):
@@ -42,11 +42,11 @@ class Cell(NamedTuple):
     held_loss: float
     """Mean cross-entropy, in nats, on the held-out training images."""
     penalty: float
-    """Chosen for the least held-out loss."""
+    """Penalty of the probe, chosen for the least held-out loss."""
     temperature: float
     """Divides the outputs before the softmax; chosen together with the penalty."""
     effective_rank: float
-    """Of the training images' features, see `linear_probe.effective_rank`."""
+    """Effective rank of the training images' features, see `linear_probe.effective_rank`."""
     rewards: Tensor
     """(R, N) float32: minus each val image's mean cross-entropy, for each draw of the noise; NaN
     for an image without a label."""

@@ -211,7 +211,7 @@ def linear_probe(
         teacher: On `device`.
         train: Batches of images (B, 3, H, W) in [0, 1] and targets, (B,) or (B, H, W) int64, where
             `ignore_index` is left out.
-        val: The same, to be scored.
+        val: Batches to score.
         timestep: Of all images.
         classes: Number of classes.
         dense: Whether targets are masks.

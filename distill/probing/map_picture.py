@@ -108,7 +108,7 @@ def _head_room(axes: Axes, found: LayerMap) -> None:
 
 
 def _rank(axes: Axes, found: LayerMap) -> None:
-    """Of the best layer, against that of random weights."""
+    """Draw the effective rank of the best layer, and that with random weights."""
     row, noise = found.best[0], found.noise_fraction.numpy()
     for rank, name, colour in (
         (found.rank[row], "teacher", ARM_COLOURS[0]),

@@ -23,7 +23,7 @@ class LayerMap:
 
     Args:
         trained: Columns of every seed (S) and timestep (K).
-        random: The same of the control.
+        random: Columns of the control, with random weights.
         timesteps: (K,) int64.
         schedule: What they index.
         contexts: (N, D), what a policy may see of each val image.
@@ -72,7 +72,7 @@ class LayerMap:
         return self._table(columns, field).mean(0)
 
     def rewards(self, layer: str) -> Tensor:
-        """Of every draw and seed, image and timestep: (S * R, N, K)."""
+        """Rewards by draw and seed, image and timestep: (S * R, N, K)."""
         return torch.cat(
             [torch.stack([x[layer].rewards for x in seed], dim=2) for seed in self._trained]
         )
@@ -92,7 +92,7 @@ class LayerMap:
 
     @property
     def best_rewards(self) -> tuple[Tensor, Tensor]:
-        """Of the images with a reward in the best layer, (M, K), and which those are, (N,) bool."""
+        """Rewards (M, K) of the images with one in the best layer, and which images, (N,) bool."""
         rewards = self.rewards(self.best_layer).mean(0)
         known = ~rewards.isnan().any(1)
         return rewards[known], known
@@ -150,7 +150,7 @@ class LayerMap:
         return text.getvalue()
 
     def text(self) -> str:
-        """For the terminal: the map in points, the best cell, and its layer's head-room."""
+        """Text for the terminal: the map in points, the best cell, and its layer's head-room."""
         width = max(len(layer) for layer in [*self.layers, "noise fraction"])
         lines = [
             f"{self.metric} of a linear probe, in points",

@@ -49,9 +49,9 @@ def fit(
         policy: A name of `distill list policies`, or `module:attribute`.
         options: `name=value`, options of the policy.
         steps: Steps of each training.
-        batch: Images a step, drawn with replacement.
+        batch: Images per step, drawn with replacement.
         seeds: One training each.
-        raw: Rewards as they come; otherwise less each image's baseline, as in training.
+        raw: Use raw rewards; otherwise minus each image's baseline, as in training.
         out: A JSON file for the figures.
 
     Returns:
@@ -205,14 +205,14 @@ def compare(
 
 
 def _paired(one: NDArray[np.float64], other: NDArray[np.float64], least: float) -> dict[str, Any]:
-    """The mean difference of two (M,) or more, and how sure it is; below `least` there is none."""
+    """Mean and interval of the difference of two (M,); a smaller one than `least` counts as 0."""
     differences = one - other
     differences[np.abs(differences) < least] = 0
     return interval(differences.tolist())._asdict()
 
 
 def decimals(figures: Mapping[str, Any]) -> int:
-    """Four, or more where the whole range of rewards would vanish in rounding."""
+    """Number of decimals: 4, or more if rounding would hide the whole range of rewards."""
     span = figures["oracle"] - figures["uniform"]
     return max(4, 3 - math.floor(math.log10(span))) if span > 0 else 4
 

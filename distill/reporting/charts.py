@@ -25,8 +25,8 @@ def scores(path: str | Path, rows: Mapping[str, Mapping[str, Sequence[float]]], 
 
     Args:
         path: A PNG.
-        rows: Name of a row, from the top -> name of a series -> a value a seed, in points.
-        label: Of the axis.
+        rows: Name of a row, from the top -> name of a series -> one value per seed, in points.
+        label: Label of the axis.
     """
     series = list(dict.fromkeys(name for row in rows.values() for name in row))
     with rc_context(STYLE):
@@ -53,12 +53,12 @@ def panels(
     rows: Mapping[str, Mapping[str, Sequence[float]]],
     baselines: Container[str] = (),
 ) -> None:
-    """Write panels side by side that share their rows, a row as in `scores`.
+    """Write panels side by side that share their rows, with rows as in `scores`.
 
     Args:
         path: A PNG.
-        rows: Title of a panel -> name of a row -> a value a seed, in points. The first panel has
-            all rows; those after it show differences, so that 0 is marked.
+        rows: Title of a panel -> name of a row -> one value per seed, in points. The first panel
+            has all rows; those after it show differences, so that 0 is marked.
         baselines: Rows that are grey.
     """
     names = list(next(iter(rows.values())))
@@ -99,7 +99,7 @@ def by_class(
 
     Args:
         path: A PNG.
-        distribution: (L, K) probability of each timestep, a row a class.
+        distribution: (L, K) probability of each timestep, one row per class.
         names: L, of the classes.
         timesteps: (K,) the bins' timesteps.
         noise_fraction: (K,) share of noise at each of them, in [0, 1].
@@ -131,7 +131,7 @@ def extremes(
     Args:
         path: A PNG.
         smallest: Image (3, H, W) uint8 and what stands above it, from the smallest timestep.
-        largest: The same, from the largest.
+        largest: Images and captions from the largest timestep.
     """
     rows = -(-len(smallest) // COLUMNS)
     height, width = smallest[0][0].shape[-2:]

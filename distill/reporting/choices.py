@@ -31,13 +31,13 @@ class Choices:
     """A policy's distribution over timesteps for each of N images."""
 
     split: str
-    """What images these are, in words."""
+    """Description of the images in words."""
     step: int
-    """After which student and policy are as they were asked."""
+    """The training step of the student and policy that were asked."""
     examples: Examples
     """The N images, (3, H, W) uint8."""
     shares: Tensor
-    """(N, L): share of each class in an image's label; 0 where labels are no classes."""
+    """(N, L): share of each class in an image's label; 0 if labels are not classes."""
     class_names: tuple[str, ...]
     probabilities: Tensor
     """(N, K)."""

@@ -24,7 +24,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Heading:
-    """Of a part of a section."""
+    """The heading of a part of a section."""
 
     kind: ClassVar[str] = "heading"
     text: str
@@ -82,7 +82,7 @@ class Section:
     title: str
     blocks: list[Block] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    """What it comes to, for the top of the page."""
+    """Its conclusions, for the top of the page."""
 
 
 def render(title: str, lead: str, sections: Sequence[Section]) -> str:

@@ -50,7 +50,7 @@ PANELS = {
 def curves(
     path: str | Path, rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str] = PANELS
 ) -> None:
-    """Write training curves, a panel a quantity and a colour an arm.
+    """Write training curves, one panel per quantity and one colour per arm.
 
     Args:
         path: A PNG.
@@ -183,12 +183,12 @@ def shades(probabilities: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def bars(path: str | Path, rows: Mapping[str, Mapping[str, float]], label: str) -> None:
-    """Write stacked bars, one a row from the top, with what each part of it takes.
+    """Write stacked bars, one per row from the top, showing its parts.
 
     Args:
         path: A PNG.
         rows: Name of a row -> its parts, all from 0; the same part has one colour in all of them.
-        label: Of the axis.
+        label: Label of the axis.
     """
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
     with rc_context(STYLE):

@@ -75,7 +75,7 @@ def history(run: FinishedRun) -> list[dict[str, Any]]:
 
 
 def _over_training(groups: Sequence[Group], group: Group, pictures: Path) -> list[Block]:
-    """Which timesteps, how spread, at which reward."""
+    """The preferred timesteps, their spread and their reward."""
     blocks = [_map(group.first, picture_path(pictures, groups, group, "policy.png"))]
     bins = len(group.first.summary["policy"]["timesteps"])
     if moving := [run for run in group.runs if not _nothing_to_map(run)]:
@@ -168,7 +168,7 @@ def _best(late: Mapping[str, Any]) -> str:
 
 
 def _preference(group: Group) -> str:
-    """In a sentence: whether the policy chose, and what."""
+    """One sentence on whether the policy settled, and on which timesteps."""
     late = [run.summary["policy"] for run in group.runs if run.summary["policy"]]
     bins, name = len(late[0]["timesteps"]), late[0]["name"]
     effective = sum(of["effective_arms"] for of in late) / len(late)
@@ -188,7 +188,7 @@ def _preference(group: Group) -> str:
 def _by_image(
     run: FinishedRun, config: RunConfig, place: Callable[[str], Path]
 ) -> tuple[list[Block], list[str]]:
-    """Which timesteps for which classes and images; or why that cannot be told here."""
+    """The preferred timesteps by class and image, or why they cannot be shown."""
     assert run.taught is not None
     try:
         choices = recall_choices(run, run.taught, config)
@@ -230,7 +230,7 @@ def _by_image(
 
 
 def _moved(run: FinishedRun, step: int, mean: torch.Tensor) -> str:
-    """A warning where the policy, asked again, is not, or may not be, what it was in training."""
+    """A warning if the policy, asked again, chooses, or may choose, otherwise than in training."""
     rows = history(run)
     if not rows:
         return ""

@@ -36,7 +36,7 @@ NO_PROBE = (
 )
 
 COMPARED = ("options", "size", "labelled")
-"""What of the data section a probe's rewards depend on, as on all of the teacher's."""
+"""Keys of the data section that a probe's rewards depend on, besides the teacher section."""
 
 
 class Probe(NamedTuple):
@@ -45,7 +45,7 @@ class Probe(NamedTuple):
     folder: Path
     table: ReplayTable
     figures: dict[str, Any]
-    """probe.json."""
+    """Content of probe.json."""
 
 
 def write_report(
@@ -71,7 +71,8 @@ def write_report(
         What to print.
 
     Raises:
-        UserError: A folder is no finished run, the runs do not compare, or an argument is wrong.
+        UserError: A folder is not a finished run, the runs cannot be compared, or an argument is
+            wrong.
     """
     if not runs:
         raise UserError("report: name at least one run folder")
@@ -119,7 +120,8 @@ def _opened(groups: Sequence[Group], overrides: Sequence[str]) -> dict[str, RunC
 
 
 def _read_probe(path: str, groups: Sequence[Group]) -> Probe:
-    """A probe's folder. Raises UserError if it is none, or of other images than the runs."""
+    """Read a probe's folder. Raises UserError if it is not one, or of other images than the
+    runs."""
     folder, run = Path(path), groups[0].first
     with blame("--probe"):
         table = ReplayTable.read(folder / "table.safetensors")
@@ -136,7 +138,7 @@ def _read_probe(path: str, groups: Sequence[Group]) -> Probe:
 
 
 def _pictures(page: Path) -> Path:
-    """Where the pictures of a page lie."""
+    """The folder of a page's pictures."""
     return page.with_name(f"{page.stem}-pictures")
 
 
@@ -271,7 +273,7 @@ def _probed_layer(probe: Probe) -> str:
 
 
 def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
-    """Where the probe is not of quite what the policy was rewarded for."""
+    """Sentences about differences between the probe and what the policy was rewarded for."""
     assert run.taught is not None
     count = len(run.results[run.taught]["policy"]["timesteps"])
     said = [
@@ -305,7 +307,7 @@ def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
 
 
 def _honest(probe: Probe) -> list[Block]:
-    """The probe's own head-room, which tells an honest oracle from chance."""
+    """The probe's own head-room, which separates an honest oracle from chance."""
     layer = _probed_layer(probe)
     room = probe.figures["head_room"].get(layer)
     if not room:

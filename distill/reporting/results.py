@@ -1,4 +1,4 @@
-"""What the arms scored, how sure that is, and how it was made: two sections of a report."""
+"""Two sections of a report: the scores of the arms with intervals, and how they were made."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ONE_SEED = (
 
 
 def picture_path(pictures: Path, groups: Sequence[Group], group: Group, name: str) -> Path:
-    """Where a group's picture goes; of several groups each has its number."""
+    """The path of a group's picture, numbered if there are several groups."""
     return pictures / (name if len(groups) == 1 else f"{groups.index(group) + 1}-{name}")
 
 
 def heading(groups: Sequence[Group], group: Group) -> list[Block]:
-    """Which recipe is meant, where there are several."""
+    """The recipe that is meant, if there are several."""
     return [Heading(group.label)] if len(groups) > 1 else []
 
 
@@ -77,7 +77,7 @@ def _legend(groups: Sequence[Group]) -> str:
 
 
 def _recipes(groups: Sequence[Group]) -> Table:
-    """What the recipes say differently."""
+    """The keys in which the recipes differ."""
     found = [differences(groups[0].first.config, group.first.config) for group in groups]
     keys = dict.fromkeys(key for other in found for key in other)
     first = {key: pair[0] for other in found for key, pair in other.items()}
@@ -154,7 +154,7 @@ def _mean(points: list[float]) -> str:
 
 
 def _findings(groups: Sequence[Group], group: Group) -> list[str]:
-    """How the main arm stands to the others, and to that of the first recipe."""
+    """Sentences that compare the main arm with the others, and with the first recipe's."""
     main = group.first.arm
 
     def compared(other: str, base: Mapping[int, float]) -> list[str]:
@@ -186,7 +186,7 @@ def _compared(metric: str, mine: str, other: str, paired: Mapping[int, float]) -
 
 
 def making(groups: Sequence[Group]) -> Section:
-    """Where the figures come from: runs, commit, hardware, recipe, command."""
+    """The source of the figures: runs, commit, hardware, recipe, command."""
     rows = [
         [
             str(run.folder),

@@ -1,4 +1,4 @@
-"""What training left in the log: losses, target noise and cost, two sections of a report."""
+"""Two sections of a report from the log: losses with target noise, and cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def losses(groups: Sequence[Group], pictures: Path) -> Section:
         run = group.first
         path = picture_path(pictures, groups, group, "curves.png")
         plots.curves(path, run.rows)
-        alt = "Losses, rewards and learning rate over the steps of training, a line an arm"
+        alt = "Losses, rewards and learning rate over the steps of training, one line per arm"
         caption = f"Training of seed {run.seed}; pale single steps, strong their running mean."
         section.blocks += [*heading(groups, group), Picture(path, alt, caption)]
         path = picture_path(pictures, groups, group, "floor.png")
@@ -88,9 +88,9 @@ def _floor(run: FinishedRun, path: Path) -> tuple[list[Block], list[str]]:
 
 
 def _late_floor(run: FinishedRun, floor: dict[str, Any]) -> dict[str, float]:
-    """The floor of each pair at the timesteps that the policy preferred in the end, as far as it
-    was measured there: over all of training it is that of timesteps since given up, too. A
-    mixture is less noisy than what it mixes: of it the mean of all of training is what is known."""
+    """The floor of each pair at the finally preferred timesteps, where it was measured: over all of
+    training it includes timesteps given up since. A mixture is less noisy than its parts, so the
+    mean over all of training is the only figure for it."""
     late: dict[str, float] = dict(floor["mean"])
     if mixes(run.config):
         return late
@@ -188,7 +188,7 @@ def _operations(run: FinishedRun) -> Block:
             ]
         )
     caption = (
-        "Operations (two a multiply-add): GFLOP of one image forward; images that the teacher "
+        "Operations (two per multiply-add): GFLOP of one image forward; images that the teacher "
         "looked at, those whose features were in a cache not counted; and TFLOP of training "
         "student and teacher, a backward pass taken as twice its forward pass, without policy and "
         "reward heads"

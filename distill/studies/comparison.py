@@ -32,22 +32,22 @@ NO_PART = {
     "scratch": ("train.arms", "train.feature_weight", "teacher.", "pairs.", "policy."),
     "random_teacher": ("train.arms", "policy."),
 }
-"""What of a recipe a control says nothing about: runs that differ in these share theirs. The policy
-picks what the random teacher shows too, but it stands for any choice."""
+"""Keys without effect on the controls: runs that differ only in these share their controls. The
+policy also picks what the random teacher shows, but any choice would do there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """What a finished run's folder says."""
+    """The content of a finished run's folder."""
 
     folder: Path
     config: RunConfig
     summary: dict[str, Any]
-    """summary.json."""
+    """Content of summary.json."""
     results: dict[str, dict[str, Any]]
-    """checkpoints/ARM/result.json, by arm."""
+    """Content of checkpoints/ARM/result.json, by arm."""
     rows: list[dict[str, Any]]
-    """metrics.jsonl."""
+    """Rows of metrics.jsonl."""
 
     @property
     def seed(self) -> int:
@@ -109,7 +109,8 @@ class Group(NamedTuple):
     """Runs of one recipe with different seeds."""
 
     label: str
-    """What of the recipe sets it apart from the other groups, or its first run's name or folder."""
+    """The keys that set its recipe apart from the other groups', or its first run's name or
+    folder."""
     runs: tuple[FinishedRun, ...]
 
     @property
@@ -127,7 +128,7 @@ class Group(NamedTuple):
 
 
 def read_run(folder: str | Path) -> FinishedRun:
-    """Read a run folder. Raises UserError if it is none, or not finished."""
+    """Read a run folder. Raises UserError if it is not one, or not finished."""
     run = Path(folder)
     if not (run / "summary.json").is_file():
         raise UserError(f"{run} has no summary.json; name a finished run folder")
@@ -183,13 +184,13 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
 
 
 def _same_images(run: FinishedRun, other: FinishedRun, what: Literal["train", "scored"]) -> bool:
-    """Whether both were trained or scored on images of the same names."""
+    """Whether both runs used images of the same names."""
     return bool(run.results[run.arm]["data"][what] == other.results[other.arm]["data"][what])
 
 
 def _same_teacher(run: FinishedRun, other: FinishedRun) -> bool:
-    """Whether two of one recipe had one trained teacher: its file may have changed since. A
-    run without `distilled` does not say."""
+    """Whether both runs of one recipe used the same trained teacher, whose file may have changed;
+    true where a run has no arm `distilled`."""
     told = [x.results.get("distilled", {}).get("teacher") for x in (run, other)]
     return None in told or told[0] == told[1]
 

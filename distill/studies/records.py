@@ -1,4 +1,4 @@
-"""What a run leaves for others to read, and whether that is whole: summary.json, result.json."""
+"""Checked readers of the files that a run leaves: summary.json, result.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Bins(BaseModel):
 
 
 class Policy(Bins):
-    """What a policy came to prefer."""
+    """The final preferences of a policy."""
 
     name: str
     probabilities: list[Least]
@@ -84,7 +84,7 @@ class Summary(BaseModel):
 
 
 class Scores(BaseModel):
-    """What an arm came to, as far as its classes go."""
+    """The scores of an arm by class."""
 
     iou: dict[str, FiniteFloat | None] = {}
     accuracy: dict[str, FiniteFloat | None] = {}

@@ -1,4 +1,4 @@
-"""What a study has found so far, a row an arm: JSON, a Markdown table and a picture."""
+"""Results of a study so far, one row per arm: JSON, a Markdown table and a picture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distill.training.loop import checkpoint_path
 
 
 class Score(NamedTuple):
-    """What one arm of a finished run came to, its seconds of training, and those of all arms.
+    """The result of one arm of a finished run, its seconds of training, and those of all arms.
 
     Of one that was kept, commits and hardware are those of all its arm's seeds together.
     """
@@ -40,9 +40,9 @@ class Score(NamedTuple):
     hardware: tuple[str, ...]
     run_seconds: float
     split_seed: int | None = None
-    """What drew its labelled images, as the next two None where that is not known."""
+    """Seed of its choice of labelled images; like the next two, None if unknown."""
     timestep: float | None = None
-    """The mean of the final policy."""
+    """Mean timestep of the final policy."""
     teacher: str | None = None
     """Fingerprint of the trained teacher."""
 
@@ -58,7 +58,7 @@ COLUMNS = {
     "mean_timesteps": "timestep",
     "teachers": "teacher",
 }
-"""What NAME.json has of every seed, and what that is of a `Score`."""
+"""Columns per seed in NAME.json, and the fields of `Score` that they hold."""
 
 
 def finished(run: RunConfig) -> bool:
@@ -110,7 +110,7 @@ def kept_scores(study: Study, file: str) -> Scores:
     """The scores in NAME.json of an earlier sweep of the study, here or on another machine.
 
     Raises:
-        UserError: It is none, or its arms, the study or the recipe had other settings.
+        UserError: It is not such a file, or its arms, the study or the recipe had other settings.
     """
     try:
         results = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -195,7 +195,7 @@ def _read_score(run: RunConfig, arm: Arm) -> Score:
 
 
 def _mean_timestep(policy: Mapping[str, Any]) -> float:
-    """Of the final policy, as in summary.json."""
+    """The mean timestep of the final policy, from summary.json."""
     return float(np.dot(policy["timesteps"], policy["probabilities"]))
 
 
@@ -349,7 +349,7 @@ def _made_otherwise(arms: Mapping[str, Any], arm: str, baselines: Sequence[str])
 
 
 def _said_of_seeds(results: Mapping[str, Any]) -> str:
-    """What the intervals are over."""
+    """Say what varies between seeds, which the intervals cover."""
     drawn = "weights, order of the data, noise and policy"
     if len(results["split_seeds"]) > 1:
         return f"{drawn}, and which images have labels: the intervals are over all of these"

@@ -108,7 +108,7 @@ class Study:
         """The cells of some arms and seeds; of all where none are named.
 
         Raises:
-            UserError: An arm or a seed is none of the study's.
+            UserError: An arm or a seed is not in the study.
         """
         known = sorted({cell.seed for cell in self.cells})
         for arm in arms:
@@ -246,7 +246,7 @@ def _taken(arm: ArmConfig, recipe: RunConfig, path: Path) -> Arm:
 
 
 def _shared(runs: Mapping[Cell, RunConfig]) -> dict[Cell, RunConfig]:
-    """The same, where cells whose runs would be the same have one run."""
+    """Give cells whose runs would be equal one run."""
     same: dict[str, list[RunConfig]] = {}  # by what they train, under whatever name
     groups = {}
     for cell, run in runs.items():

@@ -63,7 +63,7 @@ def sweep(
     Raises:
         UserError: A mistake in the study or in a recipe; a run of an earlier version of the study;
             or, once all others are trained, runs that failed.
-        Interrupted: The user stopped it; the same command goes on.
+        Interrupted: The user stopped it; rerunning the command continues.
     """
     study = load_study(file, overrides)
     chosen = study.choose(only, seeds)
