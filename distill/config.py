@@ -78,7 +78,7 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
-    """Which images, at which size, and how many of them have a label."""
+    """The images, their size, and how many of them have a label."""
 
     benchmark: str = "shapes"
     """A name of `distill list benchmarks`, or `module:attribute`."""
@@ -87,9 +87,9 @@ class DataConfig:
     size: HeightWidth | None = None
     """Height and width at which images are trained on; by default their own."""
     labelled: Count | None = None
-    """How many training images keep their label (the first n of a seeded order); all by default."""
+    """Number of labelled training images (the first n of a seeded order); all by default."""
     unlabelled: Annotated[int, Field(ge=0)] | None = None
-    """How many training images are used without label; all by default."""
+    """Number of training images used without their label; all by default."""
     split_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Seed of the order from which the labelled images are taken; independent of `seed`."""
     augment: Literal["none", "flip", "crop", "strong", "patch"] = "crop"

@@ -91,7 +91,7 @@ def read_tree(file: str | Path, what: str) -> dict[str, Any]:
 
 
 def _syntax(error: yaml.YAMLError | ValueError) -> str:
-    """What YAML found wrong, and where: one line."""
+    """One line with a YAML error and its place."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return one_line(error)
     found = f"{_place(error.problem_mark)}: {error.problem}"

@@ -1,4 +1,4 @@
-"""Which timesteps the policy chooses from."""
+"""The timesteps that a policy chooses from."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def _autoencoder(folder: Path) -> Path | None:
 
 
 def _scheduler_folder(unet: Path) -> Path:
-    """Where the scheduler's config lies, in or beside the UNet's folder."""
+    """The folder of the scheduler's config, in or beside the UNet's folder."""
     for folder in (unet / "scheduler", unet, unet.parent / "scheduler", unet.parent):
         if (folder / "scheduler_config.json").is_file():
             return folder

@@ -42,7 +42,7 @@ class Examples(Protocol):
 
 
 class Benchmark(Protocol):
-    """What training and evaluation ask of a benchmark.
+    """The interface of a benchmark for training and evaluation.
 
     Two more members are used where they exist: `unlabelled()` gives Examples without targets, or
     None, that are distilled on beside the training split; `mirrored`, a class for each class, says
@@ -74,7 +74,8 @@ class Benchmark(Protocol):
 
 
 class LandmarkBenchmark(Benchmark, Protocol):
-    """What the task "landmarks" asks for besides: its classes are the K points of every image."""
+    """The further interface for the task "landmarks", whose classes are the K points of an
+    image."""
 
     @property
     def mirrored(self) -> tuple[int, ...]:

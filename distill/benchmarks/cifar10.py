@@ -24,7 +24,7 @@ LAYOUT = Layout(
 
 
 class ImagesInMemory(Dataset[tuple[Tensor, int]]):
-    """Some of torchvision's images. Items: image (3, 32, 32) uint8, class.
+    """A part of torchvision's images. Items: image (3, 32, 32) uint8, class.
 
     Args:
         source: All images of the file set.

@@ -1,4 +1,4 @@
-"""What benchmarks of correspondence and of depth are asked for, beside or without class labels.
+"""The interfaces of benchmarks of correspondence and of depth, beside or without class labels.
 
 One of your own is any object with the attributes of `CorrespondenceBenchmark` or `DepthBenchmark`,
 built as `yours(root, **options)`.
@@ -44,7 +44,7 @@ class KeypointPairs(Protocol):
 
 
 class CorrespondenceBenchmark(Protocol):
-    """What `--protocol correspondence` asks of a benchmark."""
+    """The interface of a benchmark for `--protocol correspondence`."""
 
     @property
     def name(self) -> str: ...
@@ -54,7 +54,7 @@ class CorrespondenceBenchmark(Protocol):
 
 
 class DepthBenchmark(Protocol):
-    """What `--protocol depth` asks of a benchmark."""
+    """The interface of a benchmark for `--protocol depth`."""
 
     @property
     def name(self) -> str: ...

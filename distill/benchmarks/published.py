@@ -49,13 +49,14 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a data set lies on a disk once its archives are unpacked in one folder, `data.root`."""
+    """The layout of a data set's files once its archives are unpacked in one folder,
+    `data.root`."""
 
     name: str
     tree: str
     """The files that are read, for error lines; relative to the folder."""
     source: str
-    """Where the publisher offers it."""
+    """The publisher's page."""
     folder: str = ""
     """The archive's own folder; `data.root` may be it or what holds it."""
     sizes: Mapping[str, int] = field(default_factory=dict)

@@ -189,7 +189,7 @@ class FeatureCache:
         return maps
 
     def missing(self, tags: Tensor, bins: Tensor) -> Tensor:
-        """Which of these, (M,) int64, are to be computed, of equal ones the first; ascending.
+        """Places (M,) int64 of the rows to compute, ascending; the first of equal rows.
 
         Raises:
             UserError: As `features`.

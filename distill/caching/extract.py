@@ -86,7 +86,7 @@ def extract(config: RunConfig) -> str:
 def _missing(
     cache: FeatureCache, images: Tensor, tags: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What is missing of images (N, 3, H, W) that are not flipped: chunks of views, tags, bins."""
+    """Missing rows of unflipped images (N, 3, H, W), in chunks of views, tags and bins."""
     index, flips, bins = torch.cartesian_prod(
         torch.arange(len(images)), torch.arange(cache.plan.flips), torch.arange(cache.plan.bins)
     ).T

@@ -31,7 +31,7 @@ def plan_cache(
     maps: Mapping[str, Tensor],
     bins: int,
 ) -> Plan | None:
-    """What an arm's feature cache would hold, if the recipe asks for one.
+    """Plan of an arm's feature cache; None if the recipe asks for none.
 
     Args:
         maps: What the teacher shows of a batch; their shapes count.
@@ -144,7 +144,7 @@ def open_cache(
 
 
 def cache_folder(config: RunConfig, arm: Arm) -> Path:
-    """Where the feature cache of an arm lies."""
+    """The folder of an arm's feature cache."""
     assert config.teacher.cache is not None
     name = arm if arm == "distilled" else f"{arm}{config.seed}"  # whose weights the seed decides
     return Path(config.teacher.cache) / name
@@ -158,7 +158,7 @@ def cache_origin(
     plan: Plan,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """All that decides the features, in readable form."""
+    """Everything that decides the features, in readable form."""
     examples = np.array(cached_examples(config, data))
     return {
         "features": FEATURES,

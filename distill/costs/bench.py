@@ -104,7 +104,7 @@ def bench(
 
 
 def _figures(cases: Mapping[str, Case], rounds: int) -> dict[str, Any]:
-    """What the cases take, in turn, and how near the machine's limit our step is."""
+    """The costs of the cases, measured in turn, and how near the machine's limit our step is."""
     ours, naive = cases["ours"].trainer, cases["naive"].trainer
     device, batch = ours.accelerator.device, len(cases["ours"].batch.labelled)
     repeat = 10 if device.type == "cuda" else 1
@@ -153,7 +153,7 @@ def _figures(cases: Mapping[str, Case], rounds: int) -> dict[str, Any]:
 
 
 def _key(figure: str, name: str) -> str:
-    """What a figure of one of the cases is called; that of ours has no ending."""
+    """Name of a case's figure: the case is appended, except for ours."""
     return figure if name == "ours" else f"{figure}_{name}"
 
 

@@ -1,4 +1,4 @@
-"""What a forward pass costs, counted operation by operation."""
+"""The cost of a forward pass, counted operation by operation."""
 
 from __future__ import annotations
 

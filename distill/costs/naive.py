@@ -1,4 +1,4 @@
-"""What `distill bench` compares with: a published network, and the naive way to its features."""
+"""The baseline of `distill bench`: a published network, and the naive way to its features."""
 
 from __future__ import annotations
 

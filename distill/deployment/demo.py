@@ -111,7 +111,7 @@ def build_page(gradio: Any, name: str, model: ModelFile) -> Any:
 
 
 def look(model: ModelFile, path: str) -> tuple[Image.Image | None, Any, str]:
-    """What the page shows of a file.
+    """Predict a file for the page.
 
     Returns:
         The image, upright; of a segmenter the overlay, of a classifier the probability of every

@@ -321,7 +321,7 @@ def _batches(images: Tensor) -> list[Tensor]:
 
 
 def _count(model: Deployed, card: StudentCard) -> int:
-    """How many images a comparison takes: fewer where their logits are large."""
+    """Number of images for a comparison; fewer if their logits are large."""
     height, width = model.image_size
     each = 4 * height * width * card.classes if model.what == "segmenter" else 1
     return max(BATCH, min(COMPARED, LARGEST_OUTPUT // each))

@@ -93,7 +93,7 @@ def _bright(image: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def _outline(mask: NDArray[np.uint8], width: int) -> NDArray[np.bool_]:
-    """Which pixels (H, W) of a mask are within `width` of another class, along an axis."""
+    """The pixels (H, W) of a mask within `width` of another class along an axis, as booleans."""
     near = np.zeros(mask.shape, dtype=np.bool_)
     for step in range(1, width + 1):
         below = mask[step:] != mask[:-step]
@@ -106,7 +106,7 @@ def _outline(mask: NDArray[np.uint8], width: int) -> NDArray[np.bool_]:
 
 
 def shares(mask: NDArray[np.uint8]) -> dict[int, float]:
-    """Which classes occur in a mask (H, W), largest first, and on what share of it."""
+    """The classes in a mask (H, W) with their shares of it, largest first."""
     counts = np.bincount(mask.ravel())
     order = np.argsort(-counts, kind="stable").tolist()
     return {index: float(counts[index] / mask.size) for index in order if counts[index]}

@@ -70,7 +70,7 @@ class Reference(NamedTuple):
 
 
 def run_student(student: Student, model: Deployed, sample: Sample) -> Reference:
-    """What the student itself gives, here and in float32, and how fast.
+    """The student's own outputs, in this process and in float32, and its speed.
 
     Args:
         student: In eval mode, on the CPU.
@@ -204,7 +204,7 @@ def _pairs(mine: Sequence[Array], other: Sequence[Array]) -> list[tuple[Array, A
 def _problem(
     row: Row, ours: Row, pairs: Sequence[tuple[Array, Array]], precision: Precision
 ) -> str | None:
-    """What differs by more than the precision explains."""
+    """The difference that the precision does not explain, in words; None if there is none."""
     assert row.difference is not None
     if not np.isfinite(row.difference):
         return "it returns values that are not finite"

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from distill.errors import UserError, one_line
 
 METADATA = "student.json"
-"""Where an exported file keeps what it says about itself: key of ONNX, extra file of torch."""
+"""Place of an exported file's metadata: a key in ONNX, an extra file in torch's formats."""
 RUNTIMES = frozenset({"onnxruntime", "torch", "torchvision", "timm", "diffusers", "students"})
 
 Array = NDArray[np.float32]
@@ -181,7 +181,7 @@ def needs(module: str, extra: str) -> Any:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """What a runtime raises on a damaged or foreign file, as one line."""
+    """Turn a runtime's errors about a damaged or foreign file into one line."""
     try:
         yield
     except UserError:

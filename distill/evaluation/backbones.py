@@ -1,4 +1,4 @@
-"""What `distill evaluate` can be asked about: a student, a timm model, or a teacher, as a backbone.
+"""The subjects of `distill evaluate` as backbones: a student, a timm model, or a teacher.
 
 All of them turn images in [0, 1] into named feature maps, so that one protocol fits all.
 """

@@ -88,7 +88,7 @@ def compare(
 
 
 def _refuse_idle(overrides: Sequence[str], protocol: str | None, benchmark: str | None) -> None:
-    """What has no effect on results is refused; overrides that trust code of their own have one."""
+    """Refuse options without effect on results; overrides that trust a recipe's code have one."""
     options = {"--protocol": protocol, "--benchmark": benchmark}
     idle = [f"{option} {given}" for option, given in options.items() if given is not None]
     code = ("benchmark", "name", "loss")
@@ -103,7 +103,7 @@ def _refuse_idle(overrides: Sequence[str], protocol: str | None, benchmark: str 
 def _plan(
     text: str, overrides: Sequence[str], protocol: str, benchmark: str | None
 ) -> dict[str, Any]:
-    """What the result of a subject will say of the images that are scored."""
+    """The entries about the scored images that a subject's result will have."""
     subject, config = subject_recipe(text, overrides, protocol, benchmark)
     refuse_file(subject)
     return {
@@ -114,7 +114,7 @@ def _plan(
 
 
 class _Result(BaseModel):
-    """What `distill evaluate --out` writes, as far as it is read here."""
+    """The part of a result of `distill evaluate --out` that is read here."""
 
     subject: str
     protocol: str

@@ -76,7 +76,7 @@ class Matched(NamedTuple):
     """The result for one pair."""
 
     number: int
-    """Which pair."""
+    """Index of the pair."""
     category: str
     found: Tensor
     """(N, 2): where the points were found, in pixels of the target."""
@@ -87,7 +87,7 @@ class Matched(NamedTuple):
 
 
 def judge(number: int, pair: KeypointPair, found: Tensor) -> Matched:
-    """Which points of a pair were found. found: (N, 2), in pixels of the target."""
+    """Check which points of a pair were found. found: (N, 2), in pixels of the target."""
     distance = (found - pair.target_points).norm(dim=1)
     box = (pair.box[2:] - pair.box[:2]).max()
     side = max(pair.target.shape[1:])

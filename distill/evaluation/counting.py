@@ -30,7 +30,7 @@ LARGEST_LOGITS = 2**26  # values of one image that are resized at once, 256 MiB
 
 
 class Tally:
-    """What one predictor was right and wrong about, on the examples counted so far.
+    """Counts of right and wrong predictions of one predictor on the examples so far.
 
     Args:
         benchmark: Says the task and the classes.
@@ -175,7 +175,8 @@ def new_tally(benchmark: Benchmark, device: torch.device | str) -> Tally | Landm
 
 
 def predicted(logits: Tensor, truth: Tensor) -> Tensor:
-    """What the logits of one image say, in the form of its truth: a class, classes, or points."""
+    """The prediction from one image's logits, in the form of its truth: class, classes or
+    points."""
     return peaks(logits) if truth.is_floating_point() else predicted_classes(logits, truth.shape)
 
 

@@ -1,4 +1,4 @@
-"""What backbones cost: weights, operations, speed and memory, measured side by side."""
+"""The cost of backbones: weights, operations, speed and memory, measured side by side."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ SHOWN = 4  # best and worst each, in the picture
 
 
 class Outcome(NamedTuple):
-    """What a protocol gave."""
+    """The results of a protocol."""
 
     result: dict[str, Any]
     """Setting, figures and scores, for JSON."""
@@ -147,7 +147,7 @@ def setting(
     labelled: int | None,
     layers: Sequence[str],
 ) -> dict[str, Any]:
-    """What must be equal where two results are compared, and the layers."""
+    """The settings that must be equal for two results to be compared, and the layers."""
     return {
         "benchmark": config.data.benchmark,
         "split": config.evaluate.split,
@@ -159,7 +159,7 @@ def setting(
 
 
 def best_and_worst(ranked: Sequence[int]) -> list[tuple[str, int]]:
-    """Which to show, of indices from the best to the worst; the worst first among its kind."""
+    """The indices to show, given from best to worst: the best, and the worst in reverse order."""
     half = min(SHOWN, (len(ranked) + 1) // 2)
     best, worst = ranked[:half], list(reversed(ranked[half:]))[:SHOWN]
     return [*(("best", index) for index in best), *(("worst", index) for index in worst)]

@@ -99,6 +99,6 @@ def _slide(
 
 
 def _starts(length: int, window: int) -> list[int]:
-    """Where windows begin: evenly, no further apart than two thirds of one, to both ends."""
+    """Evenly spaced starts of windows from end to end, at most two thirds of a window apart."""
     steps = math.ceil(max(0, length - window) / max(1, 2 * window // 3))
     return [round(step * (length - window) / max(1, steps)) for step in range(steps + 1)]

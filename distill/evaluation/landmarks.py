@@ -37,7 +37,7 @@ def heat_maps(points: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def peaks(maps: Tensor) -> Tensor:
-    """Where heat maps are highest, between positions too. maps: (K, h, w) -> (K, 2) float32.
+    """Peaks of heat maps, also between positions. maps: (K, h, w) -> (K, 2) float32.
 
     The highest position, moved to the top of the parabola through its logarithm and those of its
     two neighbours, in each direction, which is exact for a Gaussian (DARK, Zhang et al. 2020,
@@ -65,7 +65,7 @@ def _between(lines: Tensor, best: Tensor) -> Tensor:
 
 
 def landmark_loss(outputs: Tensor, points: Tensor) -> Tensor:
-    """How far a head is from the points (B, K, 2): (B,) float32.
+    """Loss of a head's outputs for the points (B, K, 2): (B,) float32.
 
     Args:
         outputs: Heat maps (B, K, h, w): their squared error over that of empty ones, so that 1 is
@@ -82,7 +82,7 @@ def landmark_loss(outputs: Tensor, points: Tensor) -> Tensor:
 
 
 class LandmarkTally:
-    """How far one predictor was off, on the faces counted so far.
+    """Errors of one predictor on the faces counted so far.
 
     Args:
         benchmark: Says between which points the unit lies.

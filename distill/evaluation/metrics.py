@@ -24,7 +24,7 @@ def worth(metric: str, value: float) -> float:
 
 
 def in_points(metric: str) -> str:
-    """What tables say of a share's unit, and of its direction where that is not the usual one."""
+    """The unit of a score in tables, and its direction if lower is better."""
     return "in points (lower is better)" if metric in LOWER_IS_BETTER else "in points"
 
 
@@ -34,7 +34,7 @@ def figure_text(name: str, value: float) -> str:
 
 
 class ConfusionMatrix:
-    """How often each class was taken for each: `counts[truth, prediction]`, (C, C) int64.
+    """Confusion matrix: `counts[truth, prediction]`, (C, C) int64.
 
     The counts are a plain tensor: add those of several processes and score the sum.
 

@@ -83,7 +83,7 @@ class Fitted(NamedTuple):
     layers: list[str]
     """Feature maps that it reads; empty for a whole network."""
     details: dict[str, Any]
-    """What was chosen on the way, for the result."""
+    """Choices made while fitting, for the result."""
 
 
 def own(

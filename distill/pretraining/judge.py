@@ -1,4 +1,4 @@
-"""How good a trained teacher is, for its card: the loss at each noise level, and a linear probe."""
+"""Quality of a trained teacher, for its card: loss by noise level, and a linear probe."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _batches(
     data: DataConfig,
     size: tuple[int, int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some examples in the size of training, each as the same one view of it every time."""
+    """Examples in the size of training, with a fixed view of each."""
     if benchmark.task == "landmarks":
         examples = Unlabelled(examples)  # points do not follow patches, and nobody asks for them
     patches = data.augment == "patch"

@@ -79,7 +79,7 @@ class TeacherTraining:
                 f"got {count}"
             )
         self.indices = choose_labelled(len(examples), count, data.split_seed)
-        """Which of the examples it is trained on."""
+        """Indices of the examples that it is trained on."""
         self.size = image_size(config.data, examples)
         self.examples = training_examples(examples, config.data, self.benchmark, self.size)
         self.unet, self.scheduler = _network(config, self.size)
@@ -351,7 +351,7 @@ def _finish(training: TeacherTraining, folder: Path, log: RunLog) -> None:
 
 
 def _tried(judge: Callable[[], Judgement]) -> Judgement | str:
-    """What it finds, or why not: a file that training did not need must not cost the teacher."""
+    """The result of `judge`, or why it failed: unreadable files must not cost the teacher."""
     try:
         return judge()
     except UserError as error:

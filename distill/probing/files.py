@@ -20,7 +20,7 @@ from rl_policy.table import ReplayTable
 
 
 class Images(NamedTuple):
-    """Some examples, each as the same view of it every time."""
+    """Examples with fixed augmentation: every read of an index gives the same view."""
 
     examples: Augmented
     indices: list[int]

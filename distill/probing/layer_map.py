@@ -35,7 +35,7 @@ class Parts(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """What a probe found in one layer at one timestep."""
+    """The results of a probe on one layer at one timestep."""
 
     score: float
     """mIoU or top-1 on val, in [0, 1]."""

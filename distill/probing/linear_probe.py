@@ -73,7 +73,7 @@ class Ridge:
         return weight, base - mean @ weight
 
     def effective_rank(self) -> float:
-        """How many directions the features vary in: see `effective_rank`."""
+        """Number of directions in which the features vary: see `effective_rank`."""
         _, covariance, spread = self._moments()
         varying = spread.isfinite()
         return effective_rank(covariance[varying][:, varying])
@@ -152,7 +152,7 @@ def effective_rank(covariance: Tensor) -> float:
 
 
 class Labelled(NamedTuple):
-    """What of a batch has a label: pooled images, or the positions of a map."""
+    """The labelled examples of a batch: pooled images, or positions of a map."""
 
     features: Tensor
     """(N, C) float32."""

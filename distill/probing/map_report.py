@@ -19,7 +19,7 @@ Column = dict[str, Cell]
 
 
 class LayerMap:
-    """What `layer_map.measure` found at every timestep, also of a teacher with random weights.
+    """The results of `layer_map.measure` at every timestep, with those for random weights.
 
     Args:
         trained: Columns of every seed (S) and timestep (K).

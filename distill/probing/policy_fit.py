@@ -144,7 +144,7 @@ def train_policy(
 def compare(
     training: ReplayTable, held_out: ReplayTable, fitted: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """What policies earn on the held-out images, beside what needs no policy.
+    """Mean rewards of policies on the held-out images, beside those of choices without a policy.
 
     Args:
         training: Half of the images; the best fixed timestep is chosen on it.

@@ -128,7 +128,7 @@ def survey(
 
 
 def _settings(config: RunConfig, data: TrainingSet, teacher: Teacher) -> dict[str, Any]:
-    """What of the recipe decides the figures, by key."""
+    """The keys of the recipe that decide the figures, with their values."""
     tree = to_tree(config)
     kept = {
         f"{section}.{key}": value

@@ -1,4 +1,4 @@
-"""Which timesteps a finished run's policy prefers for which images, asked of its checkpoint."""
+"""The timesteps that a finished run's policy prefers by image, computed from its checkpoint."""
 
 from __future__ import annotations
 

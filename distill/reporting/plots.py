@@ -177,7 +177,7 @@ def policy(
 
 
 def shades(probabilities: NDArray[np.float64]) -> dict[str, Any]:
-    """How probabilities (..., K) of K choices are coloured: all alike they are pale, not dark."""
+    """Colour map and limits for probabilities (..., K) that show a uniform choice pale."""
     strong = min(1.0, 4.0 / probabilities.shape[-1])
     return {"cmap": "magma_r", "vmin": 0.0, "vmax": max(strong, float(probabilities.max()))}
 
@@ -211,7 +211,7 @@ def bars(path: str | Path, rows: Mapping[str, Mapping[str, float]], label: str) 
 
 
 def _noise_axis(axes: Axes, rows: ArrayLike, noise_fraction: ArrayLike) -> None:
-    """What the left axis' ticks, each a row, stand for as a noise fraction, on the right.
+    """Label the rows that have a tick on the left axis with their noise fraction on the right.
 
     Args:
         axes: Its y axis has a tick at some of the rows.

@@ -1,4 +1,4 @@
-"""What the policy of a run chose, when and for which images: a section of a report."""
+"""Section of a report on the policy's choices over training, by class and by image."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _over_training(groups: Sequence[Group], group: Group, pictures: Path) -> lis
 
 
 def _map(run: FinishedRun, path: Path) -> Block:
-    """Which timesteps were preferred over training, or why there is nothing to show of it."""
+    """The preferred timesteps over training, or why there is nothing to show."""
     if nothing := _nothing_to_map(run):
         return Text(nothing)
     rows, of = history(run), run.summary["policy"]

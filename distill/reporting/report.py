@@ -40,7 +40,7 @@ COMPARED = ("options", "size", "labelled")
 
 
 class Probe(NamedTuple):
-    """What `distill probe` left in its folder."""
+    """The content of a folder of `distill probe`."""
 
     folder: Path
     table: ReplayTable
@@ -169,7 +169,7 @@ def _write_page(
 
 
 def _regret(groups: Sequence[Group], probe: Probe | None) -> Section:
-    """What the policies earn on a probe's table, beside what needs no policy, and the oracle."""
+    """Section on the policies' rewards on a probe's table, with fixed choices and the oracle."""
     section = Section("regret", "What there was to gain")
     if probe is None and not TASKS[groups[0].first.summary["task"]].classes:
         section.blocks.append(Text("A probe of the teacher tells classes; here there are none."))

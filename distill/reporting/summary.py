@@ -1,4 +1,4 @@
-"""What a finished run says: summary.json, two pictures, and the table on the terminal."""
+"""The summary of a finished run: summary.json, two pictures, and a table on the terminal."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def summarise(config: RunConfig, folder: Path, benchmark: Benchmark) -> dict[str
 def _policy_figures(
     config: RunConfig, folder: Path, rows: list[dict[str, Any]], bins: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What a policy preferred over the last tenth of the rows of its log; policy.png."""
+    """The policy's mean preference over the last tenth of its logged rows; writes policy.png."""
     if not rows:
         return None
     history = torch.tensor([row["probabilities"] for row in rows])  # (S, K)

@@ -142,7 +142,7 @@ def _waiting(result: dict[str, Any]) -> float:
 
 
 def _parts(run: FinishedRun, path: Path) -> list[Block]:
-    """Which part of a step takes which share of the time."""
+    """The share of a step's time by part."""
     shares = {
         spoken(arm): {part: 100 * share for part, share in result["parts"].items()}
         for arm, result in run.results.items()

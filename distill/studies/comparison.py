@@ -208,7 +208,7 @@ def _check_equal(
 
 
 def differences(one: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """What two recipes say differently, by key; None where one lacks it."""
+    """The differing values of two recipes by key; None where one lacks it."""
     before, now = flat(to_tree(one)), flat(to_tree(other))
     return {
         key: (before.get(key), now.get(key))

@@ -1,4 +1,4 @@
-"""How sure a mean over seeds, or over pairs, is."""
+"""Confidence intervals of means over seeds or pairs."""
 
 from __future__ import annotations
 

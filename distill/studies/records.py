@@ -130,7 +130,7 @@ class Result(BaseModel):
 
 
 class _Room(BaseModel):
-    """What choosing could gain at a layer: by way to choose, mean and 95% interval."""
+    """Possible gains at a layer: mean and 95% interval by way to choose."""
 
     __pydantic_extra__: dict[str, tuple[FiniteFloat, FiniteFloat, FiniteFloat]]
     model_config = ConfigDict(extra="allow")

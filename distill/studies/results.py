@@ -234,7 +234,7 @@ def _draw(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def study_results(study: Study, scores: Scores) -> dict[str, Any]:
-    """All that is known: a row of every arm that has a score. Scores are in [0, 1].
+    """The results so far, one row per arm with a score. Scores are in [0, 1].
 
     A mean has a 95% interval (`low`, `high`), null where it is of one seed alone.
     """

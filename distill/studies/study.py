@@ -21,17 +21,17 @@ from distill.recipe import apply_override, build_config, flat, load_config, read
 from distill.studies.comparison import NOT_THE_RECIPE, main_arm, scored_on
 
 
-def _file_name(name: str, remedy: str = "") -> str:
+def _file_name(name: str, mend: str = "") -> str:
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ValueError(
-            f"must have only letters, digits and . + - _, and not start with . + -{remedy}"
+            f"must have only letters, digits and . + - _, and not start with . + -{mend}"
         )
     return name
 
 
 FileName = Annotated[str, AfterValidator(_file_name)]
 StudyName = Annotated[
-    str, AfterValidator(partial(_file_name, remedy="; set name=, or rename the file"))
+    str, AfterValidator(partial(_file_name, mend="; set name=, or rename the file"))
 ]
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
@@ -134,7 +134,7 @@ class Study:
 
 
 def run_folder(run: RunConfig | TeacherTrainConfig) -> Path:
-    """Where a run lies."""
+    """The folder of a run."""
     return Path(run.output) / run.name
 
 

@@ -195,7 +195,7 @@ def _plan(
     tried: Mapping[str, float],
     scores: Scores,
 ) -> str:
-    """What would be trained, arm by arm."""
+    """The table of a dry run: what would be trained, by arm."""
     seconds = _seconds(tried, scores)
     lines = [
         "| arm | scored | seeds | to train | seconds per run | overrides |",
@@ -224,7 +224,7 @@ def _plan(
 
 
 def _to_train(study: Study, cells: Sequence[Cell], runs: Sequence[Cell], scores: Scores) -> str:
-    """What is left of an arm's cells: runs, those of other arms, or nothing."""
+    """The remaining runs of an arm in words: its own, those of other arms, or none."""
     left = [cell for cell in cells if cell not in scores]
     if not left:
         return "done"
