@@ -225,7 +225,7 @@ def test_timestep_outside_and_wrong_shapes_are_refused(case: Any, path: str) -> 
         teacher.features(images, torch.full((4,), end))
     with pytest.raises(ValueError, match=r"must have shape \(B, 3, H, W\)"):
         teacher.features(images[:, :1], timesteps)
-    with pytest.raises(ValueError, match=r"do not match 4 images"):
+    with pytest.raises(ValueError, match=r"must have shape \(4,\), one per image"):
         teacher.features(images, timesteps[:3])
 
 

@@ -164,7 +164,7 @@ def test_unknown_argument_is_named(path: str) -> None:
 def test_weights_that_are_offline_ask_for_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        OSError, match=r"^cannot read the weights of 'test_vit' .*; give 'local-dir:FOLDER'"
+        OSError, match=r"^cannot read the weights of 'test_vit': .*; give 'local-dir:FOLDER'"
     ):
         timm_model("test_vit", layers=LAYER)
     with pytest.raises(OSError, match=r"^the config of 'hf-hub:none/none' .*; give 'local-dir:"):
@@ -193,7 +193,7 @@ def test_broken_folders_are_one_line(folder: Path, tmp_path: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     for key, wrong, words in (
         ("mean", "x", "mean must be three numbers, got 'x'"),
-        ("std", [0, 0, 0], r"std must be three numbers above 0, not \[0, 0, 0\]"),
+        ("std", [0, 0, 0], r"std must be three numbers above 0, got \[0, 0, 0\]"),
     ):
         changed = config | {"pretrained_cfg": config["pretrained_cfg"] | {key: wrong}}
         (broken / "config.json").write_text(json.dumps(changed))

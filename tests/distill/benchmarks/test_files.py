@@ -91,7 +91,7 @@ def test_a_mask_whose_numbers_are_scaled_is_refused(head: str, data: bytes, tmp_
     path = tmp_path / "mask.pgm"
     for largest in (1, 1000):
         path.write_bytes(f"{head}\n2 1\n{largest}\n".encode() + 2 * data)
-        with pytest.raises(UserError, match=rf"mask\.pgm: .* its largest is {largest}\); save it"):
+        with pytest.raises(UserError, match=rf"mask\.pgm: .*its largest is {largest}\); save it"):
             read_mask(path, (1, 2), {0: 0, 1: 1})
     path.write_bytes(f"{head}\n2 1\n255\n".encode() + data)
     assert read_mask(path, (1, 2), {0: 0, 1: 1}).tolist() == [[0, 1]]

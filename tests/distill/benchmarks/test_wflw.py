@@ -105,6 +105,6 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     assert "not finite" in refused("nan " + good.partition(" ")[2])
     assert "data.options.val_ratio" in refused(good, val_ratio=1.5)
     far = " ".join(["5"] * 196 + ["900", "900", "950", "950"] + ["0"] * 6 + ["test--Event/0.png"])
-    assert "the rectangle of test--Event/0.png:1 lies outside" in refused(far)
+    assert "the rectangle of test--Event/0.png:1 is outside" in refused(far)
     assert "data.options.margin: must be at least 0, got -1" in refused(good, margin=-1)
     assert LAYOUT.source in refused("x" + good)

@@ -31,7 +31,7 @@ def test_mistakes_are_one_line(recipe: Path, refuse: Refuse) -> None:
         ("diffusion.beta_schedule=cosine", "diffusion.beta_schedule: input should be 'linear'"),
         (
             "unet.block_out_channels=[8, 9]",
-            "unet: block_out_channels must be one or more multiples",
+            "unet: block_out_channels must be one or more multiples of 8, got [8, 9]",
         ),
         ("unet.attention_levels=[2]", "unet: attention level 2 is outside 0..1"),
         ("sample_steps=1001", "sample_steps: must be at most 1000 (the timesteps), got 1001"),

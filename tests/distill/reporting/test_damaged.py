@@ -30,7 +30,7 @@ from distill.cli import main
         (
             "metrics.jsonl",
             b'{"arm": "distilled", "step": 1, "probabilities": [0.5]}\n',
-            "metrics.jsonl: the row of step 1 has not ",
+            "metrics.jsonl: the row of step 1 must have",
         ),
         (
             "metrics.jsonl",

@@ -84,7 +84,7 @@ def test_scores_of_other_settings_or_of_no_study_are_refused(
     for value in (float("nan"), 99.0, "high", None):
         results["arms"]["scratch"]["values"] = [value]
         file.write_text(json.dumps(results))
-        assert f"{value!r} of arm scratch is no miou" in refuse(*refused)
+        assert f"arm scratch: {value!r} is not a valid miou" in refuse(*refused)
     results["arms"]["scratch"]["values"] = [0.2]
     for key, wrong in (("seconds", [None]), ("commits", [1]), ("hardware", 5)):
         scratch = results["arms"]["scratch"] | {key: wrong}
