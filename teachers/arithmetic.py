@@ -163,4 +163,4 @@ FAST_ON_CPU: Mapping[Callable[..., Any], Callable[..., Any]] = {
     Tensor.contiguous: contiguous,
 }
 """Table of `Replaced` for 16-bit channels_last diffusion networks. Division and `contiguous` are for
-these alone: other modules may write into a quotient, or rely on the layout that they asked for."""
+these alone: other modules may write into a quotient, or rely on the layout that they got."""
