@@ -162,5 +162,5 @@ FAST_ON_CPU: Mapping[Callable[..., Any], Callable[..., Any]] = {
     Tensor.div: divided,
     Tensor.contiguous: contiguous,
 }
-"""Table of `Replaced` for 16-bit channels_last diffusion networks. Division and `contiguous` are for
-these alone: other modules may write into a quotient, or rely on the layout that they got."""
+"""Table of `Replaced` for 16-bit channels_last diffusion networks. Division and `contiguous` are
+for these alone: other modules may write into a quotient, or rely on the layout that they got."""

@@ -253,6 +253,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, root: Path, samples: Sequence[tuple[str, int]]) -> None:
+        self.samples = samples
         self.paths = [path for path, _ in samples]
         self.targets = [target for _, target in samples]
         self.names = [Path(path).relative_to(root).as_posix() for path in self.paths]

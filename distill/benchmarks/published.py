@@ -25,6 +25,8 @@ class Published:
     splits: Mapping[str, Examples]
     withheld: tuple[str, ...] = ()
     mirrored: tuple[int, ...] = ()
+    bare: Examples | None = None
+    """More images for training, without targets."""
 
     @property
     def num_classes(self) -> int:
@@ -46,6 +48,10 @@ class Published:
             raise UserError(f"{self.name} has no split {split!r}; {nearest(split, self.splits)}")
         return self.splits[split]
 
+    def unlabelled(self) -> Examples | None:
+        """`bare`."""
+        return self.bare
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -55,8 +61,8 @@ class Layout:
     name: str
     tree: str
     """The files that are read, for error lines; relative to the folder."""
-    source: str
-    """The publisher's page."""
+    source: str = ""
+    """The publisher's page, if any."""
     folder: str = ""
     """The archive's own folder; `data.root` may be it or what holds it."""
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -73,9 +79,9 @@ class Layout:
             inside = Path(root, self.folder)
             yield inside if inside.is_dir() else Path(root)
         except UserError as error:
+            source = f"; get it from {self.source}" if self.source else ""
             raise UserError(
-                f"{self.name}: {error}; expected in data.root=FOLDER: {self.tree}; get it from "
-                f"{self.source}"
+                f"{self.name}: {error}; expected in data.root=FOLDER: {self.tree}{source}"
             ) from error
 
     def compare_sizes(
@@ -106,6 +112,7 @@ class Layout:
         sizes: Mapping[str, int] | None = None,
         withheld: tuple[str, ...] = (),
         mirrored: tuple[int, ...] = (),
+        bare: Examples | None = None,
     ) -> Published:
         """The benchmark of these splits; one line on stderr says which are not of their size.
 
@@ -117,6 +124,7 @@ class Layout:
             sizes: Published number of images per split; by default the layout's own.
             withheld: Splits whose labels are not public.
             mirrored: Which class each becomes in the mirror image, if any becomes another.
+            bare: More images for training, without targets.
         """
         self.compare_sizes({split: len(found) for split, found in splits.items()}, sizes)
         return Published(
@@ -127,6 +135,7 @@ class Layout:
             splits=splits,
             withheld=withheld,
             mirrored=mirrored,
+            bare=bare,
         )
 
 

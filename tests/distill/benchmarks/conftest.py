@@ -258,7 +258,7 @@ MINIATURES = {
         ),
     ),
     "imagenet": Miniature(imagenet, ("train", "val")),
-    "image_folder": Miniature(image_folder, ("train", "val")),
+    "image_folder": Miniature(image_folder, ("train",)),
     "folder": Miniature(folder, (), {"num_classes": 3}),
 }
 Build = Callable[..., Benchmark]

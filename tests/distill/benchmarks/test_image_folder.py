@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from PIL import Image
 
 from distill.benchmarks.image_folder import image_folder
+from distill.build import build_training_set
+from distill.config import DataConfig
 
 
 def test_the_folders_of_train_are_the_classes_of_all_splits(
@@ -74,6 +77,67 @@ def test_without_a_test_folder_there_is_no_test_split(
     build("image_folder")
     (tmp_path / "test").rename(tmp_path / "unused")
     assert "no split 'test'; choose from train, val" in refusal("image_folder", "test")
+
+
+def add(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        Image.new("RGB", (8, 4)).save(folder / f"{index}.png")
+
+
+def test_images_without_a_class_are_distilled_too(
+    build: Callable[..., Any], refusal: Callable[..., str], tmp_path: Path
+) -> None:
+    assert build("image_folder").unlabelled() is None
+    add(tmp_path / "unlabelled" / "deep", 3)
+    assert build("image_folder").unlabelled().names == [
+        f"unlabelled/deep/{i}.png" for i in range(3)
+    ]
+    data = build_training_set(
+        DataConfig(benchmark="image_folder", root=str(tmp_path), size=(32, 32))
+    )
+    assert (sorted(data.labelled_indices), len(data.unlabelled_indices)) == ([0, 1], 5)
+    line = refusal("image_folder", unlabelled="nowhere")
+    assert "data.options.unlabelled: there is no folder" in line
+    add(tmp_path / "more", 0)
+    assert "there is no image in " in refusal("image_folder", unlabelled="more")
+
+
+def test_without_val_some_of_train_are_held_out(
+    build: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build("image_folder")
+    shutil.rmtree(tmp_path / "val")
+    add(tmp_path / "train" / "cat", 8)
+    benchmark = build("image_folder", val_ratio=0.2)
+    train, val = (set(benchmark.dataset(split).names) for split in ("train", "val"))
+    assert (len(train), len(val), train & val) == (8, 2, set())
+    assert "split_seed=0 made 8 train, 1 test, 2 val images" in capsys.readouterr().err
+
+
+def test_class_folders_alone_are_split(
+    build: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog", "unlabelled"):
+        add(tmp_path / name, 10)
+    benchmark = image_folder(str(tmp_path))
+    assert benchmark.class_names == ("cat", "dog")
+    names = [benchmark.dataset(split).names for split in ("train", "val", "test")]
+    assert [len(of) for of in names] == [14, 2, 4]
+    assert len(set().union(*names)) == 20
+    assert image_folder(str(tmp_path), split_seed=1).dataset("test").names != names[2]
+    unlabelled = benchmark.unlabelled()
+    assert unlabelled is not None
+    assert len(unlabelled) == 10
+
+
+def test_a_class_called_unlabelled_is_told(
+    build: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build("image_folder")
+    add(tmp_path / "train" / "unlabelled", 1)
+    assert build("image_folder").num_classes == 3
+    assert "train/unlabelled is a class; put images without a class" in capsys.readouterr().err
 
 
 def test_one_class_is_too_few(
