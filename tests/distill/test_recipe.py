@@ -98,13 +98,13 @@ def test_a_value_of_the_wrong_type_names_key_and_value(kind: Any, key: str, hint
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("pairs.0.student=[layer2, layer3, layer2]", "layer2 once, not 2 times"),
-        ("train.arms=[scratch, scratch]", "scratch once, not 2 times"),
-        ("data.patch_scale=[2, 1]", "the smallest and then the largest"),
+        ("pairs.0.student=[layer2, layer3, layer2]", "must name layer2 only once, not 2 times"),
+        ("train.arms=[scratch, scratch]", "must name scratch only once, not 2 times"),
+        ("data.patch_scale=[2, 1]", "must be the smallest and then the largest"),
         ("name=../up", "must be a folder below output, without .."),
         ("name=/up", "must be a folder below output, without .."),
         ("name=''", "must be a folder below output, without .."),
-        ("evaluate.labels=[1/0]", "a number of images, a share such as 1/16, or all"),
+        ("evaluate.labels=[1/0]", "must be a number of images, a share such as 1/16, or all"),
     ],
 )
 def test_values_that_make_no_sense_say_why(recipe: Path, change: str, reason: str) -> None:

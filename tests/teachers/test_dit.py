@@ -109,7 +109,7 @@ def test_a_label_that_is_no_class_of_the_teacher_is_refused(folder):
 
 
 def test_modules_without_tokens_are_no_layers(folder):
-    with pytest.raises(ValueError, match="gives 2 dimensions, not a"):
+    with pytest.raises(ValueError, match="returns 2 dimensions, not a"):
         dit(str(folder), layers=("transformer_blocks.1.norm1.emb",))
     assert dit(str(folder), layers=("transformer_blocks.1.norm1",)).channels == {
         "transformer_blocks.1.norm1": 16  # a tuple, of which the tokens are the first

@@ -142,7 +142,7 @@ def test_attention_inside_of_blocks_gives_maps(paths: dict[str, str]) -> None:
 
 def test_text_alone_is_no_layer(paths: dict[str, str]) -> None:
     layer = "transformer_blocks.0.ff_context"
-    fails(paths["dev"], ValueError, rf"'{layer}' gives 3 dimensions, not a", layers=(layer,))
+    fails(paths["dev"], ValueError, rf"'{layer}' returns 3 dimensions, not a", layers=(layer,))
 
 
 def test_schedule_is_the_flow_of_the_scheduler(paths: dict[str, str]) -> None:

@@ -47,7 +47,7 @@ def test_mistakes_are_one_line(recipe: Path, refuse: Refuse) -> None:
         assert words in refuse("teacher", "train", recipe, change)
     for changes, words in (
         (["init_from=nowhere"], "init_from: 'nowhere' is not a folder"),
-        (["init_from=teachers/pretrained/shapes", "data.options.size=36"], "36x36 does not fit"),
+        (["init_from=teachers/pretrained/shapes", "data.options.size=36"], "36x36 does not suit"),
     ):
         assert words in refuse("teacher", "train", recipe, "unet={}", *changes)
     assert not (recipe.parent / "runs").exists()

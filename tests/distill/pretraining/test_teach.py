@@ -134,12 +134,8 @@ def test_a_teacher_may_be_trained_on_some_of_the_images(
     config = load_config(TeacherTrainConfig, recipe, ["data.unlabelled=5"])
     some = TeacherTraining(config, build_accelerator("cpu")).indices
     assert some == choose_labelled(12, 5, 0)
-    assert "data.unlabelled: must be between 1 and 12 (the training images), got 13" in refuse(
-        *asked, "data.unlabelled=13"
-    )
-    assert "data.unlabelled: must be between 1 and 12 (the training images), got 0" in refuse(
-        *asked, "data.unlabelled=0"
-    )
+    assert "between 1 and 12 (the training images), got 13" in refuse(*asked, "data.unlabelled=13")
+    assert "between 1 and 12 (the training images), got 0" in refuse(*asked, "data.unlabelled=0")
     assert refuse(*asked, "data.labelled=2").startswith(
         "data.labelled: teachers are trained without labels"
     )
