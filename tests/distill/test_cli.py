@@ -161,7 +161,7 @@ def test_a_dry_run_finds_what_a_run_would_stumble_over(
     for change, words in (
         ("pairs.0.teacher=mid_blok", "did you mean 'mid_block'?"),
         ("data.size=33", "image size 33x33 does not suit this teacher"),
-        ("data.labelled=17", "1 to 16 of the training images"),
+        ("data.labelled=17", "must be between 1 and 16 (the training images)"),
         ("train.batch=1", "batch norm needs two images"),
         ("evaluate.split=tset", "input should be 'train', 'val' or 'test'"),
     ):
