@@ -80,8 +80,8 @@ class Tally:
 
         Returns:
             Of masks `miou`, `mean_accuracy`, `pixel_accuracy`, `frequency_weighted_iou`,
-            `boundary_iou` (the mean of the classes') and `iou`; of images `top1` and `accuracy`.
-            The last of each is by class name, None for a class that does not occur.
+            `boundary_iou` (the mean of the classes') and `iou`; of images `top1`, `mean_accuracy`
+            and `accuracy`. The last of each is by class name, None for a class that does not occur.
 
         Raises:
             UserError: No pixel or image had a label.

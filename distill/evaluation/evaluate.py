@@ -190,6 +190,8 @@ def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -
         figures[name] = sum(values) / len(values)
         intervals[name] = interval(values)._asdict() if len(values) > 1 else None
     by_labels = {str(labels): choices for labels, choices in rows.items()}
+    if subject.kind == "student":  # of its own recipe, whose labels may be those of this benchmark
+        told["seen_labels"] = "all" if config.data.labelled is None else config.data.labelled
     return {**told, "figures": figures, "intervals": intervals, "choices": by_labels}
 
 
@@ -230,6 +232,8 @@ def _table(result: Mapping[str, Any]) -> str:
             spread = result["intervals"][name]
             told = str(Interval(**spread)) if spread else f"{100 * value:.1f} (one choice)"
             lines.append(f"  {name:16} {told}")
+        if "seen_labels" in result:
+            lines.append(f"note: this student was trained on {result['seen_labels']} labels before")
         return "\n".join(lines)
     scores = dict(result["scores"])
     by_class = dict[str, float | None]()

@@ -218,6 +218,8 @@ class ClassificationScores(NamedTuple):
 
     top1: float
     """Share of the images whose class is right."""
+    mean_accuracy: float
+    """Mean of the classes' accuracies; chance, 1 / C, for a constant class."""
     accuracy: tuple[float, ...]
     """Share of each class's images that are right; NaN for a class without images."""
 
@@ -239,8 +241,9 @@ def segmentation_scores(counts: Tensor) -> SegmentationScores:
 def classification_scores(counts: Tensor) -> ClassificationScores:
     """Score a confusion matrix. counts: (C, C) int64, truth in rows, prediction in columns."""
     matrix = counts.double().cpu()
-    right = matrix.diagonal()
+    accuracy = matrix.diagonal() / matrix.sum(1)
     return ClassificationScores(
-        top1=(right.sum() / matrix.sum()).item(),
-        accuracy=tuple((right / matrix.sum(1)).tolist()),
+        top1=(matrix.diagonal().sum() / matrix.sum()).item(),
+        mean_accuracy=accuracy.nanmean().item(),
+        accuracy=tuple(accuracy.tolist()),
     )

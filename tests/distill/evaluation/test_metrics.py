@@ -88,7 +88,8 @@ def test_uint8_masks_do_not_overflow() -> None:
 def test_top1_and_accuracy_of_each_class_by_hand() -> None:
     matrix = ConfusionMatrix(3)
     matrix.update(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 255]))
-    top1, accuracy = classification_scores(matrix.counts)
+    top1, mean_accuracy, accuracy = classification_scores(matrix.counts)
+    assert mean_accuracy == pytest.approx(0.75)
     assert top1 == pytest.approx(2 / 3)
     assert accuracy[:2] == pytest.approx((0.5, 1.0))
     assert math.isnan(accuracy[2])

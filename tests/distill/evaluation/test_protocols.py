@@ -106,7 +106,7 @@ def test_fewer_images_than_neighbours_all_vote() -> None:
 def test_numbers_of_labels_are_numbers_shares_or_all() -> None:
     assert label_counts([20, "1/8", "1/16", "all", 20], 160) == [10, 20, 160]
     assert label_counts(["1/16"], 3) == [1]
-    with pytest.raises(UserError, match="50 of 40 training images"):
+    with pytest.raises(UserError, match="50 requested, but there are 40 training images"):
         label_counts([50], 40)
 
 
@@ -141,6 +141,16 @@ def test_what_a_student_was_distilled_on_plays_no_part_on_other_data(finished_ru
     assert evaluated(finished_run, "linear", fewer, *SMALL).labelled == 6
     few = ["evaluate.labels=[2]", "evaluate.splits=1"]
     assert "2" in evaluated(finished_run, "label_efficient", fewer, *SMALL, *few).choices
+
+
+def test_labels_that_a_student_has_seen_are_told(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--protocol", "label_efficient", "evaluate.labels=[2]", "evaluate.splits=1", *SMALL]
+    assert main(["evaluate", str(finished_run), *few]) == 0
+    assert capsys.readouterr().out.endswith("note: this student was trained on 6 labels before\n")
+    assert main(["evaluate", "timm:test_resnet:scratch", *few, SHAPES]) == 0
+    assert "note:" not in capsys.readouterr().out
 
 
 def test_fine_tuning_starts_from_the_subjects_weights_and_fits(finished_run: Path) -> None:
