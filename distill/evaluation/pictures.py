@@ -104,10 +104,10 @@ def _laid_over(
 ) -> Figure:
     """Two images per row, the first half on the left: each alone, under the truth, and under the
     prediction; the classes that occur are named below."""
-    height, width = pictures[0].shape[:2]
+    tallest = max(item.truth.shape[0] / item.truth.shape[1] for item in shown)
     across = 2 if len(shown) > 2 else 1
     rows = -(-len(shown) // across)
-    tall = min(HIGHEST, (2.2 * height / width + 0.35) * rows + 0.9)
+    tall = min(HIGHEST, (2.2 * tallest + 0.35) * rows + 0.9)
     figure = Figure(figsize=(6.9 * across, tall), dpi=150, layout="constrained")
     grid = figure.subplots(rows, 3 * across, squeeze=False)
     for axes in grid.flat:
@@ -115,14 +115,14 @@ def _laid_over(
     lines = np.concatenate(np.split(grid, across, axis=1))  # three panels each
     present: set[int] = set()
     for line, picture, item in zip(lines, pictures, shown, strict=False):
-        _image(line[0], picture, item.title)
+        below = _resized(picture, item.truth.shape)  # an image is scored at another shape
+        _image(line[0], below, item.title or "image")
         for axes, mask, title in (
             (line[1], item.truth, "truth"),
             (line[2], item.guess, "prediction"),
         ):
             classes = mask.cpu().numpy()
             present |= set(np.unique(classes).tolist())
-            below = _resized(picture, classes.shape)
             _image(axes, np.asarray(blend(below, classes.astype(np.uint8), colours)), title)
     patches = [
         Patch(facecolor=(colours[index] / 255).tolist(), label=name)

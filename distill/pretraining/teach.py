@@ -53,6 +53,8 @@ from teachers.ddpm import (
 )
 
 Judgement = TypeVar("Judgement")
+SHOWN = 128
+"""Width in px up to which samples are enlarged in their picture."""
 
 
 class TeacherTraining:
@@ -160,7 +162,9 @@ class TeacherTraining:
             steps=config.sample_steps,
             generator=seeding.generator(config.seed, "samples"),
         )
-        grid: Tensor = make_grid(samples.cpu(), nrow=math.ceil(math.sqrt(config.samples)))
+        larger = max(1, SHOWN // samples.shape[-1])  # by whole factors, so that pixels stay sharp
+        samples = samples.cpu().repeat_interleave(larger, -1).repeat_interleave(larger, -2)
+        grid: Tensor = make_grid(samples, nrow=math.ceil(math.sqrt(config.samples)))
         return grid
 
     def state(self) -> dict[str, Any]:
