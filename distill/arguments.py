@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from distill import package_version
 from distill.errors import UserError
 from distill.registry import TABLES
 
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"distill {package_version()}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
     for add in (
@@ -319,7 +321,9 @@ def _policy(verbs: Verbs) -> None:
 
 def _names(verbs: Verbs) -> None:
     names = verbs.add_parser("list", help="the names that recipes may use")
-    names.add_argument("table", nargs="?", choices=tuple(TABLES), help="one kind of them")
+    names.add_argument(
+        "table", metavar="KIND", nargs="?", choices=tuple(TABLES), help="one kind of them"
+    )
     names.set_defaults(verb="list")
 
 

@@ -132,6 +132,8 @@ class TrainingSet(NamedTuple):
     unlabelled: Augmented
     unlabelled_indices: list[int]
     fingerprint: str
+    targets: Sequence[int] | None
+    """The class of each training image, where the benchmark has that without reading it."""
 
 
 def build_training_set(data: DataConfig) -> TrainingSet:
@@ -156,7 +158,9 @@ def build_training_set(data: DataConfig) -> TrainingSet:
         examples = ConcatDataset([examples, more])  # type: ignore[list-item]
     unlabelled = len(examples) if data.unlabelled is None else data.unlabelled
     if unlabelled > len(examples):
-        raise UserError(f"data.unlabelled: {unlabelled} of {len(examples)} training images")
+        raise UserError(
+            f"data.unlabelled: {unlabelled} requested, but there are only {len(examples)} images"
+        )
     shown = training_examples(examples, data, benchmark, size, loaders=2)
     return TrainingSet(
         benchmark,
@@ -166,6 +170,7 @@ def build_training_set(data: DataConfig) -> TrainingSet:
         Augmented(Unlabelled(shown.examples), shown.augment),
         choose_labelled(len(examples), unlabelled, data.split_seed) if unlabelled else [],
         origin,
+        targets,
     )
 
 

@@ -147,13 +147,13 @@ def _seeds(seeds: Sequence[str], option: str) -> list[int]:
     """Seeds as numbers, each once."""
     for seed in seeds:
         if not seed.isdecimal():
-            raise UserError(f"{option}: {seed!r} is no seed, which is a whole number")
+            raise UserError(f"{option}: a seed must be a whole number, got {seed!r}")
         if int(seed) >= 2**31:
             raise UserError(f"{option}: {seed} is too large; seeds are below 2**31")
     numbers = [int(seed) for seed in seeds]
     for number in numbers:
         if numbers.count(number) > 1:
-            raise UserError(f"{option}: {number} stands twice among {' '.join(seeds)}")
+            raise UserError(f"{option}: {number} is given twice in {' '.join(seeds)}")
     return numbers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from accelerate import Accelerator
 
-from distill.benchmarks import Examples
+from distill.benchmarks import Examples, notice
 from distill.build import (
     TrainingSet,
     build_accelerator,
@@ -37,17 +38,21 @@ from distill.training.trainer import Trainer
 from rl_policy.protocol import MixingPolicy
 from teachers import anatomy
 from teachers.diffusion import View
+from teachers.protocol import Teacher
+
+SHOWN = 20
+"""Classes up to which the number of labels is printed."""
 
 
 def dry_run(config: RunConfig) -> str:
     """Check a recipe completely, with one batch of each arm, and estimate its cost."""
     config, data, held_out, accelerator = _prepare(config)
-    lines = [to_yaml(config).rstrip(), ""]
-    lines.append(
-        f"# data: {data.benchmark.name}, {len(data.labelled_indices)} labelled and "
-        f"{len(data.unlabelled_indices)} unlabelled images of {data.size[0]}x{data.size[1]} px, "
-        f"{len(held_out)} held out ({config.evaluate.split})"
-    )
+    lines = [
+        to_yaml(config).rstrip(),
+        "",
+        *_data(data),
+        f"# {len(held_out)} images held out ({config.evaluate.split})",
+    ]
     total = 0.0
     for arm in config.train.arms:
         trainer = Trainer(config, arm, data, accelerator)
@@ -121,6 +126,7 @@ def _step_seconds(trainer: Trainer) -> float:
 
 def teacher_dry_run(config: TeacherTrainConfig) -> str:
     """Check a teacher's recipe with one batch, and estimate its cost."""
+    notice("trying two steps")
     training = TeacherTraining(config, build_accelerator(config.device))
     draws = [Draw(training.indices[i % len(training.indices)], i) for i in range(config.batch)]
     images = torch.stack([training.examples[draw][0] for draw in draws])
@@ -186,6 +192,7 @@ def _pairs(trainer: Trainer) -> list[str]:
     student, teacher = trainer.student, trainer.teacher
     assert teacher is not None
     lines = [f"# {trainer.arm}: teacher {teacher.name}, feature pairs"]
+    lines += _said_of_size(teacher, trainer.data.size)
     image = torch.zeros(1, 3, *trainer.data.size, device=trainer.accelerator.device)
     with torch.no_grad():
         student.eval()
@@ -216,5 +223,42 @@ def _pairs(trainer: Trainer) -> list[str]:
 
 
 def _clock(seconds: float) -> str:
+    """Rounded to what matters: 40 s, 3 min 20 s, 5 h 10 min, 32 days."""
     minutes, rest = divmod(round(seconds), 60)
+    hours = minutes // 60
+    if hours >= 48:
+        return f"{hours / 24:.0f} days"
+    if hours:
+        return f"{hours} h {minutes % 60:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _data(data: TrainingSet) -> list[str]:
+    """The training images, and how many labelled ones there are per class."""
+    labelled, distilled = data.labelled_indices, data.unlabelled_indices
+    both = ", labelled ones included" if {*labelled} <= {*distilled} else ""
+    lines = [
+        f"# data: {data.benchmark.name}, {len(labelled)} images with labels, {len(distilled)} to "
+        f"distil on{both}, of {data.size[0]}x{data.size[1]} px"
+    ]
+    if data.targets is not None:
+        names = data.benchmark.class_names
+        counts = Counter(names[data.targets[index]] for index in labelled)
+        shown = [f"{name} {counts[name]}" for name in names[:SHOWN]]
+        rest = f", ... ({len(names)} classes)" if len(names) > SHOWN else ""
+        lines.append(f"# labels: {', '.join(shown)}{rest}")
+    return lines
+
+
+def _said_of_size(teacher: Teacher, size: tuple[int, int]) -> list[str]:
+    """A line where the teacher sees images of another size than it was trained on."""
+    own = getattr(getattr(teacher, "family", None), "image_size", None)
+    if own is None or getattr(teacher, "image_size", None) is not None:
+        return []
+    height, width = anatomy.height_width(own)
+    if (height, width) == size:
+        return []
+    return [
+        f"#   it was trained on {height}x{width} px and sees {size[0]}x{size[1]}; "
+        f"teacher.image_size=[{height},{width}] resizes images for it"
+    ]

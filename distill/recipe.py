@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -81,13 +82,21 @@ def read_tree(file: str | Path, what: str) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror or error}") from error
+        near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
+        hint = f"; did you mean {str(path.with_name(near[0]))!r}?" if near else ""
+        raise UserError(f"{what} {path}: {error.strerror or error}{hint}") from error
     except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, `!!int x`
         raise UserError(f"{what} {path} is not YAML: {_syntax(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{what} {path}: expected sections like `train:`, found {tree!r:.60}")
     tree.setdefault("name", path.stem)
     return tree
+
+
+def _names_beside(path: Path) -> list[str]:
+    """Names of the files in the folder that `path` should be in."""
+    folder = path.parent
+    return [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
 
 
 def _syntax(error: yaml.YAMLError | ValueError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import os
@@ -124,7 +125,9 @@ def resolve(table: str, name: str, key: str) -> Any:
         ) from error
     file = getattr(imported, "__file__", None) or "no file"
     if not hasattr(imported, attribute):
-        raise UserError(f"{key}: module {module!r} has no {attribute!r} ({file})")
+        close = difflib.get_close_matches(attribute, vars(imported), n=1)
+        hint = f"; did you mean {f'{module}:{close[0]}'!r}?" if close else ""
+        raise UserError(f"{key}: module {module!r} has no {attribute!r} ({file}){hint}")
     found = getattr(imported, attribute)
     if ":" in name:
         _own.update({file, getattr(getattr(found, "__code__", None), "co_filename", file)})

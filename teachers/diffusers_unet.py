@@ -50,7 +50,7 @@ class PixelUNet:
         if latent := _autoencoder(self.folder):
             raise ValueError(
                 f"{latent}: its UNet works on the latents of an autoencoder; this teacher needs a "
-                "UNet that works on pixels"
+                "UNet that works on pixels; use teacher.name=stable_diffusion"
             )
         config = loading.read_config(self.folder, UNet2DModel)
         if config["in_channels"] != 3:

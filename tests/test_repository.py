@@ -173,4 +173,7 @@ def test_parts_of_ones_own_work_as_the_document_shows(tmp_path, monkeypatch, cap
         "train: {steps: 2, batch: 2, unlabelled_batch: 2, arms: [distilled]}\n"
     )
     assert main(["train", str(tmp_path / "own.yaml"), "--dry-run"]) == 0
-    assert "classes, 2 labelled and 2 unlabelled images of 32x32 px" in capsys.readouterr().out
+    assert (
+        "classes, 2 images with labels, 2 to distil on, labelled ones included, of 32x32 px"
+        in capsys.readouterr().out
+    )

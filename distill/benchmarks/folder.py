@@ -85,6 +85,8 @@ class Folder:
                 "and train.txt if you have lists"
             )
         self.root = Path(root)
+        if not self.root.is_dir():
+            raise UserError(f"data.root: there is no folder {root}")
         if palette is None:
             labels = _numbered(_class_names(classes, num_classes), value_map, ignore_values)
         elif classes or num_classes or value_map or ignore_values:

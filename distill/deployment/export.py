@@ -302,7 +302,7 @@ def _sample(source: Source, model: Deployed, labelled: bool = False) -> tuple[pa
     known = model.what != "backbone" and benchmark.num_classes == source.card.classes
     note = (
         f"  on {len(items)} images of {benchmark.name} {source.config.evaluate.split}, "
-        f"{BATCH} at a time, {torch.get_num_threads()} CPU threads"
+        f"{BATCH} at a time, {torch.get_num_threads()} CPU thread(s)"
     )
     batches = _batches(torch.stack([as_float(image) for image, _ in items]))
     return parity.Sample(batches, truths if known else [], benchmark if known else None), note

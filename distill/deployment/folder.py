@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill import checkpoint
+from distill import checkpoint, package_version
 from distill.benchmarks import IGNORE_INDEX, Task
 from distill.errors import UserError, blame, one_line
 from students.student import Student
@@ -46,25 +45,15 @@ class StudentCard:
     input_size: Pair
     kwargs: dict[str, Any]
     class_names: Sequence[str]
-    palette: Sequence[Colour] = ()
-    """The RGB colour of each class; empty in cards of older versions."""
+    palette: Sequence[Colour]
+    """The RGB colour of each class."""
     ignore_index: int = IGNORE_INDEX
-    task: Task | None = None
-    """Task of the student; None in cards of older versions: segmentation if `dense`, otherwise
-    classification."""
+    task: Task
     recipe: dict[str, Any]
     """The resolved recipe of the run."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Arm, step, teacher, commit."""
-    version: str = field(default_factory=lambda: _version())
-
-
-def _version() -> str:
-    """Version of this package; `unknown` in a checkout that was never installed."""
-    try:
-        return version("diffusion-distill")
-    except PackageNotFoundError:
-        return "unknown"
+    version: str = field(default_factory=package_version)
 
 
 def export_student(

@@ -50,7 +50,8 @@ A denoising diffusion model, trained with `distill teacher train` to be a teache
 
 ## How to make it
 
-Made by saving this as `recipe.yaml` and running `distill teacher train recipe.yaml`:
+Made by saving this as `recipe.yaml` and running `distill teacher train recipe.yaml
+data.root=FOLDER`:
 
 ```yaml
 {recipe}```

@@ -82,7 +82,7 @@ def check_probabilities(policy: TimestepPolicy | MixingPolicy, context: Tensor, 
     found = policy.probabilities(context)
     _check(found, "probabilities", (len(context), count), torch.float32)
     if not bool(found.isfinite().all()):
-        raise ValueError("probabilities answered numbers that are not finite")
+        raise ValueError("probabilities returned numbers that are not finite")
 
 
 def _check(found: object, method: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -90,7 +90,7 @@ def _check(found: object, method: str, shape: tuple[int, ...], dtype: torch.dtyp
     if isinstance(found, Tensor) and found.shape == shape and found.dtype == dtype:
         return
     kind = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else repr(found)
-    raise ValueError(f"{method} must answer a tensor {shape} of {dtype}, not {kind:.80}")
+    raise ValueError(f"{method} must return a tensor {shape} of {dtype}, not {kind:.80}")
 
 
 def mixture(weights: Tensor, at: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, Tensor]:

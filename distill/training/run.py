@@ -246,6 +246,7 @@ def make_card(
         student: The student built from the recipe.
         provenance: Arm, step and the teacher's fingerprint; the commit is added.
     """
+    assert benchmark.task is not None  # a student has labels to learn
     return StudentCard(
         model=config.student.model,
         classes=benchmark.num_classes,

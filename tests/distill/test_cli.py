@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from distill import cli
+from distill import cli, package_version
 from distill.arguments import parse
 from distill.cli import main
+from distill.dry_run import _clock
 from distill.registry import TABLES, resolve
 
 
@@ -85,6 +87,26 @@ def test_overrides_among_the_words_of_a_list_keep_their_order() -> None:
     assert (options.seed, options.overrides) == (["1", "2"], ["rate=3"])
 
 
+def test_near_names_are_suggested_for_files_and_parts(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = refused(capsys, "train", str(recipe)[:-1])
+    assert line.endswith(f"No such file or directory; did you mean {str(recipe)!r}?")
+    (tmp_path / "near_names.py").write_text("class LowNoise: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    line = refused(capsys, "train", str(recipe), "policy.name=near_names:Lownoise")
+    assert line.endswith("; did you mean 'near_names:LowNoise'?")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert (left.value.code, capsys.readouterr().out) == (0, f"distill {package_version()}\n")
+
+
 def test_an_interrupt_outside_of_training_is_one_line_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,12 +169,40 @@ def test_a_dry_run_shows_everything_and_trains_nothing(
     out = capsys.readouterr().out
     assert "pairs:" in out  # the resolved recipe
     assert "unlabelled_batch: 4" in out
-    assert "# data: shapes, 6 labelled and 12 unlabelled images of 32x32 px, 5 held out" in out
+    assert "# data: shapes, 6 images with labels, 12 to distil on" in out
     assert "#   layer3 (192, 2, 2) -> up_blocks.0 (16, 32, 32)  mse x 1" in out
     assert "GFLOP per image" in out
     assert "# scratch: 5 steps of" in out
     assert "nothing was trained" in out
+    assert "it was trained on" not in out
     assert {path.name for path in recipe.parent.iterdir()} == {recipe.name}
+
+
+def test_a_dry_run_tells_labels_by_class_and_a_teacher_at_another_size(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, count in (("train/cat", 4), ("train/dog", 2), ("test/dog", 2), ("unlabelled", 3)):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (64, 64)).save(tmp_path / "own" / name / f"{index}.png")
+    own = f"data={{benchmark: image_folder, root: {tmp_path / 'own'}, size: 64}}"
+    words = ["train", str(recipe), own, "train.arms=[distilled]", "train.batch=2", "--dry-run"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert "# data: image_folder, 5 images with labels, 8 to distil on, labelled ones inc" in out
+    assert "# labels: cat 3, dog 2\n" in out
+    assert "it was trained on 32x32 px and sees 64x64; teacher.image_size=[32,32] resizes" in out
+    assert "made 5 train, 2 test, 1 val images" in err
+    assert main([*words, "teacher.image_size=32"]) == 0
+    assert "it was trained on" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(40.4, "40 s"), (200, "3 min 20 s"), (3_600 * 5.2, "5 h 12 min"), (2.76e6, "32 days")],
+)
+def test_a_time_is_as_exact_as_it_matters(seconds: float, words: str) -> None:
+    assert _clock(seconds) == words
 
 
 def test_a_dry_run_finds_what_a_run_would_stumble_over(
@@ -162,7 +212,7 @@ def test_a_dry_run_finds_what_a_run_would_stumble_over(
         ("pairs.0.teacher=mid_blok", "did you mean 'mid_block'?"),
         ("data.size=33", "image size 33x33 does not suit this teacher"),
         ("data.labelled=17", "must be between 1 and 16 (the training images)"),
-        ("train.batch=1", "batch norm needs two images"),
+        ("train.batch=1", "batch norm needs two labelled images"),
         ("evaluate.split=tset", "input should be 'train', 'val' or 'test'"),
     ):
         assert words in refused(capsys, "train", recipe, change, "--dry-run")

@@ -229,7 +229,7 @@ def parts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("policy.name", "Below", "act chose bin -1 of 0 to "),
         ("policy.name", "Wide", ", 3) torch.int64"),
         ("policy.name", "Nothing", "of torch.int64, not None"),
-        ("policy.name", "NoNumbers", "broken_parts:NoNumbers: probabilities answered numbers that"),
+        ("policy.name", "NoNumbers", "broken_parts:NoNumbers: probabilities returned numbers that"),
         ("policy.name", "Flat", "of torch.float32, not (3,) torch.float32"),
         ("policy.name", "Bare", "is not a policy: it has no act, learn, probabilities, state_dict"),
         ("pairs.0.loss", "failing", "KeyError: 'key'"),

@@ -65,7 +65,10 @@ def test_over_the_budget_whatever_is_suggested_fits(
     """32 rows of 16 x 32 x 32 float32 are 2.1 MB."""
     limit = f"teacher.cache_gb={gb}"
     line = refuse("train", recipe, *cached, limit)
-    assert "8 images x 2 flips x 2 bins x 1 layers, float32: 0.0021 GB exceeds teacher.cache_gb=" in line
+    assert (
+        "8 images x 2 flips x 2 bins x 1 layers, float32: 0.0021 GB exceeds teacher.cache_gb="
+        in line
+    )
     suggested = re.findall(r"([\w.]+=\w+) \(", line)
     assert ("teacher.dtype=bfloat16" in suggested) == (fast and gb > 0.00105)
     assert ("data.augment=none" in suggested) == (gb > 0.00105)

@@ -127,9 +127,10 @@ def test_a_checkout_that_was_never_installed_exports_too(monkeypatch: pytest.Mon
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("distill.deployment.folder.version", missing)
+    monkeypatch.setattr("distill.version", missing)
     shape = ("model", "classes", "dense", "image_size", "layers", "head", "head_layers")
-    fields: dict[str, Any] = dict.fromkeys((*shape, "input_size", "kwargs", "class_names"))
+    more = ("input_size", "kwargs", "class_names", "palette", "task")
+    fields: dict[str, Any] = dict.fromkeys((*shape, *more))
     assert StudentCard(**fields, recipe={}).version == "unknown"
 
 

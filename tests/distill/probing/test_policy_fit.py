@@ -285,10 +285,10 @@ def test_what_is_wrong_is_one_line(refuse: Refuse, planted: Path, tmp_path: Path
             ["--table", planted, "--steps", "0"],
             "--steps and --batch: must be at least 1, got 0 and 64",
         ),
-        (["--table", planted, "--seed", "x"], "--seed: 'x' is no seed, which is a whole number"),
-        (["--table", planted, "--seed", "-1"], "--seed: '-1' is no seed"),
+        (["--table", planted, "--seed", "x"], "--seed: a seed must be a whole number, got 'x'"),
+        (["--table", planted, "--seed", "-1"], "--seed: a seed must be a whole number, got '-1'"),
         (["--table", planted, "--seed", str(2**64)], "is too large; seeds are below 2**31"),
-        (["--table", planted, "--seed", "0", "00"], "--seed: 0 stands twice among 0 00"),
+        (["--table", planted, "--seed", "0", "00"], "--seed: 0 is given twice in 0 00"),
         (["--table", planted, "--policy", "thompson", "prior=1e-200"], "prior must be a number at"),
         (
             ["--table", planted, "--policy", "json:loads"],
