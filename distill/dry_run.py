@@ -126,11 +126,11 @@ def _step_seconds(trainer: Trainer) -> float:
 
 def teacher_dry_run(config: TeacherTrainConfig) -> str:
     """Check a teacher's recipe with one batch, and estimate its cost."""
-    notice("trying two steps")
     training = TeacherTraining(config, build_accelerator(config.device))
     draws = [Draw(training.indices[i % len(training.indices)], i) for i in range(config.batch)]
     images = torch.stack([training.examples[draw][0] for draw in draws])
     images = images.to(training.accelerator.device)
+    notice("trying two steps")
     for _ in range(2):
         began = time.monotonic()
         training.train_step(images)

@@ -48,7 +48,7 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
             "data.labelled=17",
             "data.labelled: must be between 1 and 16 (the training images), got 17",
         ),
-        ("data.unlabelled=17", "data.unlabelled: 17 of 16 training images"),
+        ("data.unlabelled=17", "data.unlabelled: 17 requested, but there are only 16 images"),
         (
             "train.accumulate=3",
             "train.batch: 4 images per process are not divisible by train.accumulate=3",
@@ -333,7 +333,10 @@ def test_images_without_a_mask_serve_unlabelled(
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "images" / "bare.png")
     assert main([*of_folder(recipe, folder), "--dry-run"]) == 0
     # Of the eight listed, one is held out for validation.
-    assert "# data: folder, 7 labelled and 8 unlabelled images" in capsys.readouterr().out
+    assert (
+        "# data: folder, 7 images with labels, 8 to distil on, labelled ones included"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("photo", ["photo0", "photo11"])

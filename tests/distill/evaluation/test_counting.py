@@ -93,6 +93,7 @@ def test_classification_scores_top1() -> None:
     scores = evaluate(student, examples, benchmark("classification", 3))
     assert scores == {
         "top1": pytest.approx(2 / 3),
+        "mean_accuracy": 0.75,
         "accuracy": {"a": 1.0, "b": 0.5, "c": None},
     }
 
@@ -105,7 +106,11 @@ def test_the_last_class_of_a_benchmark_without_void_counts() -> None:
     kind = benchmark("classification", 3)
     kind.ignore_index = -1
     scores = evaluate(student, [(blue, 2), (blue, 0)], kind)
-    assert scores == {"top1": 0.5, "accuracy": {"a": 0.0, "b": None, "c": 1.0}}
+    assert scores == {
+        "top1": 0.5,
+        "mean_accuracy": 0.5,
+        "accuracy": {"a": 0.0, "b": None, "c": 1.0},
+    }
 
 
 def test_processes_share_the_examples_and_sum_their_counts() -> None:

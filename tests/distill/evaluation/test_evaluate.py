@@ -126,7 +126,8 @@ def test_another_number_of_classes_asks_for_a_new_head(
     monkeypatch.syspath_prepend(tmp_path)
     line = refused(capsys, finished_run, "data.benchmark=own_two:Two")
     assert (
-        "the student predicts 7 classes, two has 2; fit a new head with --protocol linear" in line
+        "the student predicts 7 classes, but two has 2; fit a new head with --protocol linear"
+        in line
     )
     (tmp_path / "own_others.py").write_text(
         "from distill.benchmarks.shapes import Shapes\n"
@@ -134,7 +135,7 @@ def test_another_number_of_classes_asks_for_a_new_head(
         "    name, class_names = 'others', ('background', 'cat', *Shapes.class_names[2:])\n"
     )
     line = refused(capsys, finished_run, "data.benchmark=own_others:Others")
-    assert "where others has 'cat'; fit a new head with --protocol linear" in line
+    assert "but others has 'cat'; fit a new head with --protocol linear" in line
     changes = ["evaluate.steps=1"]
     result = evaluate_subject(str(finished_run), changes, "linear", "own_two:Two")[0]
     assert set(result["scores"]["iou"]) == {"off", "on"}
