@@ -306,7 +306,8 @@ class TrainConfig:
     """Largest gradient norm; null for no clipping."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the student's moving average, which is what is scored and exported; 0 for none. It
-    begins anew with each stage of `distill_then_finetune`."""
+    begins anew with each stage of `distill_then_finetune`, as the mean of the stage's weights so
+    far, up to 1 / (1 - ema) steps."""
     precision: Literal["bf16", "no"] = Field(default_factory=fast_precision)
     """Autocast of the student. By default bf16 where `teacher.dtype` is bfloat16 by default."""
     channels_last: bool = True

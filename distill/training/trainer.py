@@ -100,7 +100,10 @@ class Trainer:
         self._prepare_student()
         self.model = accelerator.prepare_model(self.distiller)
         self.optimizer = build_optimizer(self.distiller, config.train)
-        self.average = ModelEmaV3(self.student, decay=config.train.ema, use_warmup=True)
+        # Of a short stage the plain mean of its weights, which with power 1 it begins as
+        power = 1.0 if config.train.schedule == "distill_then_finetune" else 2 / 3
+        decay = config.train.ema
+        self.average = ModelEmaV3(self.student, decay, use_warmup=True, warmup_power=power)
         if config.student.compile:
             self.student.compile(dynamic=False)
         self.policy, self.timesteps = None, torch.zeros(0, dtype=torch.int64)
