@@ -98,7 +98,9 @@ class Student(nn.Module):
         if head not in HEADS:
             raise ValueError(f"unknown head {head!r}; {_nearest(head, HEADS)}")
         if head_layers and not dense:
-            raise ValueError("head_layers is for dense heads; the task is classification")
+            raise ValueError(
+                "head_layers is for dense heads, not for classification; set head_layers=[]"
+            )
         self.image_size = (*image_size,)
         self.input_size = (*(input_size or image_size),)
         # Any: timm's models share these methods, but no typed base class.
