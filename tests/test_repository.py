@@ -155,7 +155,7 @@ def test_changelog_names_the_version():
 
 def test_parts_of_ones_own_work_as_the_document_shows(tmp_path, monkeypatch, capsys):
     source = next(
-        block for block in blocks("docs/extending.md", "python") if "def averaged" in block
+        block for block in blocks("docs/extending.md", "python") if "class Averaged" in block
     )
     (tmp_path / "document_parts.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
@@ -167,7 +167,7 @@ def test_parts_of_ones_own_work_as_the_document_shows(tmp_path, monkeypatch, cap
         save_image(image, tmp_path / "classes" / split / name / "0.png")
     (tmp_path / "own.yaml").write_text(
         "pairs: [{student: layer2, teacher: mid_block, loss: 'document_parts:power'}]\n"
-        f"teacher: {{name: 'document_parts:averaged', path: {tmp_path / 'teacher'}}}\n"
+        f"teacher: {{name: 'document_parts:Averaged', path: {tmp_path / 'teacher'}}}\n"
         "policy: {name: 'document_parts:LowNoise', bins: 5}\n"
         f"data: {{benchmark: 'document_parts:Classes', root: {tmp_path / 'classes'}, size: 32}}\n"
         "train: {steps: 2, batch: 2, unlabelled_batch: 2, arms: [distilled]}\n"
