@@ -127,8 +127,8 @@ class Folder:
                 self._pairs["train"], val_ratio, split_seed, "data.options.val_ratio"
             )
         _tell_of_shared(self._pairs)
-        if palette is None and value_map is None and IGNORE_INDEX not in ignore_values:
-            _tell_of_255(self.dataset("train"))
+        plain = palette is None and value_map is None and IGNORE_INDEX not in ignore_values
+        _tell_of_few_values(self.dataset("train"), self.class_names, plain)
         used = {pair.image for pairs in self._pairs.values() for pair in pairs}
         self._bare = [path for path in image_paths.values() if path not in used]
 
@@ -170,19 +170,26 @@ def _tell_of_shared(splits: Mapping[str, Sequence[Pair]]) -> None:
             )
 
 
-def _tell_of_255(train: MaskedImages) -> None:
-    """A line on stderr where the first masks hold 255 alone, or with 0: it may be a class."""
+def _tell_of_few_values(train: MaskedImages, class_names: Sequence[str], plain: bool) -> None:
+    """A line on stderr where the first masks have one class, or none; with `plain` values 255 alone
+    or with 0 may be a class."""
     seen: set[int] = set()
     for index in range(min(LOOKED_AT, len(train))):
         with suppress(UserError):  # a file that is wrong is named when it is used
             seen |= set(np.unique(train[index][1].numpy()).tolist())
-        if not seen <= {0, IGNORE_INDEX}:
+        if len(seen - {IGNORE_INDEX}) > 1:
             return
-    if IGNORE_INDEX in seen:
+    if plain and IGNORE_INDEX in seen and seen <= {0, IGNORE_INDEX}:
         held = f"0 and {IGNORE_INDEX}" if 0 in seen else str(IGNORE_INDEX)
         notice(
             f"folder: the first masks contain only {held}, and {IGNORE_INDEX} means no label; "
             f"if it is class 1, set data.options.value_map={{0: 0, {IGNORE_INDEX}: 1}}"
+        )
+    elif seen:
+        held = "".join(f"only {class_names[x]!r}" for x in seen - {IGNORE_INDEX}) or "no class"
+        notice(
+            f"folder: the first masks contain {held}; if there should be more classes, check "
+            "data.options.value_map"
         )
 
 

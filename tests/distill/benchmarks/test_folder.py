@@ -122,9 +122,12 @@ def test_masks_that_hold_0_and_255_alone_are_told(
         Image.fromarray(values[2:6]).save(root / "masks" / f"{name}.png")
     Folder(str(root), num_classes=2)
     assert "data.options.value_map={0: 0, 255: 1}" in capsys.readouterr().err
-    for meant in ({"value_map": {0: 0, 255: 1}}, {"ignore_values": [255]}):
-        Folder(str(root), num_classes=2, **meant)  # type: ignore[arg-type]
-        assert capsys.readouterr().err == ""
+    Folder(str(root), num_classes=2, value_map={0: 0, 255: 1})
+    assert capsys.readouterr().err == ""
+    Folder(str(root), num_classes=2, ignore_values=[255])
+    assert "the first masks contain only 'class 0'; if there" in capsys.readouterr().err
+    Folder(str(root), num_classes=2, value_map={0: 255, 1: 1})
+    assert "the first masks contain no class; if" in capsys.readouterr().err
 
 
 def test_masks_that_hold_255_alone_are_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
