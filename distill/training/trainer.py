@@ -196,7 +196,7 @@ class Trainer:
             with self._watched(batch) if phase.teach else nullcontext():
                 self.optimizer.step()
             self.optimizer.zero_grad()
-            # A stage's first step sets the average to the student, whose head has only then begun.
+            # A stage's first step sets the average to the student, whose head may begin only then
             first, _ = stage(train, self.step, self.teacher is not None)
             self.step += 1
             self.average.update(self.student, step=self.step - first)
@@ -282,10 +282,8 @@ class Trainer:
             if self.config.teacher.labels:
                 missing = len(images) - len(batch.targets)
                 labels = (F.pad(batch.targets, (0, missing), value=-1),)
-            maps, looked = (
-                self.teacher.features(images, self.timesteps[bins], noise, *labels),
-                len(images),
-            )
+            maps = self.teacher.features(images, self.timesteps[bins], noise, *labels)
+            looked = len(images)
         self.looked += looked * self.accelerator.num_processes  # as many as in this one
         return maps
 
