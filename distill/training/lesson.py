@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from rl_policy.protocol import MixingPolicy, TimestepPolicy
+from teachers.protocol import Teacher
 
 
 class Choice(NamedTuple):
@@ -91,6 +92,17 @@ def _check(found: object, method: str, shape: tuple[int, ...], dtype: torch.dtyp
         return
     kind = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else repr(found)
     raise ValueError(f"{method} must return a tensor {shape} of {dtype}, not {kind:.80}")
+
+
+def check_maps(teacher: Teacher, maps: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless these are a teacher's maps of one image, as it says they are."""
+    for layer in teacher.layers:
+        x, channels = maps.get(layer), teacher.channels[layer]
+        if x is None or x.ndim != 4 or x.shape[:2] != (1, channels):
+            kind = "nothing" if x is None else tuple(x.shape)
+            raise ValueError(
+                f"{teacher.name} gives {kind} for layer {layer!r}, not a map (1, {channels}, h, w)"
+            )
 
 
 def mixture(weights: Tensor, at: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, Tensor]:

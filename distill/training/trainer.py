@@ -31,11 +31,10 @@ from distill.training.feedback import Feedback
 from distill.training.floor import NoiseFloor, distinct
 from distill.training.labels import check_labels, check_task
 from distill.training.late import Late, not_finite
-from distill.training.lesson import Choice, Lesson, choose, mixture
+from distill.training.lesson import Choice, Lesson, check_maps, choose, mixture
 from distill.training.optim import build_optimizer, freeze_backbone, stage, stage_lr_factor
 from distill.training.policies import build_policy
 from students.student import Student
-from teachers.protocol import Teacher
 
 
 class Phase(NamedTuple):
@@ -43,17 +42,6 @@ class Phase(NamedTuple):
 
     teach: bool
     task_weight: float
-
-
-def check_maps(teacher: Teacher, maps: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless these are a teacher's maps of one image, as it says they are."""
-    for layer in teacher.layers:
-        x, channels = maps.get(layer), teacher.channels[layer]
-        if x is None or x.ndim != 4 or x.shape[:2] != (1, channels):
-            kind = "nothing" if x is None else tuple(x.shape)
-            raise ValueError(
-                f"{teacher.name} gives {kind} for layer {layer!r}, not a map (1, {channels}, h, w)"
-            )
 
 
 class Trainer:
