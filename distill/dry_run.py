@@ -241,7 +241,7 @@ def _data(data: TrainingSet) -> list[str]:
         f"# data: {data.benchmark.name}, {len(labelled)} images with labels, {len(distilled)} to "
         f"distil on{both}, of {data.size[0]}x{data.size[1]} px"
     ]
-    if data.targets is not None:
+    if data.targets is not None and data.benchmark.task == "classification":  # else other groups
         names = data.benchmark.class_names
         counts = Counter(names[data.targets[index]] for index in labelled)
         shown = [f"{name} {counts[name]}" for name in names[:SHOWN]]

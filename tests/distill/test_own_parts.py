@@ -195,6 +195,14 @@ class Masks(Data):
     example = Data.example[0], torch.full((32, 32), 255, dtype=torch.uint8)
 
 
+class Grouped(Masks):
+    def dataset(self, split):
+        class Examples(list):
+            targets = [9] * 40
+
+        return Examples([self.example] * 40)
+
+
 class Third32(Masks):
     example = Data.example[0], torch.full((32, 32), 2, dtype=torch.uint8)
 
@@ -294,6 +302,11 @@ def test_wrong_images_and_splits_are_one_line_in_every_command(
     teacher.write_text("name: bare\ndata: {benchmark: broken_parts:NoLabels}\nunet: {size: tiny}\n")
     line = refuse("teacher", "train", teacher, f"output={tmp_path}", "batch=40", "steps=1")
     assert line.endswith("torch.uint8, not (1, 32, 32) torch.uint8, in example 39 of train")
+
+
+def test_masks_may_come_in_groups_that_are_no_classes(parts: Path) -> None:
+    own = ("data.benchmark=broken_parts:Grouped", "data.options={}", "train.arms=[distilled]")
+    assert main(["train", str(parts), *own, "--dry-run"]) == 0
 
 
 def test_what_is_no_part_at_all_is_one_line(parts: Path, refuse: Refuse) -> None:
