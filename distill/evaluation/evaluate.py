@@ -19,6 +19,7 @@ from distill.benchmarks import Benchmark
 from distill.build import TrainingSet, build_accelerator, build_benchmark, build_training_set
 from distill.config import RunConfig
 from distill.data import as_float, fingerprint
+from distill.deployment.folder import read_card, student_folder
 from distill.errors import UserError
 from distill.evaluation import pictures
 from distill.evaluation.backbones import Subject, parse_subject
@@ -190,8 +191,9 @@ def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -
         figures[name] = sum(values) / len(values)
         intervals[name] = interval(values)._asdict() if len(values) > 1 else None
     by_labels = {str(labels): choices for labels, choices in rows.items()}
-    if subject.kind == "student":  # of its own recipe, whose labels may be those of this benchmark
-        told["seen_labels"] = "all" if config.data.labelled is None else config.data.labelled
+    if subject.kind == "student":  # these may be among the labels that are scored here
+        own = read_card(student_folder(subject.path)).recipe["data"]["labelled"]
+        told["seen_labels"] = "all" if own is None else own
     return {**told, "figures": figures, "intervals": intervals, "choices": by_labels}
 
 

@@ -266,7 +266,7 @@ def train_teacher(config: TeacherTrainConfig, *, resume: bool = False) -> Path:
         _loop(training, last, log)
         if log:
             _finish(training, folder, log)
-    except UserError:
+    except Exception:  # code of one's own may raise anything
         if accelerator.is_main_process and not begun:
             remove_if_bare(folder)
         raise

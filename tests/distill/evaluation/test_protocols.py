@@ -147,7 +147,7 @@ def test_labels_that_a_student_has_seen_are_told(
     finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ["--protocol", "label_efficient", "evaluate.labels=[2]", "evaluate.splits=1", *SMALL]
-    assert main(["evaluate", str(finished_run), *few]) == 0
+    assert main(["evaluate", str(finished_run), *few, "data.labelled=3"]) == 0
     assert capsys.readouterr().out.endswith("note: this student was trained on 6 labels before\n")
     assert main(["evaluate", "timm:test_resnet:scratch", *few, SHAPES]) == 0
     assert "note:" not in capsys.readouterr().out
