@@ -1,4 +1,4 @@
-"""What the command line takes: every verb with its options. What they do is in `cli`."""
+"""What the command line takes: every command with its options. What they do is in `cli`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill.errors import UserError
 from distill.registry import TABLES
 
 if TYPE_CHECKING:
-    Verbs = argparse._SubParsersAction["_Parser"]
+    Commands = argparse._SubParsersAction["_Parser"]
 
 EXAMPLES = """examples:
   distill train experiments/quickstart.yaml
@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options and overrides in any order, which argparse alone refuses within a verb."""
+    """Options and overrides in any order, which argparse alone refuses within a command."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options, rest = build_parser().parse_known_args(arguments)
     takes_overrides = hasattr(options, "overrides")
@@ -61,7 +61,7 @@ def is_override(word: str) -> bool:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All verbs and their options."""
+    """All commands and their options."""
     parser = _Parser(
         prog="distill",
         description="Distil a diffusion model into a small, fast, label-efficient vision backbone.",
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"distill {package_version()}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     for add in (
         _train,
@@ -86,18 +86,18 @@ def build_parser() -> argparse.ArgumentParser:
         _policy,
         _names,
     ):
-        add(verbs)
+        add(commands)
     return parser
 
 
-def _train(verbs: Verbs) -> None:
-    train = verbs.add_parser("train", help="distil a teacher into a student, as a recipe says")
+def _train(commands: Commands) -> None:
+    train = commands.add_parser("train", help="distil a teacher into a student, as a recipe says")
     _add_recipe(train)
-    train.set_defaults(verb="train")
+    train.set_defaults(command="train")
 
 
-def _evaluate(verbs: Verbs) -> None:
-    evaluate = verbs.add_parser(
+def _evaluate(commands: Commands) -> None:
+    evaluate = commands.add_parser(
         "evaluate", help="score a student, a timm model or a teacher on a benchmark"
     )
     evaluate.add_argument(
@@ -110,11 +110,11 @@ def _evaluate(verbs: Verbs) -> None:
         "--out", metavar="JSON", help="where the scores go, with pictures beside (default: none)"
     )
     _add_overrides(evaluate)
-    evaluate.set_defaults(verb="evaluate")
+    evaluate.set_defaults(command="evaluate")
 
 
-def _compare(verbs: Verbs) -> None:
-    compare = verbs.add_parser(
+def _compare(commands: Commands) -> None:
+    compare = commands.add_parser(
         "compare", help="several subjects in one table: scores, size, speed, memory"
     )
     compare.add_argument(
@@ -130,11 +130,11 @@ def _compare(verbs: Verbs) -> None:
     compare.add_argument("--batch", type=int, default=16, help="images a pass (default: 16)")
     compare.add_argument("--rounds", type=int, default=5, help="rounds, in turn (default: 5)")
     _add_overrides(compare)
-    compare.set_defaults(verb="compare")
+    compare.set_defaults(command="compare")
 
 
-def _export(verbs: Verbs) -> None:
-    export = verbs.add_parser("export", help="write a run's student as timm, ONNX, ... open it")
+def _export(commands: Commands) -> None:
+    export = commands.add_parser("export", help="write a run's student as timm, ONNX, ... open it")
     export.add_argument("run", metavar="RUN", help="a run folder, or an exported student")
     export.add_argument("--arm", help="which arm of a run (default: distilled)")
     export.add_argument(
@@ -161,27 +161,27 @@ def _export(verbs: Verbs) -> None:
     )
     export.add_argument("--push", metavar="REPO_ID", help="with hub: upload it there")
     _add_overrides(export)
-    export.set_defaults(verb="export")
+    export.set_defaults(command="export")
 
 
-def _predict(verbs: Verbs) -> None:
-    predict = verbs.add_parser("predict", help="masks or classes of images, by any student")
+def _predict(commands: Commands) -> None:
+    predict = commands.add_parser("predict", help="masks or classes of images, by any student")
     _add_model(predict)
     predict.add_argument("images", metavar="IMAGE", nargs="+", help="image files and folders")
     predict.add_argument("--out", metavar="DIR", required=True, help="where the results go")
     predict.add_argument("--force", action="store_true", help="replace results that are there")
-    predict.set_defaults(verb="predict")
+    predict.set_defaults(command="predict")
 
 
-def _demo(verbs: Verbs) -> None:
-    demo = verbs.add_parser("demo", help="a local web page: drop an image, see its mask or class")
+def _demo(commands: Commands) -> None:
+    demo = commands.add_parser("demo", help="a local web page: drop an image, see mask or class")
     _add_model(demo)
     demo.add_argument("--port", type=int, default=7860, help="of 127.0.0.1 (default: 7860)")
-    demo.set_defaults(verb="demo")
+    demo.set_defaults(command="demo")
 
 
-def _report(verbs: Verbs) -> None:
-    report = verbs.add_parser("report", help="finished runs as a table, and as a page to read")
+def _report(commands: Commands) -> None:
+    report = commands.add_parser("report", help="finished runs as a table, and as a page to read")
     report.add_argument(
         "runs",
         metavar="RUN",
@@ -198,11 +198,11 @@ def _report(verbs: Verbs) -> None:
         "--probe", metavar="FOLDER", help="of `distill probe`: what the policy left to be gained"
     )
     report.add_argument("--out", metavar="JSON", help="where the figures go (default: none)")
-    report.set_defaults(verb="report", overrides=[])
+    report.set_defaults(command="report", overrides=[])
 
 
-def _sweep(verbs: Verbs) -> None:
-    sweep = verbs.add_parser(
+def _sweep(commands: Commands) -> None:
+    sweep = commands.add_parser(
         "sweep", help="train all runs of a study, going on where it was stopped, and compare them"
     )
     sweep.add_argument("study", metavar="STUDY.yaml", help="the study: a recipe, seeds and arms")
@@ -226,11 +226,11 @@ def _sweep(verbs: Verbs) -> None:
         action="store_true",
         help="check every arm with one batch, estimate the cost; train nothing",
     )
-    sweep.set_defaults(verb="sweep")
+    sweep.set_defaults(command="sweep")
 
 
-def _bench(verbs: Verbs) -> None:
-    bench = verbs.add_parser("bench", help="time a distillation step against the naive one")
+def _bench(commands: Commands) -> None:
+    bench = commands.add_parser("bench", help="time a distillation step against the naive one")
     bench.add_argument(
         "--out", metavar="JSON", help="where the figures go, with a chart beside (default: none)"
     )
@@ -241,11 +241,11 @@ def _bench(verbs: Verbs) -> None:
         "--teacher", metavar="PATH", help="a UNet (default: CIFAR-10's DDPM, random weights)"
     )
     bench.add_argument("--compile", action="store_true", help="with torch.compile")
-    bench.set_defaults(verb="bench")
+    bench.set_defaults(command="bench")
 
 
-def _probe(verbs: Verbs) -> None:
-    probe = verbs.add_parser(
+def _probe(commands: Commands) -> None:
+    probe = commands.add_parser(
         "probe", help="map what a teacher's layers and timesteps know of the labels"
     )
     probe.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe; its student plays no part")
@@ -261,21 +261,21 @@ def _probe(verbs: Verbs) -> None:
     )
     probe.add_argument("--out", metavar="FOLDER", help="where (default: the run's, with -probe)")
     probe.add_argument("--resume", action="store_true", help="go on where it was stopped")
-    probe.set_defaults(verb="probe")
+    probe.set_defaults(command="probe")
 
 
-def _teacher(verbs: Verbs) -> None:
-    teacher = verbs.add_parser("teacher", help="train a teacher, or look into one")
-    inner = teacher.add_subparsers(title="verbs", metavar="VERB", required=True)
+def _teacher(commands: Commands) -> None:
+    teacher = commands.add_parser("teacher", help="train a teacher, or look into one")
+    inner = teacher.add_subparsers(title="commands", metavar="COMMAND", required=True)
     teach = inner.add_parser("train", help="train a diffusion model on unlabelled images")
     _add_recipe(teach)
-    teach.set_defaults(verb="teacher_train")
+    teach.set_defaults(command="teacher_train")
     extract = inner.add_parser(
         "extract", help="fill the feature cache (teacher.cache) of a recipe before it is trained"
     )
     extract.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
     _add_overrides(extract)
-    extract.set_defaults(verb="teacher_extract")
+    extract.set_defaults(command="teacher_extract")
     layers = inner.add_parser("layers", help="a teacher's layers: channels, reduction, cost")
     layers.add_argument("path", metavar="TEACHER", help="what a recipe gives as teacher.path")
     layers.add_argument(
@@ -289,12 +289,12 @@ def _teacher(verbs: Verbs) -> None:
         default=[],
         help="its teacher.options, for instance heads=4",
     )
-    layers.set_defaults(verb="teacher_layers")
+    layers.set_defaults(command="teacher_layers")
 
 
-def _policy(verbs: Verbs) -> None:
-    policy = verbs.add_parser("policy", help="try a timestep policy without training a student")
-    inner = policy.add_subparsers(title="verbs", metavar="VERB", required=True)
+def _policy(commands: Commands) -> None:
+    policy = commands.add_parser("policy", help="try a timestep policy without training a student")
+    inner = policy.add_subparsers(title="commands", metavar="COMMAND", required=True)
     fit = inner.add_parser(
         "fit", help="train a policy on a recorded table of rewards, and report its regret"
     )
@@ -316,15 +316,15 @@ def _policy(verbs: Verbs) -> None:
         default=[],
         help="options of the policy, for instance learning_rate=1e-3",
     )
-    fit.set_defaults(verb="policy_fit")
+    fit.set_defaults(command="policy_fit")
 
 
-def _names(verbs: Verbs) -> None:
-    names = verbs.add_parser("list", help="the names that recipes may use")
+def _names(commands: Commands) -> None:
+    names = commands.add_parser("list", help="the names that recipes may use")
     names.add_argument(
         "table", metavar="KIND", nargs="?", choices=tuple(TABLES), help="one kind of them"
     )
-    names.set_defaults(verb="list")
+    names.set_defaults(command="list")
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

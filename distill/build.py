@@ -19,14 +19,14 @@ from distill.benchmarks import IGNORE_INDEX, Benchmark, Examples
 from distill.config import DataConfig, PairConfig, RunConfig
 from distill.data import Augmented, InMemory, Resized, choose_labelled, fingerprint
 from distill.errors import UserError, blame
+from distill.matching.distiller import Distiller, Match
+from distill.matching.losses import FeatureLoss
 from distill.options import checked_options
 from distill.own_benchmark import OwnBenchmark
+from distill.policies import build_rewards, reward_layer
 from distill.precision import warn_if_slow
 from distill.registry import lacks, resolve
 from distill.tasks import traits
-from distill.training.distiller import Distiller, Match
-from distill.training.losses import FeatureLoss
-from distill.training.policies import build_rewards, reward_layer
 from students.student import LayerError as StudentLayerError
 from students.student import Student
 from teachers.anatomy import LayerError as TeacherLayerError

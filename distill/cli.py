@@ -1,4 +1,4 @@
-"""The command line. Heavy imports wait until a verb needs them, so that help answers at once."""
+"""The command line. Heavy imports wait until a command needs them, so that help answers at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distill.registry import TABLES, own_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command. Returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     try:
         options = parse(arguments)
-        return VERBS[options.verb](options)
+        return COMMANDS[options.command](options)
     except UserError as error:
         print(f"distill: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -43,12 +43,12 @@ def _train(options: argparse.Namespace) -> int:
 
     config = load_config(RunConfig, options.recipe, options.overrides)
     if options.dry_run:
-        from distill.dry_run import dry_run
+        from distill.commands.dry_run import dry_run
 
         print(dry_run(config))
         return 0
+    from distill.commands.train import run
     from distill.reporting.summary import report
-    from distill.training.run import run
 
     summary = run(config, resume=options.resume)
     if summary:
@@ -57,7 +57,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from distill.evaluation.evaluate import rescore
+    from distill.commands.evaluate import rescore
 
     print(
         rescore(
@@ -72,7 +72,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from distill.evaluation.compare import compare
+    from distill.commands.compare import compare
 
     print(
         compare(
@@ -89,7 +89,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from distill.deployment.export import export_run
+    from distill.commands.export import export_run
 
     print(
         export_run(
@@ -107,7 +107,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from distill.deployment.predict import predict
+    from distill.commands.predict import predict
 
     print(
         predict(
@@ -122,14 +122,14 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from distill.deployment.demo import demo
+    from distill.commands.demo import demo
 
     demo(options.model, port=options.port, trust=options.trust)
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
-    from distill.reporting.report import write_report
+    from distill.commands.report import write_report
 
     print(
         write_report(
@@ -158,7 +158,7 @@ def _seeds(seeds: Sequence[str], option: str) -> list[int]:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from distill.studies.sweep import sweep
+    from distill.commands.sweep import sweep
 
     print(
         sweep(
@@ -177,7 +177,7 @@ def _sweep(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     # Torch warns of tensors older than the trace of allocations, which are not to be counted.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from distill.costs.bench import bench
+    from distill.commands.bench import bench
 
     print(
         bench(
@@ -193,8 +193,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
+    from distill.commands.probe import survey
     from distill.config import RunConfig
-    from distill.probing.survey import survey
     from distill.recipe import load_config
 
     print(
@@ -213,16 +213,16 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _teacher_train(options: argparse.Namespace) -> int:
-    from distill.pretraining.config import TeacherTrainConfig
     from distill.recipe import load_config
+    from distill.teacher_config import TeacherTrainConfig
 
     config = load_config(TeacherTrainConfig, options.recipe, options.overrides)
     if options.dry_run:
-        from distill.dry_run import teacher_dry_run
+        from distill.commands.dry_run import teacher_dry_run
 
         print(teacher_dry_run(config))
         return 0
-    from distill.pretraining.teach import train_teacher
+    from distill.commands.train_teacher import train_teacher
 
     folder = train_teacher(config, resume=options.resume)
     print(
@@ -232,7 +232,7 @@ def _teacher_train(options: argparse.Namespace) -> int:
 
 
 def _teacher_extract(options: argparse.Namespace) -> int:
-    from distill.caching.extract import extract
+    from distill.commands.extract import extract
     from distill.config import RunConfig
     from distill.recipe import load_config
 
@@ -241,14 +241,14 @@ def _teacher_extract(options: argparse.Namespace) -> int:
 
 
 def _teacher_layers(options: argparse.Namespace) -> int:
-    from distill.dry_run import teacher_layers
+    from distill.commands.dry_run import teacher_layers
 
     print(teacher_layers(options.name, options.path, options.size, options.overrides))
     return 0
 
 
 def _policy_fit(options: argparse.Namespace) -> int:
-    from distill.probing.policy_fit import fit
+    from distill.commands.policy_fit import fit
 
     print(
         fit(
@@ -276,7 +276,7 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,

@@ -14,8 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from distill.config import RunConfig
 from distill.errors import UserError, key_path, nearest, one_line, problem_line
-from distill.pretraining.config import TeacherTrainConfig
 from distill.registry import is_own
+from distill.teacher_config import TeacherTrainConfig
 
 Config = TypeVar("Config")
 PLACES = ("name", "output", "data.root")

@@ -17,12 +17,12 @@ from torchvision.utils import save_image
 from distill.arguments import build_parser
 from distill.cli import main
 from distill.config import RunConfig
+from distill.intervals import Interval
 from distill.pretraining.card import WEIGHTS
-from distill.pretraining.config import TeacherTrainConfig
 from distill.pretraining.pipeline import save_pipeline
 from distill.recipe import apply_override, load_config
-from distill.studies.intervals import Interval
 from distill.studies.study import load_study, run_folder
+from distill.teacher_config import TeacherTrainConfig
 from teachers.ddpm import build_unet
 
 CHECKOUT = Path(__file__).resolve().parent.parent

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distill import checkpoint, seeding
 from distill.errors import UserError, blame
-from distill.training.projectors import resize_map
+from distill.matching.projectors import resize_map
 from teachers.protocol import Teacher
 
 BLOCK = 256

@@ -18,8 +18,8 @@ from distill.build import TrainingSet
 from distill.caching.cache import FeatureCache, Plan, Stored
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
+from distill.matching.distiller import Distiller
 from distill.precision import computes_bfloat16
-from distill.training.distiller import Distiller
 from teachers.arithmetic import FEATURES
 from teachers.protocol import Teacher
 

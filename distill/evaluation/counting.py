@@ -14,8 +14,8 @@ from distill.augmentation import Item
 from distill.benchmarks import Benchmark, Examples, LandmarkBenchmark
 from distill.data import as_float, in_order
 from distill.errors import UserError
-from distill.evaluation.landmarks import LandmarkTally, peaks
-from distill.evaluation.metrics import (
+from distill.landmarks import LandmarkTally, peaks
+from distill.metrics import (
     BoundaryMatrix,
     ConfusionMatrix,
     boundary_iou,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.benchmarks.geometric import KeypointPair
-from distill.reporting.plots import RIGHT, STYLE, WRONG, write_figure
+from distill.drawing.plots import RIGHT, STYLE, WRONG, write_figure
 
 GAP = 0.06  # between two images, in heights
 DEPTH_MAP = "viridis_r"  # near is bright

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill import seeding
 from distill.evaluation.backbones import Backbone
-from distill.evaluation.metrics import worth
+from distill.metrics import worth
 from distill.training.optim import lr_factor
 from students.heads import LinearHead
 

@@ -16,8 +16,8 @@ from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from distill.deployment.overlays import blend
-from distill.reporting.plots import ARM_COLOURS, RIGHT, STYLE, WRONG, write_figure
+from distill.drawing.overlays import blend
+from distill.drawing.plots import ARM_COLOURS, RIGHT, STYLE, WRONG, write_figure
 
 NUMBERED = 20  # classes up to which a cell has room for its number
 HIGHEST = 10.6  # inches, 1,590 px: more does not fit onto a screen

@@ -15,7 +15,7 @@ from distill.data import Resized
 from distill.errors import UserError
 from distill.evaluation.counting import Tally, count
 from distill.evaluation.inference import Predictor, several_looks
-from distill.evaluation.landmarks import LandmarkTally
+from distill.landmarks import LandmarkTally
 from distill.tasks import traits
 from distill.tracking import Progress
 from distill.training.clock import Clock

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.pretraining.config import TeacherTrainConfig
 from distill.pretraining.judge import Losses, Probe
 from distill.recipe import to_yaml
+from distill.teacher_config import TeacherTrainConfig
 from distill.tracking import commit, read_metrics
 
 WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from distill import seeding
 from distill.benchmarks import IGNORE_INDEX
 from distill.errors import UserError
-from distill.evaluation.metrics import ConfusionMatrix
+from distill.metrics import ConfusionMatrix
 from distill.probing.linear_probe import Batches, Labelled, Ridge, labelled, probe_score
 from teachers.protocol import Teacher
 

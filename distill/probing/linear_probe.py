@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from distill.benchmarks import IGNORE_INDEX
 from distill.errors import UserError
-from distill.evaluation.metrics import ConfusionMatrix, classification_scores, segmentation_scores
+from distill.metrics import ConfusionMatrix, classification_scores, segmentation_scores
 from teachers.protocol import Teacher
 
 Batches = Iterable[tuple[Tensor, Tensor]]

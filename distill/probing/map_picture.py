@@ -13,8 +13,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from distill.checkpoint import replacing
+from distill.drawing.plots import ARM_COLOURS, STYLE
 from distill.probing.map_report import LayerMap
-from distill.reporting.plots import ARM_COLOURS, STYLE
 
 WAYS = {
     "uniform": "uniform",

@@ -15,12 +15,12 @@ from distill.build import TrainingSet, build_distiller, build_training_set
 from distill.config import RunConfig
 from distill.data import Resized, as_float, in_order, spread
 from distill.errors import UserError, blame, one_line
+from distill.matching.distiller import Distiller
+from distill.matching.losses import class_shares
+from distill.policies import policy_over
 from distill.studies.comparison import FinishedRun
 from distill.tasks import traits
-from distill.training.distiller import Distiller
 from distill.training.loop import checkpoint_path, taught_path
-from distill.training.losses import class_shares
-from distill.training.policies import policy_over
 from rl_policy.protocol import MixingPolicy, TimestepPolicy
 
 IMAGES = 500  # asked about at most: enough for means by class, and quick on a CPU

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from distill.config import RunConfig
+from distill.drawing import charts, plots
 from distill.errors import UserError
-from distill.reporting import charts, plots
 from distill.reporting.choices import Choices, recall_choices
 from distill.reporting.page import Block, Picture, Section, Table, Text
 from distill.reporting.results import heading, picture_path, said_of

@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distill.evaluation.metrics import LOWER_IS_BETTER, TITLES, in_points
+from distill.drawing import charts
+from distill.intervals import Interval, interval
+from distill.metrics import LOWER_IS_BETTER, TITLES, in_points
 from distill.recipe import to_yaml
-from distill.reporting import charts
 from distill.reporting.page import Block, Code, Finding, Heading, Picture, Section, Table, Text
 from distill.studies.comparison import Group, baselines, differences, gains, spoken
-from distill.studies.intervals import Interval, interval
 
 DRAWN = 200  # classes at most: browsers show no picture as tall as a thousand need
 ONE_SEED = (

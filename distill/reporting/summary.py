@@ -15,8 +15,9 @@ from distill import checkpoint
 from distill.benchmarks import Benchmark
 from distill.config import Arm, RunConfig
 from distill.deployment.folder import usage
-from distill.evaluation.metrics import TITLES, in_points, worth
-from distill.reporting import plots
+from distill.drawing import plots
+from distill.intervals import Interval
+from distill.metrics import TITLES, in_points, worth
 from distill.studies.comparison import (
     Group,
     compare_groups,
@@ -25,7 +26,6 @@ from distill.studies.comparison import (
     spoken,
     taught_arm,
 )
-from distill.studies.intervals import Interval
 from distill.studies.records import METRICS, read_result
 from distill.tracking import read_metrics
 from rl_policy.summary import policy_summary

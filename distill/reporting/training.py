@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.reporting import charts, plots
+from distill.drawing import charts, plots
+from distill.policies import mixes
 from distill.reporting.page import Block, Picture, Section, Table, Text
 from distill.reporting.results import heading, picture_path, said_of
 from distill.studies.comparison import FinishedRun, Group, spoken
 from distill.training.loop import TIMED
-from distill.training.policies import mixes
 
 
 def losses(groups: Sequence[Group], pictures: Path) -> Section:

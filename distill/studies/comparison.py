@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from distill.config import RunConfig
 from distill.errors import UserError
-from distill.evaluation.metrics import worth
+from distill.intervals import interval
+from distill.metrics import worth
 from distill.recipe import flat, load_config, to_tree
-from distill.studies.intervals import interval
 from distill.studies.records import METRICS, read_result, read_summary
 from distill.tracking import read_metrics
 from distill.training.loop import checkpoint_path

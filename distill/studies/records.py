@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from distill import checkpoint
 from distill.benchmarks import Task
-from distill.evaluation.metrics import LOWER_IS_BETTER
+from distill.metrics import LOWER_IS_BETTER
 from distill.tasks import TASKS
 
 METRICS = {task: traits.metric for task, traits in TASKS.items()}

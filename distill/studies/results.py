@@ -14,11 +14,11 @@ from pydantic import TypeAdapter
 
 from distill import checkpoint
 from distill.config import Arm, RunConfig
+from distill.drawing import charts
 from distill.errors import UserError, one_line
-from distill.evaluation.metrics import LOWER_IS_BETTER, TITLES, in_points
-from distill.reporting import charts
+from distill.intervals import Interval
+from distill.metrics import LOWER_IS_BETTER, TITLES, in_points
 from distill.studies.comparison import estimate, gains, main_arm, spoken
-from distill.studies.intervals import Interval
 from distill.studies.records import METRICS, is_score, read_result, read_summary
 from distill.studies.study import Cell, Study, run_folder
 from distill.training.loop import checkpoint_path

@@ -16,9 +16,9 @@ from pydantic.dataclasses import dataclass
 
 from distill.config import STRICT, Arm, RunConfig
 from distill.errors import UserError, nearest
-from distill.pretraining.config import TeacherTrainConfig
 from distill.recipe import apply_override, build_config, flat, load_config, read_tree, to_tree
 from distill.studies.comparison import NOT_THE_RECIPE, main_arm, scored_on
+from distill.teacher_config import TeacherTrainConfig
 
 
 def _file_name(name: str, mend: str = "") -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.training.distiller import Losses
+from distill.matching.distiller import Losses
 from distill.training.late import Copied
 from rl_policy.baseline import ImageBaseline
 from rl_policy.protocol import MixingPolicy, TimestepPolicy

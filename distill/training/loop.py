@@ -13,10 +13,10 @@ import torch
 from distill import checkpoint, seeding
 from distill.data import Augmented, StepSampler, Tagged, loader
 from distill.errors import Interrupted, blame
+from distill.matching.distiller import Losses
 from distill.tracking import Progress, RunLog, StopSignal, memory, stop_of_any
 from distill.training.batch import Batch
 from distill.training.clock import untimed
-from distill.training.distiller import Losses
 from distill.training.trainer import Trainer
 from rl_policy.summary import policy_summary
 

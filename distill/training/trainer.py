@@ -22,18 +22,18 @@ from distill.caching.plan import cache_folder, cache_origin, open_cache, plan_ca
 from distill.config import Arm, RunConfig, fast_dtype
 from distill.deployment.folder import load_backbone
 from distill.errors import UserError, blame, one_line
+from distill.matching.distiller import Losses, merge
+from distill.matching.lesson import Choice, Lesson, check_maps, choose, mixture
+from distill.policies import build_policy
 from distill.precision import autocast
 from distill.recipe import check_recipe, to_tree
 from distill.training.batch import Batch
 from distill.training.clock import Clock, Timed, untimed
-from distill.training.distiller import Losses, merge
 from distill.training.feedback import Feedback
 from distill.training.floor import NoiseFloor, distinct
 from distill.training.labels import check_labels, check_task
 from distill.training.late import Late, not_finite
-from distill.training.lesson import Choice, Lesson, check_maps, choose, mixture
 from distill.training.optim import build_optimizer, freeze_backbone, stage, stage_lr_factor
-from distill.training.policies import build_policy
 from students.student import Student
 
 

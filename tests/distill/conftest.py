@@ -1,4 +1,4 @@
-"""A teacher, a recipe and runs so small that they take seconds, for the tests of whole verbs."""
+"""A teacher, a recipe and runs so small that they take seconds, for the tests of whole commands."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMScheduler
+from torch import Tensor
 
 from distill.cli import main
 from distill.config import RunConfig
@@ -90,6 +91,18 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path)
     folder = tmp_path_factory.mktemp("finished")
     assert main(["train", str(write_recipe(folder, teacher_folder))]) == 0
     return folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def exported(finished_run: Path) -> Path:
+    """Its student, as exported; for reading only."""
+    return finished_run / "student"
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """(3, 3, 32, 32) in [0, 1]."""
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The command line: help at once, every verb, and mistakes as one line and exit code 2."""
+"""The command line: help at once, every command, and mistakes as one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from distill import cli, package_version
 from distill.arguments import parse
 from distill.cli import main
-from distill.dry_run import _clock
+from distill.commands.dry_run import _clock
 from distill.registry import TABLES, resolve
 
 
@@ -30,13 +30,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "verb",
+    "command",
     [[], ["train"], ["evaluate"], ["export"], ["bench"], ["teacher"], ["teacher", "train"],
      ["teacher", "layers"], ["policy", "fit"], ["list"]],
 )  # fmt: skip
-def test_every_verb_explains_itself(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_explains_itself(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([*verb, "--help"])
+        main([*command, "--help"])
     assert ended.value.code == 0
     assert "usage: distill" in capsys.readouterr().out
 
@@ -45,14 +47,14 @@ def test_mistakes_on_the_command_line_are_one_line(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, words in (
-        ([], "the following arguments are required: VERB"),
-        (["trian"], "argument VERB: invalid choice: 'trian'"),
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "argument COMMAND: invalid choice: 'trian'"),
         (["train"], "the following arguments are required: RECIPE.yaml"),
         (["train", "a.yaml", "--resum"], "recipe a.yaml: No such file"),
         (["train", "a.yaml", "--fast"], "unrecognised argument '--fast'"),
         (["bench", "seed=1"], "unrecognised argument 'seed=1'"),
         (["list", "teacher"], "invalid choice: 'teacher' (choose from"),
-        (["teacher"], "the following arguments are required: VERB"),
+        (["teacher"], "the following arguments are required: COMMAND"),
         (["teacher", "layers", "/none"], "teacher: '/none' is not a folder"),
         (["teacher", "layers", "teachers/pretrained/shapes", "--size", "0"], "image size 0x0"),
         (
@@ -107,13 +109,19 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert (left.value.code, capsys.readouterr().out) == (0, f"distill {package_version()}\n")
 
 
+def test_the_package_runs_as_the_program() -> None:
+    words = [sys.executable, "-m", "distill", "--version"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert told == f"distill {package_version()}\n"
+
+
 def test_an_interrupt_outside_of_training_is_one_line_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "list", stop)
+    monkeypatch.setitem(cli.COMMANDS, "list", stop)
     assert main(["list"]) == 130
     assert capsys.readouterr().err == "distill: stopped\n"
 
@@ -124,7 +132,7 @@ def test_a_disk_that_is_full_is_one_line(
     def write(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/metrics.jsonl")
 
-    monkeypatch.setitem(cli.VERBS, "list", write)
+    monkeypatch.setitem(cli.COMMANDS, "list", write)
     line = refused(capsys, "list")
     assert line.endswith("No space left on device: 'runs/a/metrics.jsonl'")
 

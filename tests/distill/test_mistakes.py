@@ -56,8 +56,8 @@ def test_a_run_folder_that_exists_is_left_alone(stopped_run: Path, refuse: Refus
         ("data.benchmark=camvid", "'data.options.size'; there are none (data.options={})"),
         ("data.benchmark=nothing:Here", "data.benchmark: 'nothing:Here' cannot be imported"),
         (
-            "data.benchmark=distill.training.losses:Here",
-            "module 'distill.training.losses' has no 'Here'",
+            "data.benchmark=distill.matching.losses:Here",
+            "module 'distill.matching.losses' has no 'Here'",
         ),
         ("data.benchmark=:Here", "data.benchmark: ':Here' cannot be imported"),
         ("data={benchmark: folder, root: /none, options: {num_classes: 2}}", "no folder /none"),

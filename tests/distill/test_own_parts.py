@@ -338,6 +338,6 @@ def test_a_mistake_of_ours_is_not_blamed_on_others(
     def broken(*arguments: object) -> None:
         raise AssertionError("ours")
 
-    monkeypatch.setattr("distill.training.run.train_arm", broken)
+    monkeypatch.setattr("distill.commands.train.train_arm", broken)
     with pytest.raises(AssertionError, match="ours"):
         main(["train", str(parts), "policy.name=broken_parts:Unkept"])

@@ -11,7 +11,7 @@ from distill import precision
 from distill.build import build_teacher
 from distill.config import RunConfig, TeacherConfig, TrainConfig
 from distill.precision import HEAVY, LONG, autocast
-from distill.pretraining.config import TeacherTrainConfig
+from distill.teacher_config import TeacherTrainConfig
 
 CPU = torch.device("cpu")
 

@@ -20,17 +20,17 @@ from rl_policy.scaling import RunningScale
 RANK = """
 import sys
 import torch
-from distill.training import run
+from distill.commands import train as command
 from distill.cli import main
 
-score = run.score
+score = command.score
 
 def keep(student, examples, benchmark, config, accelerator):
     scores = score(student, examples, benchmark, config, accelerator)
     torch.save(student.state_dict(), f"scored{accelerator.process_index}.pt")
     return scores
 
-train_arm = run.train_arm
+train_arm = command.train_arm
 
 def train(trainer, *rest):
     parts = train_arm(trainer, *rest)
@@ -41,7 +41,7 @@ def train(trainer, *rest):
     torch.save(kept, f"trained{trainer.accelerator.process_index}.pt")
     return parts
 
-run.score, run.train_arm = keep, train
+command.score, command.train_arm = keep, train
 sys.exit(main(sys.argv[1:]))
 """
 

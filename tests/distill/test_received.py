@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from distill.commands.report import write_report
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.recipe import build_config, refuse_foreign
 from distill.registry import is_own
-from distill.reporting.report import write_report
 
 Refuse = Callable[..., str]
 

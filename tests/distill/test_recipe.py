@@ -14,8 +14,8 @@ from pydantic import TypeAdapter
 
 from distill.config import RunConfig
 from distill.errors import UserError
-from distill.pretraining.config import TeacherTrainConfig
 from distill.recipe import build_config, load_config, to_tree, to_yaml
+from distill.teacher_config import TeacherTrainConfig
 
 PAIR = {"student": "layer4", "teacher": "mid_block"}
 SMALLEST: dict[type, dict[str, Any]] = {RunConfig: {"pairs": [PAIR]}, TeacherTrainConfig: {}}

@@ -18,12 +18,12 @@ from distill.build import build_accelerator, build_training_set
 from distill.cli import main
 from distill.config import RunConfig
 from distill.errors import UserError
+from distill.matching.distiller import Losses
+from distill.matching.losses import task_loss
 from distill.registry import TABLES
 from distill.tracking import read_metrics
 from distill.training.batch import Batch
-from distill.training.distiller import Losses
 from distill.training.loop import batches
-from distill.training.losses import task_loss
 from distill.training.trainer import Trainer
 from rl_policy.soft_mix import SoftMix
 from rl_policy.table import ReplayTable

@@ -15,7 +15,7 @@ from distill.benchmarks.camvid import camvid
 from distill.benchmarks.cifar10 import cifar10
 from distill.benchmarks.folder import Folder
 from distill.benchmarks.oxford_pets import oxford_pets
-from distill.evaluation.metrics import ConfusionMatrix, segmentation_scores
+from distill.metrics import ConfusionMatrix, segmentation_scores
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not (DATA / "unpack.py").exists(), reason="no shared/data")

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from distill.benchmarks.spair71k import SPair71k
+from distill.commands.evaluate import evaluate_subject
 from distill.errors import UserError
-from distill.evaluation.evaluate import evaluate_subject
 
 ENTRY = {
     "filename": "000001-a-b",

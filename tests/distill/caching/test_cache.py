@@ -14,8 +14,8 @@ from torch import Tensor
 from distill.augmentation import augmentation
 from distill.benchmarks.shapes import ShapesDataset
 from distill.caching.cache import Stored
-from distill.caching.extract import extract
 from distill.cli import main
+from distill.commands.extract import extract
 from distill.config import RunConfig
 from distill.data import Augmented, Draw, Tagged, as_float
 from distill.errors import UserError

@@ -181,7 +181,7 @@ def test_other_students_and_their_arguments_survive(
     assert torch.equal(opened.forward_features(normalised(opened, large)), expected)
 
 
-# The verb
+# The command
 
 
 def test_export_writes_the_arm_asked_for_and_prints_how_to_load_it(
@@ -210,7 +210,7 @@ def test_a_run_that_was_stopped_can_be_exported(
     assert load_student(stopped_run)[1].provenance["step"] == 3
 
 
-def test_mistakes_of_the_verb_are_one_line(
+def test_mistakes_of_the_command_are_one_line(
     stopped_run: Path, tmp_path: Path, refuse: Refuse
 ) -> None:
     line = refuse("export", stopped_run, "--arm", "random_teacher")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.cli import main
-from distill.deployment import export
+from distill.commands import export
 from distill.deployment.folder import export_student, load_student, read_card
 from distill.deployment.formats import Deployed, describe, write
 from distill.deployment.runtimes import load

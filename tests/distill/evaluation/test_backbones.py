@@ -9,10 +9,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from distill.commands.evaluate import evaluate_subject
 from distill.deployment.folder import load_student
 from distill.errors import UserError
 from distill.evaluation.backbones import Backbone, parse_subject
-from distill.evaluation.evaluate import evaluate_subject
 from distill.evaluation.subjects import open_backbone, subject_config
 
 CPU = torch.device("cpu")

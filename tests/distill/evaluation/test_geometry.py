@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from distill.cli import main
-from distill.evaluation.evaluate import evaluate_subject
+from distill.commands.evaluate import evaluate_subject
 
 SHAPES = "data={benchmark: shapes, options: {size: 32, train: 16, val: 16, test: 40}}"
 SMALL = ("evaluate.steps=3", "evaluate.lrs=[1e-3, 3e-2]", "evaluate.train_batch=4")

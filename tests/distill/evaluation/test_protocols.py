@@ -14,12 +14,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from distill.cli import main
+from distill.commands.evaluate import evaluate_subject, subject_recipe
 from distill.errors import UserError
-from distill.evaluation.evaluate import evaluate_subject, subject_recipe
 from distill.evaluation.linear import LinearProbe, fit
 from distill.evaluation.neighbours import NearestNeighbours, pooled
 from distill.evaluation.protocols import label_counts
-from distill.training.losses import task_loss
+from distill.matching.losses import task_loss
 
 
 class Colours:

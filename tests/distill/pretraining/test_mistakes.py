@@ -16,8 +16,8 @@ from torch import Tensor
 from distill import checkpoint
 from distill.cli import main
 from distill.errors import UserError
-from distill.pretraining.config import TeacherTrainConfig
 from distill.pretraining.teach import TeacherTraining
+from distill.teacher_config import TeacherTrainConfig
 from teachers.ddpm import denoising_loss
 from tests.distill.pretraining.conftest import interrupt, photos
 

@@ -25,9 +25,9 @@ from distill import checkpoint
 from distill.build import build_accelerator
 from distill.cli import main
 from distill.data import choose_labelled
-from distill.pretraining.config import TeacherTrainConfig, UNetConfig
 from distill.pretraining.teach import TeacherTraining
 from distill.recipe import build_config, load_config, to_tree
+from distill.teacher_config import TeacherTrainConfig, UNetConfig
 from distill.tracking import read_metrics
 from teachers.ddpm import build_unet, sample_images
 from teachers.diffusers_unet import diffusers_unet

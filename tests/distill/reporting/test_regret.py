@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from distill.cli import main
+from distill.commands import report
+from distill.commands.report import write_report
 from distill.config import fast_dtype
 from distill.errors import UserError
-from distill.reporting import report
 from distill.reporting.choices import load_policy, load_state
 from distill.reporting.page import Table, Text
-from distill.reporting.report import write_report
 from distill.studies.comparison import Group, read_run
 from rl_policy.table import ReplayTable
 from tests.distill.reporting.conftest import Reader, taught

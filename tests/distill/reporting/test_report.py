@@ -18,10 +18,10 @@ import yaml
 from PIL import Image
 
 from distill.cli import main
+from distill.commands.report import write_report
 from distill.reporting import training
 from distill.reporting.page import Table, Text
 from distill.reporting.policy import _nothing_to_map, _preference
-from distill.reporting.report import write_report
 from distill.reporting.results import DRAWN, _classes
 from distill.reporting.training import _operations
 from distill.studies.comparison import Group, group_runs, read_run

@@ -116,7 +116,7 @@ def test_a_place_that_takes_no_results_is_named_before_any_recipe_is_tried(
     write: Write, refuse: Refuse, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
     study = write()
-    monkeypatch.delattr("distill.studies.sweep.try_recipe")
+    monkeypatch.delattr("distill.commands.sweep.try_recipe")
     line = refuse("sweep", study, "--out", study, *more)
     assert line == (
         f"--out: cannot write to {study}: {study} is not a writable directory; choose another place"

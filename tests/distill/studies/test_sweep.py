@@ -15,9 +15,9 @@ import torch
 
 from distill import checkpoint
 from distill.cli import main
+from distill.commands import train as command
 from distill.studies.results import markdown, read_scores, study_results, write_results
 from distill.studies.study import Cell, load_study, run_folder
-from distill.training import run as run_module
 from distill.training.loop import checkpoint_path
 from tests.distill.studies.conftest import ARMS, Write, fake_runs
 
@@ -233,13 +233,13 @@ def test_an_interrupted_study_has_results_and_goes_on_where_it_stopped(
 def test_a_study_stops_after_the_run_that_was_being_scored(
     write: Write, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study, score = write(seeds=[0], arms=ARMS[:2], baselines=[]), run_module.score
+    study, score = write(seeds=[0], arms=ARMS[:2], baselines=[]), command.score
 
     def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return score(*arguments)
 
-    monkeypatch.setattr(run_module, "score", interrupted)
+    monkeypatch.setattr(command, "score", interrupted)
     assert main(["sweep", str(study)]) == 130
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "distill: stopped before a2c-0; rerun the command to continue"
@@ -277,7 +277,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     (recipe.parent / "own_later.py").write_text(own)
     monkeypatch.syspath_prepend(recipe.parent)
     monkeypatch.setattr(
-        "distill.studies.sweep._try_recipes", lambda study, cells, scores: dict.fromkeys("abc", 1)
+        "distill.commands.sweep._try_recipes", lambda study, cells, scores: dict.fromkeys("abc", 1)
     )
     arms = [{"name": "a", "overrides": ["pairs.0.loss=own_later:wild"]}, {"name": "b"}]
     study = write(arms=arms, baselines=[], seeds=[0])

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from distill.matching.distiller import Losses, merge
 from distill.training.batch import Batch
-from distill.training.distiller import Losses, merge
 
 
 def numbered(labelled: int, unlabelled: int, tagged: bool) -> Batch:

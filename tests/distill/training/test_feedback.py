@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.training.distiller import Losses
+from distill.matching.distiller import Losses
 from distill.training.feedback import Feedback
 from rl_policy.bandits import Thompson
 from rl_policy.protocol import TimestepPolicy

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.matching.losses import FeatureLoss
 from distill.tracking import read_metrics
 from distill.training.floor import NoiseFloor, distinct
-from distill.training.losses import FeatureLoss
 
 
 def draws(images: int, spread: float, seed: int) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""What each command does, from recipe to files; only commands import each other."""

@@ -1,0 +1,250 @@
+"""`distill evaluate`: score a student, a timm model or a teacher under one protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from distill import checkpoint
+from distill.benchmarks import Benchmark
+from distill.build import TrainingSet, build_accelerator, build_benchmark, build_training_set
+from distill.config import RunConfig
+from distill.data import as_float, fingerprint
+from distill.deployment.folder import read_card, student_folder
+from distill.errors import UserError
+from distill.evaluation import pictures
+from distill.evaluation.backbones import Subject, parse_subject
+from distill.evaluation.counting import Tally, predicted
+from distill.evaluation.geometry import best_and_worst, correspondence, depth, setting
+from distill.evaluation.pictures import Shown
+from distill.evaluation.protocols import (
+    FINETUNE,
+    Fitted,
+    finetune,
+    knn,
+    label_efficient,
+    linear,
+    own,
+)
+from distill.evaluation.scoring import Scored, check_looks, held_out_examples, metric_of, score
+from distill.evaluation.subjects import subject_config
+from distill.intervals import Interval, interval
+from distill.metrics import figure_text
+from distill.recipe import to_tree
+from distill.tracking import commit, hardware
+
+TRIED = 4  # images that are read before anything is fitted
+PLACES = {"correspondence": correspondence, "depth": depth}
+
+
+def rescore(
+    text: str,
+    overrides: Sequence[str],
+    *,
+    protocol: str = "own",
+    benchmark: str | None = None,
+    out: str | None = None,
+) -> str:
+    """Evaluate a subject, and write what came out.
+
+    Args:
+        text: A subject, see `distill.evaluation.backbones.parse_subject`.
+        overrides: Changes to the recipe: a student's own, for others the defaults.
+        protocol: `own`, `linear`, `finetune`, `knn` or `label_efficient`, see `protocols`;
+            `correspondence` or `depth`, see `geometry`.
+        benchmark: Its `data.benchmark`.
+        out: A JSON file for the result, with pictures beside it.
+
+    Returns:
+        The table to print.
+    """
+    if out is not None:
+        checkpoint.check_json("--out", Path(out))
+    result, draw = evaluate_subject(text, overrides, protocol, benchmark)
+    if out is not None:
+        checkpoint.write_text(out, json.dumps(result, indent=2) + "\n")
+        if draw is not None:
+            draw(Path(out))
+    return _table(result)
+
+
+def evaluate_subject(
+    text: str, overrides: Sequence[str], protocol: str, benchmark: str | None = None
+) -> tuple[dict[str, Any], Callable[[Path], None] | None]:
+    """The result of one subject as JSON takes it, and what writes the pictures beside a JSON file;
+    the arguments are those of `rescore`. Of `label_efficient`, which fits many, the latter is
+    None."""
+    began = time.monotonic()
+    subject, config = subject_recipe(text, overrides, protocol, benchmark)
+    accelerator = one_process(config.device)
+    result: dict[str, Any] = {"subject": text, "protocol": protocol}
+    draw: Callable[[Path], None] | None = None
+    if protocol == "label_efficient":
+        result |= _few_labels(subject, config, accelerator)
+    elif protocol in PLACES:
+        found, draw = PLACES[protocol](subject, config, accelerator)
+        result |= found
+    else:
+        fitted, kind, labelled = _fit(subject, config, protocol, accelerator)
+        scored = _score(fitted, config, kind, accelerator)
+        draw, metric = partial(_write_pictures, scored), metric_of(kind)
+        result |= {
+            **setting(config, metric, fitted.size, labelled, fitted.layers),
+            "details": fitted.details,
+            "images": fingerprint(scored.benchmark.dataset(config.evaluate.split)),
+            "figures": {metric: scored.scores[metric]},
+            "scores": scored.scores,
+            "scoring_seconds": dict(scored.seconds),
+        }
+    return {
+        **result,
+        "timestep": subject.timestep if subject.kind == "teacher" else None,
+        "recipe": to_tree(config),
+        "seconds": time.monotonic() - began,
+        "commit": commit(),
+        "hardware": hardware(accelerator.device),
+    }, draw
+
+
+def subject_recipe(
+    text: str, overrides: Sequence[str], protocol: str, benchmark: str | None
+) -> tuple[Subject, RunConfig]:
+    """A subject, and the recipe that it is evaluated with; the arguments are those of `rescore`."""
+    subject = parse_subject(text)
+    chosen = [f"data.benchmark={benchmark}", *overrides] if benchmark else overrides
+    return subject, subject_config(subject, chosen, FINETUNE if protocol == "finetune" else {})
+
+
+def one_process(device: str) -> Accelerator:
+    """The device. Protocols fit, write and draw in a single process."""
+    accelerator = build_accelerator(device)
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"evaluate and compare need one process, got {accelerator.num_processes}; start "
+            "them without torchrun or accelerate launch"
+        )
+    return accelerator
+
+
+def _fit(
+    subject: Subject, config: RunConfig, protocol: str, accelerator: Accelerator
+) -> tuple[Fitted, Benchmark, int | None]:
+    """The predictor of a protocol, its benchmark, and how many labelled images it has seen."""
+    if protocol == "own":
+        benchmark = build_benchmark(config.data)
+        check_looks(config.evaluate, benchmark)
+        return own(subject, config, benchmark, accelerator), benchmark, None
+    data = build_training_set(dataclasses.replace(config.data, unlabelled=0))
+    _try_held_out(config, data)
+    fitted = {"linear": linear, "knn": knn, "finetune": finetune}[protocol](
+        subject, config, data, accelerator
+    )
+    return fitted, data.benchmark, len(data.labelled_indices)
+
+
+def _try_held_out(config: RunConfig, data: TrainingSet) -> None:
+    """Read the first of the images to score: what is wrong with them shows before the work."""
+    examples = held_out_examples(config, data.benchmark, data.size)
+    for index in range(min(TRIED, len(examples))):
+        examples[index]
+
+
+def _score(
+    fitted: Fitted, config: RunConfig, benchmark: Benchmark, accelerator: Accelerator
+) -> Scored:
+    examples = held_out_examples(config, benchmark, fitted.size)
+    return score(fitted.predict, fitted.size, examples, benchmark, config, accelerator)
+
+
+def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """Scores by number of labels, each with its choices of images."""
+    data = build_training_set(dataclasses.replace(config.data, labelled=None, unlabelled=0))
+    benchmark = data.benchmark
+    _try_held_out(config, data)
+    metric, rows = metric_of(benchmark), dict[int, list[dict[str, Any]]]()
+    told: dict[str, Any] = {}
+    for choice in label_efficient(subject, config, data, accelerator):
+        scored = _score(choice.fitted, config, benchmark, accelerator)
+        told = setting(config, metric, choice.fitted.size, None, choice.fitted.layers)
+        told["images"] = fingerprint(benchmark.dataset(config.evaluate.split))
+        rows.setdefault(choice.labels, []).append(
+            {
+                "seed": choice.seed,
+                "names": choice.names,
+                **choice.fitted.details,
+                "scores": scored.scores,
+            }
+        )
+    figures, intervals = dict[str, float](), dict[str, Any]()
+    for labels, choices in rows.items():
+        values = [choice["scores"][metric] for choice in choices]
+        name = f"{metric} at {labels}"
+        figures[name] = sum(values) / len(values)
+        intervals[name] = interval(values)._asdict() if len(values) > 1 else None
+    by_labels = {str(labels): choices for labels, choices in rows.items()}
+    if subject.kind == "student":  # these may be among the labels that are scored here
+        own = read_card(student_folder(subject.path)).recipe["data"]["labelled"]
+        told["seen_labels"] = "all" if own is None else own
+    return {**told, "figures": figures, "intervals": intervals, "choices": by_labels}
+
+
+def _write_pictures(scored: Scored, out: Path) -> None:
+    """The confusion matrix of classes, and the best and the worst images, beside the JSON file."""
+    benchmark, tally = scored.benchmark, scored.tally
+    if isinstance(tally, Tally):
+        matrix = out.with_name(f"{out.stem}-confusion.png")
+        pictures.confusion(matrix, tally.confusion, benchmark.class_names)
+    each = [float(value) for value in tally.each]
+    known = [index for index, value in enumerate(each) if not math.isnan(value)]
+    # Captions give the share of right classes, or the error of points.
+    ranked = sorted(known, key=each.__getitem__, reverse=isinstance(tally, Tally))
+    shown = []
+    for kind, index in best_and_worst(ranked):
+        image, target = scored.examples[index]
+        pixels, truth = as_float(image), torch.as_tensor(target)
+        with torch.no_grad():
+            logits = scored.predict(pixels[None].to(tally.device))[0].float()
+        guess = predicted(logits, truth)
+        told = f"{each[index]:.1%} NME"
+        if isinstance(tally, Tally):
+            told = f"{each[index]:.0%} {'of pixels right' if truth.ndim else 'for its class'}"
+        shown.append(Shown(f"{kind}: {told}", pixels, truth, guess))
+    pictures.overlays(
+        out.with_name(f"{out.stem}-overlays.png"), shown, benchmark.class_names, benchmark.palette
+    )
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    """The scores as a table, shares in points, with those of the classes below."""
+    lines = [
+        f"{result['subject']} on {result['benchmark']} {result['split']}, "
+        f"protocol {result['protocol']}"
+    ]
+    if result["protocol"] == "label_efficient":
+        for name, value in result["figures"].items():
+            spread = result["intervals"][name]
+            told = str(Interval(**spread)) if spread else f"{100 * value:.1f} (one choice)"
+            lines.append(f"  {name:16} {told}")
+        if "seen_labels" in result:
+            lines.append(f"note: this student was trained on {result['seen_labels']} labels before")
+        return "\n".join(lines)
+    scores = dict(result["scores"])
+    by_class = dict[str, float | None]()
+    for name in ("iou", "accuracy", "category"):
+        by_class |= scores.pop(name, {})
+    lines += [f"  {name:22} {figure_text(name, value):>5}" for name, value in scores.items()]
+    lines += [""] if by_class else []
+    for name, value in by_class.items():
+        lines.append(f"  {name:22} {'    -' if value is None else f'{100 * value:5.1f}'}")
+    if "lr" in result["details"]:
+        lines += ["", f"learning rate {result['details']['lr']:g}, chosen on val"]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What a student learns from a teacher: projectors, feature losses, and their sum."""

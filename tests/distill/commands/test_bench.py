@@ -1,0 +1,151 @@
+"""`distill bench`, on a small teacher: what it measures and says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from distill.cli import main
+from distill.commands import bench
+from distill.costs.naive import CIFAR10_DDPM, WholeTeacher
+from distill.training.clock import Clock
+from teachers.diffusers_unet import diffusers_unet
+
+PARTS = {"data", "policy", "teacher", "student", "backward", "optimizer"}
+
+
+@pytest.fixture(scope="module")
+def told() -> StringIO:
+    """What the run of `figures` printed."""
+    return StringIO()
+
+
+@pytest.fixture(scope="module")
+def figures(
+    teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory, told: StringIO
+) -> dict[str, object]:
+    """Of one short run, with a teacher of fewer timesteps than most have; the steps of
+    ours, cached and naive take a time that is given, those of the round to warm up another."""
+    out = tmp_path_factory.mktemp("bench") / "bench.json"
+    short = shutil.copytree(teacher_folder, out.with_name("short"))
+    DDPMScheduler(num_train_timesteps=100).save_pretrained(short / "scheduler")
+    words = ["bench", "--teacher", str(short), "--out", str(out)]
+    given, measure = [9.0, 9.0, 9.0, 0.5, 0.25, 2.0], bench._seconds
+
+    def seconds(*step: Any) -> float:
+        measured = measure(*step)
+        return given.pop(0) if given else measured
+
+    with redirect_stdout(told), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "_seconds", seconds)
+        assert main([*words, "--batch", "4", "--rounds", "1", "--layer", "down_blocks.1"]) == 0
+    with Image.open(out.with_suffix(".png")) as chart:
+        assert chart.width > 2 * chart.height > 0
+    read: dict[str, object] = json.loads(out.read_text())
+    return read
+
+
+def test_rates_and_ratios_by_hand(figures: dict[str, object]) -> None:
+    expected = {
+        "images_per_second": 8.0,
+        "images_per_second_cached": 16.0,
+        "naive_images_per_second": 2.0,
+        "ratio": 4.0,
+        "ratios": [4.0],
+        "ratio_cached": 8.0,
+        "ratios_cached": [8.0],
+    }
+    assert {key: figures[key] for key in expected} == expected
+
+
+def test_shares_are_shares(figures: dict[str, float]) -> None:
+    for part in ("", "_teacher", "_student"):
+        assert 0 < figures[f"share_of_peak{part}"] < 1
+    assert 0 < figures["policy_share"] < 1
+    assert 0 < figures["teacher_gflop"] < figures["naive_teacher_gflop"]
+
+
+@pytest.mark.parametrize("case", ["", "_cached", "_naive"])
+def test_the_parts_of_every_case_are_timed(figures: dict[str, dict[str, float]], case: str) -> None:
+    assert set(figures[f"parts{case}"]) == PARTS
+    assert all(seconds > 0 for seconds in figures[f"parts{case}"].values())
+
+
+@pytest.mark.parametrize("case", ["", "_cached", "_naive"])
+def test_the_memory_of_the_parts_of_every_case_is_told(
+    figures: dict[str, dict[str, float]], case: str
+) -> None:
+    memory = figures[f"parts_memory_mib{case}"]
+    assert set(memory) == PARTS
+    # Four images of 32 px in float32; the maps of a resnet18, kept for the gradients.
+    assert 4 * 3 * 32 * 32 * 4 / 2**20 <= memory["data"] < memory["student"]
+    # Gradients of 11 million weights, where the optimiser finds them.
+    weights = 11.2e6 * 4 / 2**20
+    assert memory["optimizer"] > weights > memory["data"]
+
+
+def test_the_table_tells_the_memory_of_every_part(
+    figures: dict[str, dict[str, float]], told: StringIO
+) -> None:
+    (line,) = (line for line in told.getvalue().splitlines() if "MiB" in line)
+    for part, held in figures["parts_memory_mib"].items():
+        assert f"{part} {held:.3g}" in line
+
+
+def test_our_features_are_near_those_of_the_naive_way(figures: dict[str, float]) -> None:
+    error = figures["feature_error"]
+    assert 0 < error < 0.02 if figures["dtype"] == "bfloat16" else error < 1e-4
+
+
+def test_the_naive_way_gives_the_same_features(teacher_folder: Path) -> None:
+    teacher = diffusers_unet(str(teacher_folder), layers=("mid_block",))
+    images, timesteps = torch.rand(2, 3, 32, 32), torch.tensor([3, 900])
+    ours, naive = (
+        way.features(images, timesteps, torch.Generator().manual_seed(1))["mid_block"]
+        for way in (teacher, WholeTeacher(teacher))
+    )
+    assert torch.equal(ours, naive)
+
+
+def test_the_network_is_the_published_one() -> None:
+    """35.7 million weights (Ho et al. 2020), one attention head."""
+    from diffusers import UNet2DModel
+
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(CIFAR10_DDPM)
+    assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 1) == 35.7
+    assert unet.mid_block.attentions[0].heads == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--batch", "1"], "bench: needs at least 2 images and 1 round, got 1 and 5"),
+        (["--rounds", "0"], "bench: needs at least 2 images and 1 round, got 64 and 0"),
+        (["--layer", "mid_blok"], "--layer: no layer 'mid_blok'; did you mean 'mid_block'?"),
+        (["--out", "nowhere/at/all.json"], "--out: there is no folder nowhere/at"),
+        (["--out", "."], "--out: . must be a JSON file, such as bench.json"),
+        (["--teacher", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_mistakes_are_one_line(refuse: Callable[..., str], arguments: list[str], told: str) -> None:
+    assert told in refuse("bench", *arguments)
+
+
+def test_the_time_of_a_part_inside_another_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 3.0, 7.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Clock(torch.device("cpu"))
+    with clock("student"), clock("teacher"):
+        pass
+    assert clock.seconds == {"student": 1.0 + 4.0, "teacher": 2.0}
