@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from distill.benchmarks import IGNORE_INDEX, Task, distinct_colours, hold_out_share, notice
 from distill.benchmarks.files import Pair, image_files, read_lines, read_pairs
-from distill.benchmarks.images import UnlabelledImages
+from distill.benchmarks.images import SKIP, UnlabelledImages
 from distill.benchmarks.masks import Colour, MaskedImages, MaskReader, read_colour_mask, read_mask
 from distill.errors import UserError, nearest
 
@@ -55,6 +55,7 @@ class Folder:
         val_ratio: Share of the train images that is held out for val where there is no val list.
         test_ratio: Share of all images that is held out for test where there are no lists.
         split_seed: Chooses the held-out images.
+        skip: Largest share of the images in no split that may be unreadable; each is named.
     """
 
     name = "folder"
@@ -78,6 +79,7 @@ class Folder:
         val_ratio: float = 0.1,
         test_ratio: float = 0.2,
         split_seed: int = 0,
+        skip: float = SKIP,
     ) -> None:
         if root is None:
             raise UserError(
@@ -130,7 +132,8 @@ class Folder:
         plain = palette is None and value_map is None and IGNORE_INDEX not in ignore_values
         _tell_of_few_values(self.dataset("train"), self.class_names, plain)
         used = {pair.image for pairs in self._pairs.values() for pair in pairs}
-        self._bare = [path for path in image_paths.values() if path not in used]
+        bare = [path for path in image_paths.values() if path not in used]
+        self._bare = UnlabelledImages(self.root, bare, skip)
 
     def dataset(self, split: str) -> MaskedImages:
         """The pairs of `train`, `val` or, where there is a list for it, `test`."""
@@ -142,7 +145,7 @@ class Folder:
 
     def unlabelled(self) -> UnlabelledImages | None:
         """The images that are in no split."""
-        return UnlabelledImages(self.root, self._bare) if self._bare else None
+        return self._bare if len(self._bare) else None
 
 
 def _split(

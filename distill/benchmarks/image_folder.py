@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distill.benchmarks import hold_out_share, notice
 from distill.benchmarks.files import LabelledImages, images_below
-from distill.benchmarks.images import UnlabelledImages
+from distill.benchmarks.images import SKIP, UnlabelledImages
 from distill.benchmarks.published import Layout, Published
 from distill.errors import UserError
 
@@ -76,6 +76,7 @@ def image_folder(
     root: str | None,
     *,
     unlabelled: str = UNLABELLED,
+    skip: float = SKIP,
     val_ratio: float = 0.1,
     test_ratio: float = 0.2,
     split_seed: int = 0,
@@ -88,12 +89,13 @@ def image_folder(
     Args:
         root: Folder of `train/`, or of the class folders.
         unlabelled: Folder in `root` of more images for training, of any class or none.
+        skip: Largest share of those that may be unreadable; each is named.
         val_ratio: Share of the train images that is held out for val where there is no `val/`.
         test_ratio: Share of all images that is held out for test where there is no `train/`.
         split_seed: Chooses the held-out images.
     """
     with LAYOUT.at(root) as base:
-        bare = _unlabelled(base, unlabelled)
+        bare = _unlabelled(base, unlabelled, skip)
         given = [name for name in SPLITS if (base / name).is_dir()]
         place, beside = (base / "train", "") if given else (base, unlabelled)
         class_names = [name for name in class_folders(place) if name != beside]
@@ -123,7 +125,7 @@ def image_folder(
     )
 
 
-def _unlabelled(base: Path, folder: str) -> UnlabelledImages | None:
+def _unlabelled(base: Path, folder: str, skip: float) -> UnlabelledImages | None:
     """The images below a folder for those without a class; None where there is none."""
     if not (base / folder).is_dir():
         if folder != UNLABELLED:
@@ -132,4 +134,4 @@ def _unlabelled(base: Path, folder: str) -> UnlabelledImages | None:
     paths = images_below(base / folder)
     if not paths:
         raise UserError(f"there is no image in {base / folder}")
-    return UnlabelledImages(base, paths)
+    return UnlabelledImages(base, paths, skip)

@@ -21,6 +21,9 @@ from distill.benchmarks.files import (
 )
 from distill.errors import UserError, one_line
 
+SKIP = 0.01
+"""Share of the images without labels that may be unreadable."""
+
 
 class UnlabelledImages(Dataset[tuple[Tensor, int]]):
     """Image files, decoded when asked for, upright. Items: image (3, H, W) uint8, `IGNORE_INDEX`.
@@ -28,13 +31,20 @@ class UnlabelledImages(Dataset[tuple[Tensor, int]]):
     Args:
         root: The folder that `names` are relative to.
         paths: The files.
-        skip: How many may be unreadable, over all worker processes of a loader. In the place of
-            such a file comes the next one that can be read, so that what an index gives depends on
-            the files alone. None: the first one raises its own UserError.
+        skip: Largest share of them that may be unreadable, over all worker processes of a loader;
+            each is named. In the place of such a file comes the next one that can be read, so that
+            what an index gives depends on the files alone.
+
+    Raises:
+        UserError: `skip` is not from 0 to below 1.
     """
 
-    def __init__(self, root: Path, paths: Sequence[Path], skip: int | None = None) -> None:
-        self.paths, self.skip = paths, skip
+    def __init__(self, root: Path, paths: Sequence[Path], skip: float = SKIP) -> None:
+        if not 0 <= skip < 1:
+            raise UserError(
+                f"data.options.skip: must be a share of the files, 0 to below 1, got {skip}"
+            )
+        self.paths, self.skip = paths, int(skip * len(paths))
         self.names = [path.relative_to(root).as_posix() for path in paths]
         # Worker processes write to one memory, and so count together.
         self._unreadable = torch.zeros(len(paths), dtype=torch.bool)
@@ -51,8 +61,6 @@ class UnlabelledImages(Dataset[tuple[Tensor, int]]):
                 try:
                     return read_image(self.paths[index], upright=True), IGNORE_INDEX
                 except UserError as error:
-                    if self.skip is None:
-                        raise
                     self._leave_out({index: str(error)})
             index = (index + 1) % len(self)
 
@@ -64,14 +72,13 @@ class UnlabelledImages(Dataset[tuple[Tensor, int]]):
 
     def _leave_out(self, problems: Mapping[int, str]) -> None:
         """Say what is wrong with the files at some indices, and remember it."""
-        limit = self.skip or 0
         bad = sorted({*problems, *self._unreadable.nonzero().flatten().tolist()})
-        if len(bad) > limit:
+        if len(bad) > self.skip:
             first = ", ".join(self.names[index] for index in bad[:3])
             raise UserError(
                 f"{next(iter(problems.values()))}; {len(bad)} of {len(self)} images are unreadable "
-                f"({first}{', ...' if len(bad) > 3 else ''}), but at most {limit} may be: fix or "
-                "remove them before training begins, or raise data.options.skip"
+                f"({first}{', ...' if len(bad) > 3 else ''}), but at most {self.skip} may be: fix "
+                "or remove them before training begins, or raise data.options.skip"
             )
         for problem in problems.values():
             notice(f"skipped {problem}")
@@ -106,13 +113,9 @@ class Images:
     ignore_index = IGNORE_INDEX
     palette = distinct_colours(0)
 
-    def __init__(self, root: str | None, *, skip: float = 0.01) -> None:
+    def __init__(self, root: str | None, *, skip: float = SKIP) -> None:
         if root is None:
             raise UserError("images: no folder given; set data.root=FOLDER")
-        if not 0 <= skip < 1:
-            raise UserError(
-                f"data.options.skip: must be a share of the files, 0 to below 1, got {skip}"
-            )
         folder = Path(root)
         if not folder.is_dir():
             raise UserError(f"images: there is no folder {folder}; set data.root=FOLDER")
@@ -120,7 +123,7 @@ class Images:
         if not paths:
             known = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UserError(f"images: no image file below {folder} (looked for {known})")
-        self._examples = UnlabelledImages(folder, paths, int(skip * len(paths)))
+        self._examples = UnlabelledImages(folder, paths, skip)
         self._examples.check_headers()
 
     def dataset(self, split: str) -> UnlabelledImages:

@@ -358,3 +358,12 @@ def test_images_in_no_list_serve_unlabelled(tmp_path: Path) -> None:
     unlabelled = Folder(str(tmp_path), classes=["x", "y"]).unlabelled()
     assert unlabelled is not None
     assert unlabelled.names == ["images/bare.png"]
+    (tmp_path / "images" / "bare.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"bare\.png: .* at most 0 may be"):
+        unlabelled[0]
+    Image.new("RGB", (8, 8), (7, 7, 7)).save(tmp_path / "images" / "bare2.png")
+    skipping = Folder(str(tmp_path), classes=["x", "y"], skip=0.5).unlabelled()
+    assert skipping is not None
+    assert skipping[0][0].eq(7).all()
+    with pytest.raises(UserError, match="skip: must be a share"):
+        Folder(str(tmp_path), classes=["x", "y"], skip=2)

@@ -13,6 +13,7 @@ from PIL import Image
 from distill.benchmarks.image_folder import image_folder
 from distill.build import build_training_set
 from distill.config import DataConfig
+from distill.errors import UserError
 
 
 def test_the_folders_of_train_are_the_classes_of_all_splits(
@@ -97,6 +98,10 @@ def test_images_without_a_class_are_distilled_too(
         DataConfig(benchmark="image_folder", root=str(tmp_path), size=(32, 32))
     )
     assert (sorted(data.labelled_indices), len(data.unlabelled_indices)) == ([0, 1], 5)
+    (tmp_path / "unlabelled" / "deep" / "1.png").write_bytes(b"no image")
+    assert build("image_folder", skip=0.4).unlabelled()[1][0].shape == (3, 4, 8)
+    with pytest.raises(UserError, match=r"1\.png: cannot be decoded .* 1 of 3 .* at most 0 may be"):
+        build("image_folder").unlabelled()[1]
     line = refusal("image_folder", unlabelled="nowhere")
     assert "data.options.unlabelled: there is no folder" in line
     add(tmp_path / "more", 0)
