@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from distill import checkpoint
 from distill.commands.evaluate import evaluate_subject, one_process, subject_recipe
 from distill.config import RunConfig
+from distill.deployment.folder import read_card, student_folder
 from distill.errors import UserError, blame
 from distill.evaluation import pictures
 from distill.evaluation.backbones import parse_subject
@@ -42,8 +43,8 @@ def compare(
 
     Args:
         subjects: Results of `distill evaluate --out` (FILE.json), and subjects, which are evaluated
-            first.
-        overrides: Changes to the recipes of the latter.
+            first. Those without a recipe take seed, images and scoring from the first that has one.
+        overrides: Changes to the recipes of the subjects.
         protocol: Of the subjects, by default `own`; results bring theirs.
         benchmark: Of the subjects.
         out: A folder for table.md, table.csv, compare.json and speed.png.
@@ -67,14 +68,11 @@ def compare(
     if given.keys() == {*subjects}:
         _refuse_idle(overrides, protocol, benchmark)
     protocol = protocol or "own"
-    planned = [
-        given[word] if word in given else _plan(word, overrides, protocol, benchmark)
-        for word in subjects
-    ]
+    how = (overrides, protocol, benchmark, _first_recipe(subjects, given))
+    planned = [given[word] if word in given else _plan(word, *how) for word in subjects]
     _check(planned, subjects)
     results = [
-        given[word] if word in given else evaluate_subject(word, overrides, protocol, benchmark)[0]
-        for word in subjects
+        given[word] if word in given else evaluate_subject(word, *how)[0] for word in subjects
     ]
     _check(results, subjects)
     costs, machine = _measure(results, batch, rounds)
@@ -100,11 +98,29 @@ def _refuse_idle(overrides: Sequence[str], protocol: str | None, benchmark: str 
         )
 
 
+def _first_recipe(
+    subjects: Sequence[str], given: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """The recipe of the first subject that has one."""
+    for word in subjects:
+        if word in given:
+            recipe: Mapping[str, Any] = given[word]["recipe"]
+            return recipe
+        subject = parse_subject(word)
+        if subject.kind == "student":
+            return read_card(student_folder(subject.path)).recipe
+    return None
+
+
 def _plan(
-    text: str, overrides: Sequence[str], protocol: str, benchmark: str | None
+    text: str,
+    overrides: Sequence[str],
+    protocol: str,
+    benchmark: str | None,
+    beside: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The entries about the scored images that a subject's result will have."""
-    subject, config = subject_recipe(text, overrides, protocol, benchmark)
+    subject, config = subject_recipe(text, overrides, protocol, benchmark, beside)
     refuse_file(subject)
     return {
         "benchmark": config.data.benchmark,

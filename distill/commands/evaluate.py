@@ -78,13 +78,17 @@ def rescore(
 
 
 def evaluate_subject(
-    text: str, overrides: Sequence[str], protocol: str, benchmark: str | None = None
+    text: str,
+    overrides: Sequence[str],
+    protocol: str,
+    benchmark: str | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Callable[[Path], None] | None]:
     """The result of one subject as JSON takes it, and what writes the pictures beside a JSON file;
-    the arguments are those of `rescore`. Of `label_efficient`, which fits many, the latter is
-    None."""
+    the arguments are those of `subject_recipe`. Of `label_efficient`, which fits many, the latter
+    is None."""
     began = time.monotonic()
-    subject, config = subject_recipe(text, overrides, protocol, benchmark)
+    subject, config = subject_recipe(text, overrides, protocol, benchmark, beside)
     accelerator = one_process(config.device)
     result: dict[str, Any] = {"subject": text, "protocol": protocol}
     draw: Callable[[Path], None] | None = None
@@ -116,12 +120,18 @@ def evaluate_subject(
 
 
 def subject_recipe(
-    text: str, overrides: Sequence[str], protocol: str, benchmark: str | None
+    text: str,
+    overrides: Sequence[str],
+    protocol: str,
+    benchmark: str | None,
+    beside: Mapping[str, Any] | None = None,
 ) -> tuple[Subject, RunConfig]:
-    """A subject, and the recipe that it is evaluated with; the arguments are those of `rescore`."""
+    """A subject, and the recipe that it is evaluated with; the arguments are those of `rescore` and
+    of `subject_config`."""
     subject = parse_subject(text)
     chosen = [f"data.benchmark={benchmark}", *overrides] if benchmark else overrides
-    return subject, subject_config(subject, chosen, FINETUNE if protocol == "finetune" else {})
+    given = FINETUNE if protocol == "finetune" else {}
+    return subject, subject_config(subject, chosen, given, beside)
 
 
 def one_process(device: str) -> Accelerator:

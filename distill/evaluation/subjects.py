@@ -26,9 +26,14 @@ from distill.evaluation.inference import scaled
 from distill.recipe import apply_override, build_config, refuse_foreign
 from students.student import Student
 
+TAKEN_OVER = ("seed", "data", "evaluate")
+
 
 def subject_config(
-    subject: Subject, overrides: Sequence[str], given: Mapping[str, Mapping[str, Any]]
+    subject: Subject,
+    overrides: Sequence[str],
+    given: Mapping[str, Mapping[str, Any]],
+    beside: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """The recipe to evaluate a subject with.
 
@@ -36,6 +41,7 @@ def subject_config(
         subject: A student brings the recipe that it was made with, others the defaults.
         overrides: Changes to it, such as `data.root=...`.
         given: What a protocol sets, by section; overrides count more.
+        beside: A recipe whose seed, images and scoring a subject without recipe takes over.
     """
     where, tree = subject.text, dict[str, Any]()
     if subject.kind == "student":
@@ -43,6 +49,7 @@ def subject_config(
         where, tree = f"recipe of {folder}", read_card(folder).recipe
     else:  # nothing is distilled, so that the pair plays no part
         tree["pairs"] = [{"student": "none", "teacher": "none"}]
+        tree |= {key: value for key, value in (beside or {}).items() if key in TAKEN_OVER}
     if subject.kind == "teacher":
         tree["teacher"] = {"path": subject.path, "name": subject.family}
     if subject.kind == "timm":

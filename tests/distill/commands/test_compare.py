@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -99,6 +100,27 @@ class Widening:
         return {"wide": images.repeat(1, self.factor, 1, 1)}
 
 
+def test_a_subject_without_recipe_is_scored_on_the_images_of_the_run_beside_it(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "timm:test_resnet:scratch", str(finished_run), "--protocol", "linear"]
+    words += ["evaluate.steps=1", "evaluate.lrs=[1e-3]", "evaluate.train_batch=4", "seed=3"]
+    assert main([*words, "--out", str(tmp_path / "table"), *QUICK]) == 0
+    model, run = json.loads((tmp_path / "table" / "compare.json").read_text())
+    assert model["images"] == run["images"]
+    assert model["labelled"] == run["labelled"] == 6
+    assert model["recipe"]["data"] == run["recipe"]["data"]
+    assert model["recipe"]["student"]["model"] == "test_resnet"
+    assert [one["recipe"]["seed"] for one in (model, run)] == [3, 3]  # overrides count more
+    told = capsys.readouterr().out
+    assert "differs" not in told
+    # A result has a recipe too.
+    result = tmp_path / "run.json"
+    result.write_text(json.dumps(run))
+    assert main([*words[:2], str(result), *words[3:], *QUICK]) == 0
+    assert "differs" not in capsys.readouterr().out
+
+
 def test_memory_is_each_backbones_own_whatever_was_measured_before() -> None:
     backbones: list[Any] = [Widening(16), Widening(2), Widening(16)]
     costs = measure(backbones, [(64, 64)] * 3, torch.device("cpu"), batch=2, rounds=1)
@@ -160,11 +182,17 @@ def test_other_images_are_refused_before_anything_is_fitted(
 
     monkeypatch.setattr(compare, "evaluate_subject", fitted)
     out = tmp_path / "deep" / "table"
-    words = ("--benchmark", "shapes", "--protocol", "linear", "--out", out)
-    line = refuse("compare", "timm:test_resnet:scratch", finished_run, *words)
+    recipe = yaml.safe_load((finished_run / "config.yaml").read_text())
+    recipe["data"]["options"] = {}
+    result = {"subject": "timm:test_resnet", "protocol": "linear", "benchmark": "shapes"}
+    result |= {"split": "test", "metric": "miou", "size": [32, 32], "figures": {"miou": 0.5}}
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(result | {"recipe": recipe}))
+    words = ("--protocol", "linear", "--out", out)
+    line = refuse("compare", other, finished_run, *words)
     assert line == (
         f"compare: {finished_run} has data.options {{'size': 32, 'test': 5, 'train': 16, 'val': 3}}"
-        ", but timm:test_resnet:scratch has {}"
+        f", but {other} has {{}}"
     )
     assert not (tmp_path / "deep").exists()
     assert f"{finished_run}-1 contains no" in refuse("compare", finished_run, f"{finished_run}-1")
