@@ -7,6 +7,7 @@ is one line that names the file. Weights are safetensors, or a `.bin` that diffu
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -53,7 +54,9 @@ def pipeline_folder(
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if folder.exists() or not HUB_ID.fullmatch(path):
-            raise FileNotFoundError(f"{path!r} is not a folder; give {LOCAL_FOLDER}, or a hub id")
+            raise FileNotFoundError(
+                f"{path!r} is not a folder{_near(folder)}; give {LOCAL_FOLDER}, or a hub id"
+            )
         folder = download(path, revision, components)
     elif revision is not None:
         raise ValueError(
@@ -93,10 +96,19 @@ def download(hub_id: str, revision: str | None, components: Sequence[str] = ("",
     except (OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise OSError(
-            f"{hub_id!r}{at} is not a local folder, and could not be fetched from the hub "
-            f"({type(error).__name__}); check the name and the connection, or give {LOCAL_FOLDER}"
+            f"{hub_id!r}{at} is not a local folder{_near(Path(hub_id))}, and could not be fetched "
+            f"from the hub ({type(error).__name__}); check the name and the connection, or give "
+            f"{LOCAL_FOLDER}"
         ) from error
     return folder
+
+
+def _near(folder: Path) -> str:
+    """A question, in brackets, whether the folder of a like name beside it is meant."""
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    names = [path.name for path in beside if path.is_dir()]
+    near = difflib.get_close_matches(folder.name, names, n=1)
+    return f" (did you mean {str(folder.with_name(near[0]))!r}?)" if near else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -160,11 +160,21 @@ def test_a_revision_of_a_folder_is_refused(tmp_path):
     fails(tmp_path, ValueError, "revision 'v9' is for hub ids, but .* leave it out", revision="v9")
 
 
-def test_unreachable_hub_says_to_give_a_folder(monkeypatch):
-    def offline(*args, **kwargs):
-        raise LocalEntryNotFoundError("ConnectError: name not known\nsecond line")
+def _offline(*args, **kwargs):
+    raise LocalEntryNotFoundError("ConnectError: name not known\nsecond line")
 
-    monkeypatch.setattr(loading, "snapshot_download", offline)
+
+@pytest.mark.parametrize("path", ["mine/ddmp", "mine/deep/ddmp"])
+def test_a_folder_of_a_like_name_is_offered(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "snapshot_download", _offline)
+    near = Path(path).with_name("ddpm")
+    near.mkdir(parents=True)
+    fails(path, OSError, f"not a (local )?folder .did you mean '{near}'")
+
+
+def test_unreachable_hub_says_to_give_a_folder(monkeypatch):
+    monkeypatch.setattr(loading, "snapshot_download", _offline)
     fails(
         "google/ddpm-cifar10-32",
         OSError,
