@@ -101,29 +101,13 @@ class Folder:
         self.class_names, self.palette, self._read = labels
         self.num_classes = len(self.class_names)
 
-        lists = {"train": train_list, "val": val_list, "test": test_list}
-        for split, file in lists.items():
-            if file != LISTS[split] and not (self.root / file).is_file():
-                raise UserError(
-                    f"data.options.{split}_list: there is no file {self.root / file}; write one "
-                    "image name per line"
-                )
         image_paths, mask_paths = image_files(self.root / images), image_files(self.root / masks)
+        lists = {"train": train_list, "val": val_list, "test": test_list}
         if lists == LISTS and not any((self.root / file).exists() for file in lists.values()):
-            pairs = [Pair(image_paths[s], mask_paths[s]) for s in image_paths if s in mask_paths]
-            if not pairs:
-                image, mask = next(iter(image_paths.values())), next(iter(mask_paths.values()))
-                raise UserError(
-                    f"{self.root}: no image has a mask of the same name: {images}/ has "
-                    f"{image.name}, {masks}/ has {mask.name}; a mask must have its image's stem"
-                )
+            pairs = _same_stems(image_paths, mask_paths)
             self._pairs = _split(pairs, val_ratio, test_ratio, split_seed)
         else:
-            self._pairs = {
-                split: read_pairs(self.root / file, image_paths, mask_paths)
-                for split, file in lists.items()
-                if split == "train" or (self.root / file).exists()
-            }
+            self._pairs = _listed(self.root, lists, image_paths, mask_paths)
         if "val" not in self._pairs:
             self._pairs["train"], self._pairs["val"] = hold_out_share(
                 self._pairs["train"], val_ratio, split_seed, "data.options.val_ratio"
@@ -146,6 +130,36 @@ class Folder:
     def unlabelled(self) -> UnlabelledImages | None:
         """The images that are in no split."""
         return self._bare if len(self._bare) else None
+
+
+def _same_stems(images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[Pair]:
+    """The images that have a mask, all by stem. Raises UserError if none has."""
+    pairs = [Pair(images[stem], masks[stem]) for stem in images if stem in masks]
+    if not pairs:
+        image, mask = next(iter(images.values())), next(iter(masks.values()))
+        raise UserError(
+            f"folder: no image has a mask of the same name: {image.parent}/ has {image.name}, "
+            f"{mask.parent}/ has {mask.name}; a mask must have its image's stem"
+        )
+    return pairs
+
+
+def _listed(
+    root: Path, lists: Mapping[str, str], images: Mapping[str, Path], masks: Mapping[str, Path]
+) -> dict[str, list[Pair]]:
+    """The pairs of each split's list file; of the published names only train.txt has to be there.
+    Raises UserError."""
+    for split, file in lists.items():
+        if file != LISTS[split] and not (root / file).is_file():
+            raise UserError(
+                f"data.options.{split}_list: there is no file {root / file}; write one image name "
+                "per line"
+            )
+    return {
+        split: read_pairs(root / file, images, masks)
+        for split, file in lists.items()
+        if split == "train" or (root / file).exists()
+    }
 
 
 def _split(
