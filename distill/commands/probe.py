@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from distill.benchmarks import Benchmark
 from distill.build import (
     TrainingSet,
     build_accelerator,
@@ -75,14 +76,7 @@ def survey(
             raise UserError(f"--{option}: must be at least 1, got {value}")
     device = build_accelerator(config.device).device
     data, train, val = _images(config, images)
-    if not traits(data.benchmark).classes:
-        raise UserError(
-            f"probe: {data.benchmark.name} has {traits(data.benchmark).labels}, but linear probes "
-            "need classes; use a benchmark of masks or classes"
-        )
-    dense = data.benchmark.task == "segmentation"
-    if probe == "logistic" and dense:
-        raise UserError("--probe logistic: masks have too many positions to store; use ridge")
+    dense = _dense(data.benchmark, probe)
     teacher = _teacher(config, layers, data.size, device)
     grid = _timesteps(teacher.noise_schedule, timesteps)
     settings = _settings(config, data, teacher) | {
@@ -114,17 +108,29 @@ def survey(
         weights: [[state.columns[weights, s, t] for t in grid.tolist()] for s in range(seeds)]
         for weights in WEIGHTS
     }
-    metric = "mIoU" if dense else "top-1"
-    contexts = torch.cat(
-        [
-            small_image(images)
-            for images, _ in val.batches(config.evaluate.batch, config.data.workers)
-        ]
-    )
+    shown = val.batches(config.evaluate.batch, config.data.workers)
     found = LayerMap(
-        columns["trained"], columns["random"], grid, teacher.noise_schedule, contexts, metric
+        columns["trained"],
+        columns["random"],
+        grid,
+        teacher.noise_schedule,
+        torch.cat([small_image(images) for images, _ in shown]),
+        "mIoU" if dense else "top-1",
     )
     return _write(config, folder, found, settings, teacher, device)
+
+
+def _dense(benchmark: Benchmark, probe: str) -> bool:
+    """Whether every position has a label. Raises UserError if that probe cannot be fitted."""
+    task = traits(benchmark)
+    if not task.classes:
+        raise UserError(
+            f"probe: {benchmark.name} has {task.labels}, but linear probes need classes; use a "
+            "benchmark of masks or classes"
+        )
+    if probe == "logistic" and task.dense:
+        raise UserError("--probe logistic: masks have too many positions to store; use ridge")
+    return task.dense
 
 
 def _settings(config: RunConfig, data: TrainingSet, teacher: Teacher) -> dict[str, Any]:
