@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import NoneType
 from typing import IO, Any, cast
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -65,17 +66,20 @@ def load(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
     """Read what `save` wrote, with every tensor on the CPU. Runs no code from the file.
 
     Raises:
-        UserError: the file is missing, truncated, not a checkpoint of this program's version, or
+        UserError: the file is missing, damaged, not a checkpoint of this program's version, or
             lacks one of the keys.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; start without --resume, or name another run")
     try:
+        with ZipFile(path) as archive:  # torch does not compare the checksums
+            if damaged := archive.testzip():
+                raise BadZipFile(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way at all
         raise UserError(
-            f"{path} is truncated or not a checkpoint; restore it from a backup, or start a new run"
+            f"{path} is damaged or not a checkpoint; restore it from a backup, or start a new run"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} was not written by distill; name a file in a run's checkpoints/")

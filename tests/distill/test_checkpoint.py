@@ -144,7 +144,7 @@ def test_truncated_checkpoint_names_the_file(path, share):
     checkpoint.save(path, {"weights": torch.arange(10_000)})
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(UserError, match=r"last\.pt is truncated or not a checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pt is damaged or not a checkpoint"):
         checkpoint.load(path)
 
 
@@ -153,7 +153,7 @@ def test_truncated_checkpoint_names_the_file(path, share):
 )
 def test_file_that_is_no_checkpoint_names_the_file(path, content):
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"last\.pt is truncated or not a checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pt is damaged or not a checkpoint"):
         checkpoint.load(path)
 
 
@@ -176,7 +176,7 @@ def test_loading_runs_no_code_from_the_file(path, tmp_path):
             return Path.touch, (tmp_path / "ran",)
 
     torch.save({"format": checkpoint.FORMAT, "version": 1, "state": Touch()}, path)
-    with pytest.raises(UserError, match="truncated or not a checkpoint"):
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
         checkpoint.load(path)
     assert not (tmp_path / "ran").exists()
 
@@ -199,3 +199,13 @@ def test_json_that_cannot_be_read_is_named(tmp_path, content):
     with pytest.raises(UserError, match=r"result\.json is missing or damaged: ") as error:
         checkpoint.read_json(file)
     assert "\n" not in str(error.value)
+
+
+def test_a_single_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"weights": torch.zeros(1000)})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"last\.pt is damaged or not a checkpoint"):
+        checkpoint.load(path)

@@ -81,7 +81,7 @@ def test_resume_refuses_another_recipe_and_a_broken_checkpoint(
     assert line.endswith("last.pt: the training images are not those that this run started with")
     last = recipe.parent / "runs" / "ddpm" / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
-    assert "last.pt is truncated or not a checkpoint" in refuse(
+    assert "last.pt is damaged or not a checkpoint" in refuse(
         "teacher", "train", recipe, "--resume"
     )
 
