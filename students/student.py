@@ -204,17 +204,17 @@ def _create_backbone(
     """Build the timm model for images of `size`, turning timm's errors into one clear line."""
     if ":" not in model and not timm.is_model(model):
         raise ValueError(f"timm has no model {model!r}; {_nearest(model, timm.list_models())}")
-    if "num_classes" in kwargs:
-        raise ValueError("kwargs: num_classes is the benchmark's; leave it out")
+    _check_kwargs(kwargs)
     try:
         arguments = resolve_model_input_args(
             model, {"img_size": size}, num_classes=classes, **kwargs
         )
         backbone = timm.create_model(pretrained=pretrained, **arguments)
-    except (TypeError, AssertionError, ArithmeticError) as error:  # what timm's networks raise
-        reason = str(error) or "timm rejects it"
-        raise ValueError(f"{model!r} does not accept {dict(kwargs)}: {reason}") from error
-    except (OSError, RuntimeError, KeyError) as error:
+    except (TypeError, AssertionError, ArithmeticError, KeyError, OSError, RuntimeError) as error:
+        named = isinstance(error, KeyError) and error.args[0] in kwargs.values()
+        if named or isinstance(error, TypeError | AssertionError | ArithmeticError):
+            reason = f"timm has no {error}" if named else str(error) or "timm rejects it"
+            raise ValueError(f"{model!r} does not accept {dict(kwargs)}: {reason}") from error
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise OSError(
             f"cannot read the model or weights of {model!r}: {reason}; give "
@@ -225,12 +225,27 @@ def _create_backbone(
     return backbone
 
 
+def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Refuse what is not the user's to set, and rates that show only in training."""
+    for name, why in (
+        ("num_classes", "is the benchmark's"),
+        ("in_chans", "is always 3"),
+        ("features_only", "is not needed: the student takes the maps that it is asked for"),
+    ):
+        if name in kwargs:
+            raise ValueError(f"kwargs: {name} {why}; leave it out")
+    for name, value in kwargs.items():
+        if name.endswith("_rate") and isinstance(value, int | float) and not 0 <= value < 1:
+            raise ValueError(f"kwargs: {name} must be from 0 to below 1, got {value}")
+
+
 def _in_order(names: Sequence[str], available: list[str]) -> tuple[str, ...]:
     """The names without duplicates, shallowest first; LayerError if the model lacks one."""
     for name in names:
         if name not in available:
             near = _nearest(name, available)
-            raise LayerError(name, f"no layer {name!r}; {near}")
+            listed = f" It has {', '.join(available)}" if "did you mean" in near else ""
+            raise LayerError(name, f"no layer {name!r}; {near}{listed}")
     return tuple(name for name in available if name in names)
 
 

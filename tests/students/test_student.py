@@ -258,3 +258,18 @@ def test_backbone_of_a_folder_is_a_student_at_another_size(tmp_path):
         first.backbone.blocks[0].attn.qkv.weight, second.backbone.blocks[0].attn.qkv.weight
     )
     assert second(images((48, 64)))[1]["blocks.11"].shape == (2, 192, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "line"),
+    [
+        ({"in_chans": 1}, "in_chans is always 3; leave it out"),
+        ({"features_only": True}, "features_only is not needed"),
+        ({"drop_path_rate": 3}, "drop_path_rate must be from 0 to below 1, got 3"),
+        ({"drop_rate": float("nan")}, "drop_rate must be from 0 to below 1, got nan"),
+        ({"act_layer": "foo"}, "does not accept {'act_layer': 'foo'}: timm has no 'foo'"),
+    ],
+)
+def test_arguments_that_are_not_the_users_or_out_of_range_are_refused(kwargs, line):
+    with pytest.raises(ValueError, match=line):
+        Student("resnet18", classes=3, dense=False, image_size=(32, 32), kwargs=kwargs)
