@@ -121,9 +121,20 @@ def hold_out_share(
 
 
 def distinct_colours(count: int) -> NDArray[np.uint8]:
-    """(count, 3) colours; hues a golden angle apart, so that neighbours differ most."""
+    """(count, 3) colours; hues a golden angle apart, so that neighbours differ most. Of more than
+    48, where hues come close to each other, those of `colour_map`."""
+    if count > 48:
+        return colour_map(count)
     colours = [
         colorsys.hsv_to_rgb((0.58 + 0.381966 * i) % 1.0, (0.75, 0.5)[i % 2], (0.9, 0.7, 0.5)[i % 3])
         for i in range(count)
     ]
     return np.round(255.0 * np.array(colours).reshape(count, 3)).astype(np.uint8)
+
+
+def colour_map(count: int) -> NDArray[np.uint8]:
+    """(count, 3), those of VOC 2012, distinct up to 512: bits 0 to 2 of a class number are the top
+    bits of red, green and blue, bits 3 to 5 the next, and so on."""
+    numbers = np.arange(count)[:, None] >> np.arange(3)
+    bits = sum((numbers >> 3 * place & 1) << 7 - place for place in range(3))
+    return np.asarray(bits, dtype=np.uint8)

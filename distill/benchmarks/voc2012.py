@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
-from distill.benchmarks import IGNORE_INDEX
+from distill.benchmarks import IGNORE_INDEX, colour_map
 from distill.benchmarks.files import image_files, read_pairs
 from distill.benchmarks.masks import MaskedImages, read_mask
 from distill.benchmarks.published import Layout, Published, comma_separated
@@ -33,14 +30,6 @@ LAYOUT = Layout(
 AUGMENTED = 10_582
 # 255 is the border of the objects.
 CLASSES = {number: number for number in range(len(NAMES))} | {IGNORE_INDEX: IGNORE_INDEX}
-
-
-def colour_map(count: int) -> NDArray[np.uint8]:
-    """(count, 3), the colours of the development kit: bits 0 to 2 of a class number are the top
-    bits of red, green and blue, bits 3 to 5 the next, and so on."""
-    numbers = np.arange(count)[:, None] >> np.arange(3)
-    bits = sum((numbers >> 3 * place & 1) << 7 - place for place in range(3))
-    return np.asarray(bits, dtype=np.uint8)
 
 
 def voc2012(root: str | None, *, augmented: bool = False) -> Published:

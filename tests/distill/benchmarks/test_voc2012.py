@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-from distill.benchmarks.voc2012 import NAMES, colour_map
+from distill.benchmarks import colour_map, distinct_colours
+from distill.benchmarks.voc2012 import NAMES
 
 
 def test_indices_are_classes_and_the_border_is_ignored(build: Callable[..., Any]) -> None:
@@ -37,3 +39,10 @@ def test_colours_are_the_development_kits() -> None:
     assert colours[15].tolist() == [192, 128, 128]  # person
     assert colours[20].tolist() == [0, 64, 128]  # tvmonitor
     assert colours[255].tolist() == [224, 224, 192]  # the border's
+
+
+@pytest.mark.parametrize("count", [2, 48, 49, 150, 171])
+def test_no_two_classes_have_colours_that_look_alike(count: int) -> None:
+    colours = distinct_colours(count).astype(int)
+    apart = np.abs(colours[:, None] - colours[None]).sum(axis=2)
+    assert apart[~np.eye(count, dtype=bool)].min() > 16
