@@ -91,6 +91,8 @@ def depth(subject: Subject, config: RunConfig, accelerator: Accelerator) -> Outc
     count = len(examples) if config.data.labelled is None else config.data.labelled
     indices = choose_labelled(len(examples), count, config.data.split_seed)
     backbone = open_backbone(subject, config, size, device)
+    for split in ("val", options.split):  # what is wrong with them shows before the work
+        benchmark.depths(split)[0]
     seed = seeding.derive_seed(config.seed, "network")
     probe = depth_probe(backbone, options.lrs, benchmark.depth_range, seed).to(device)
     with Progress("depth", options.steps, show=accelerator.is_main_process) as progress:
