@@ -45,7 +45,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         from distill.commands.dry_run import dry_run
 
-        print(dry_run(config))
+        print(dry_run(config, resume=options.resume))
         return 0
     from distill.commands.train import run
     from distill.reporting.summary import report

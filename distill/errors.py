@@ -54,9 +54,11 @@ def problem_line(problem: ErrorDetails, below: str = "") -> str:
         return f"{key} is missing"
     if not key:  # a problem of the whole
         return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
-    if "Sequence" in problem["msg"]:  # as Python has it; users write YAML
+    if problem["type"] in ("list_type", "tuple_type") or "Sequence" in problem["msg"]:
         given = problem["input"]
         return f"{key}: must be a list, such as [{given}], got {given!r:.80}"
+    if problem["type"] == "dataclass_type":
+        return f"{key}: must be a section with keys, got {problem['input']!r:.80}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{key}: {message}, got {problem['input']!r:.80}"

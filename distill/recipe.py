@@ -19,7 +19,7 @@ from distill.teacher_config import TeacherTrainConfig
 
 Config = TypeVar("Config")
 PLACES = ("name", "output", "data.root")
-"""Keys that may be edited in the config.yaml of a run that was moved."""
+"""Keys that may be other ones where a run that was moved is resumed."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,7 +68,7 @@ def load_config(kind: type[Config], recipe: str | Path, overrides: Sequence[str]
     tree = read_tree(recipe, "recipe")
     for override in overrides:
         apply_override(tree, override)
-    return build_config(kind, tree, where=str(Path(recipe)))
+    return build_config(kind, tree, where=str(Path(recipe)), overrides=overrides)
 
 
 def read_tree(file: str | Path, what: str) -> dict[str, Any]:
@@ -114,12 +114,42 @@ def _place(mark: yaml.Mark) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
-def build_config(kind: type[Config], tree: Mapping[str, Any], where: str = "recipe") -> Config:
-    """Check a plain tree (as read from YAML) and freeze it. Raises as `load_config` does."""
+def build_config(
+    kind: type[Config],
+    tree: Mapping[str, Any],
+    where: str = "recipe",
+    overrides: Sequence[str] = (),
+) -> Config:
+    """Check a plain tree (as read from YAML) and freeze it. Raises as `load_config` does.
+
+    Args:
+        kind: The type of the config.
+        tree: The tree.
+        where: Its origin, for messages.
+        overrides: Those that were applied to it: a wrong value of theirs is told as theirs.
+    """
     try:
-        return TypeAdapter(kind).validate_python(tree)
+        config = TypeAdapter(kind).validate_python(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(kind, error)}") from error
+        key, problem = _first_problem(kind, error)
+        raise UserError(f"{_origin(key, overrides, where)}: {problem}") from error
+    before = flat(dict(tree))
+    for key, value in flat(to_tree(config)).items():  # type: ignore[arg-type]
+        if key in before and isinstance(value, bool) != isinstance(before[key], bool):
+            right = "true or false" if isinstance(value, bool) else "a number"
+            raise UserError(
+                f"{_origin(key, overrides, where)}: {key}: must be {right}, got {before[key]!r}"
+            )
+    return config
+
+
+def _origin(key: str, overrides: Sequence[str], where: str) -> str:
+    """The last override that set a key or a part of it; `where` if none did."""
+    for override in reversed(overrides):
+        name = override.partition("=")[0]
+        if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
+            return f"override {override!r}"
+    return where
 
 
 def to_tree(config: RunConfig | TeacherTrainConfig) -> dict[str, Any]:
@@ -169,11 +199,15 @@ def refuse_changes(
     """Raises UserError where a run is resumed with another recipe than that in its config.yaml, the
     keys `places` aside."""
     if changed := first_difference(saved, now, places):
-        takes = "init_from" if isinstance(now, TeacherTrainConfig) else "student.init_from"
         raise UserError(
             f"resume: {changed.key} was {changed.before!r} in {path}, but is {changed.now!r} now; "
-            f"use the run's own recipe, or start a new run ({takes} reuses weights)"
+            f"use the run's own recipe, or start a new run ({_reuse(now)} reuses weights)"
         )
+
+
+def _reuse(config: RunConfig | TeacherTrainConfig) -> str:
+    """The key that takes over weights."""
+    return "init_from" if isinstance(config, TeacherTrainConfig) else "student.init_from"
 
 
 def check_recipe(
@@ -194,7 +228,7 @@ def check_recipe(
     if changed := first_difference(before, config, PLACES):
         raise UserError(
             f"resume: {changed.key} was {changed.before!r} in {source}, but is {changed.now!r} "
-            "now; change it back, or start a new run (init_from reuses weights)"
+            f"now; change it back, or start a new run ({_reuse(config)} reuses weights)"
         )
 
 
@@ -256,6 +290,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override {override!r}: the value is not YAML") from error
+    entries = value.items() if isinstance(value, dict) else ()
+    tight = [key for key, entry in entries if entry is None and ":" in str(key)]
+    if tight:  # YAML reads `{size:32}` as one key without a value
+        raise UserError(f"override {override!r}: write a space after the colon of {tight[0]!r}")
     *parents, last = path.split(".")
     node: Any = tree
     for name in parents:
@@ -283,16 +321,16 @@ def _child(node: Any, name: str, override: str) -> Any:
     return node[name]
 
 
-def _first_problem(kind: type[Any], error: ValidationError) -> str:
-    """One line for the first thing that is wrong: key, what it got, what would be right."""
+def _first_problem(kind: type[Any], error: ValidationError) -> tuple[str, str]:
+    """The first key that is wrong, and one line: the key, what it got, what would be right."""
     problem = error.errors(include_url=False)[0]
     location = key_path(problem)
     key = ".".join(map(str, location))
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         section, _, name = key.rpartition(".")
         known = _keys(kind, location[:-1])
-        return f"unknown key {key!r}; {nearest(name, known, section and f'{section}.')}"
-    return problem_line(problem)
+        return key, f"unknown key {key!r}; {nearest(name, known, section and f'{section}.')}"
+    return key, problem_line(problem)
 
 
 def _keys(kind: type[Any], location: Sequence[int | str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from accelerate import Accelerator
 
+from distill import checkpoint
 from distill.benchmarks import Examples, notice
 from distill.build import (
     TrainingSet,
@@ -20,6 +21,7 @@ from distill.build import (
     has_members,
     in_order,
 )
+from distill.commands.train import resumed
 from distill.config import Arm, RunConfig
 from distill.costs.flops import teacher_flops
 from distill.data import Draw
@@ -44,8 +46,14 @@ SHOWN = 20
 """Classes up to which the number of labels is printed."""
 
 
-def dry_run(config: RunConfig) -> str:
+def dry_run(config: RunConfig, *, resume: bool = False) -> str:
     """Check a recipe completely, with one batch of each arm, and estimate its cost."""
+    folder = Path(config.output) / config.name
+    if resume and (folder / "config.yaml").exists():
+        config = resumed(config, folder / "config.yaml")
+    checkpoint.check_folder("output", folder)
+    if config.teacher.cache is not None:
+        checkpoint.check_folder("teacher.cache", Path(config.teacher.cache))
     config, data, held_out, accelerator = _prepare(config)
     lines = [
         to_yaml(config).rstrip(),
@@ -70,8 +78,7 @@ def dry_run(config: RunConfig) -> str:
         del trainer
         accelerator.free_memory()  # for the next arm
     lines.append(f"# in all about {_clock(total)}, evaluation not counted; nothing was trained")
-    folder = Path(config.output) / config.name
-    if folder.exists():
+    if folder.exists() and not resume:
         lines.append(f"# {folder} exists: the run would need --resume or another name=")
     return "\n".join(lines)
 
@@ -126,6 +133,7 @@ def _step_seconds(trainer: Trainer) -> float:
 
 def teacher_dry_run(config: TeacherTrainConfig) -> str:
     """Check a teacher's recipe with one batch, and estimate its cost."""
+    checkpoint.check_folder("output", Path(config.output) / config.name)
     training = TeacherTraining(config, build_accelerator(config.device))
     draws = [Draw(training.indices[i % len(training.indices)], i) for i in range(config.batch)]
     images = torch.stack([training.examples[draw][0] for draw in draws])

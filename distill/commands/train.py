@@ -20,13 +20,13 @@ from distill.config import Arm, RunConfig
 from distill.costs.flops import flops
 from distill.data import as_float, fingerprint, spread
 from distill.deployment.folder import StudentCard, export_student
-from distill.errors import Interrupted
+from distill.errors import Interrupted, UserError
 from distill.evaluation import pictures, scoring
 from distill.evaluation.backbones import predictor
 from distill.evaluation.counting import predicted
 from distill.evaluation.pictures import Shown
 from distill.evaluation.scoring import held_out_examples
-from distill.recipe import check_recipe, load_config, refuse_changes, to_tree, to_yaml
+from distill.recipe import PLACES, check_recipe, load_config, refuse_changes, to_tree, to_yaml
 from distill.reporting.summary import summarise
 from distill.studies.comparison import main_arm
 from distill.tasks import traits
@@ -59,7 +59,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     folder = Path(config.output) / config.name
     accelerator, written = build_accelerator(config.device), folder / "config.yaml"
     if resume and written.exists():
-        config = _resumed(config, written)
+        config = resumed(config, written)
     data = build_training_set(config.data)
     config = fit_batch(config, data, accelerator)
     check_schedule(config, accelerator.num_processes, traits(data.benchmark).dense)
@@ -109,7 +109,11 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             finally:
                 if trainer.cache is not None:
                     trainer.cache.flush()
-            scores = score(trainer.average.module, held_out, data.benchmark, config, accelerator)
+            student = trainer.average.module
+            try:
+                scores = score(student, held_out, data.benchmark, config, accelerator)
+            except UserError as error:
+                raise UserError(f"{error}; {arm} is trained, --resume scores it") from error
             if accelerator.is_main_process:
                 _finish_arm(trainer, folder, held_out, scores, parts)
             del trainer
@@ -159,12 +163,12 @@ def _observe(trainer: Trainer, log: RunLog | None, examples: Examples) -> None:
             log.images(trainer.step, f"predictions/{index}", shown)
 
 
-def _resumed(config: RunConfig, path: Path) -> RunConfig:
-    """The recipe of a resumed run, of which only the device may have changed."""
+def resumed(config: RunConfig, path: Path) -> RunConfig:
+    """The recipe of a resumed run, of which only `PLACES` and the device may have changed."""
     saved = load_config(RunConfig, path)
     if not config.train.batch:  # the number that `auto` found
         config = with_batch(config, saved.train.batch)
-    refuse_changes(saved, config, path)
+    refuse_changes(saved, config, path, PLACES)
     return config
 
 

@@ -54,16 +54,28 @@ def subject_config(
         tree["teacher"] = {"path": subject.path, "name": subject.family}
     if subject.kind == "timm":
         tree["student"] = {"model": subject.path}
+    _drop_of_another(tree, overrides)
     for section, values in given.items():
         tree[section] = {**tree.get(section, {}), **values}
     for override in overrides:
         apply_override(tree, override)
-    config = build_config(RunConfig, tree, where=where)
+    config = build_config(RunConfig, tree, where=where, overrides=overrides)
     if subject.kind == "student":
         refuse_foreign(config, overrides, Path(subject.path))
     if subject.kind in ("student", "timm"):
         config = dataclasses.replace(config, student=_student_config(subject, config))
     return config
+
+
+def _drop_of_another(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Where a recipe's benchmark is overridden, leave out where its images lie and its options."""
+    wanted = dict[str, Any]()
+    for override in overrides:
+        apply_override(wanted, override)
+    data = tree.get("data", {})
+    name = wanted.get("data", {}).get("benchmark")
+    if name is not None and name != data.get("benchmark"):
+        tree["data"] = {k: v for k, v in data.items() if k not in ("root", "options")}
 
 
 def _student_config(subject: Subject, config: RunConfig) -> StudentConfig:

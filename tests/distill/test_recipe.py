@@ -217,7 +217,11 @@ def test_a_block_may_be_shared_by_anchor_and_merge(tmp_path: Path) -> None:
         ("train.arms=[distiled]", r"train\.arms\.0: .*'distilled', 'scratch' .*got 'distiled'"),
         ("train.optimizer=adam", r"train\.optimizer: .*'adamw', 'sgd' or 'momentum', got 'adam'"),
         ("pairs=[]", "pairs: .*at least 1 item"),
-        ("train=5", "train: .*dictionary.*got 5"),
+        ("train=5", "train: must be a section with keys, got 5"),
+        ("train.lr=true", "override 'train.lr=true': train.lr: must be a number, got True"),
+        ("train.channels_last=1", "train.channels_last: must be true or false, got 1"),
+        ("train.arms=distilled", "must be a list, such as .distilled."),
+        ("data.options={size:32}", "write a space after the colon of 'size:32'"),
     ],
 )
 def test_a_value_out_of_range_names_key_value_and_range(

@@ -205,8 +205,8 @@ def test_resume_refuses_a_truncated_and_a_foreign_checkpoint(
     path = checkpoint_path(stopped_run, "distilled")
     content = path.read_bytes()
     for broken, words in (
-        (content[: len(content) // 2], "last.pt is truncated or not a checkpoint"),
-        (b"not a checkpoint", "last.pt is truncated or not a checkpoint"),
+        (content[: len(content) // 2], "last.pt is damaged or not a checkpoint"),
+        (b"not a checkpoint", "last.pt is damaged or not a checkpoint"),
     ):
         path.write_bytes(broken)
         assert words in refuse("train", stopped_run / "config.yaml", "--resume")
@@ -268,3 +268,11 @@ def test_what_a_killed_run_left_half_written_is_removed(stopped_run: Path) -> No
     assert not left.exists()
     assert not folder.exists()
     assert own.exists()
+
+
+def test_a_run_whose_images_were_moved_is_resumed(stopped_run: Path, refuse: Refuse) -> None:
+    config = str(stopped_run / "config.yaml")
+    line = refuse("train", config, "--resume", "--dry-run", "seed=3")
+    assert "seed was 0" in line
+    assert main(["train", config, "--resume", "data.root=/elsewhere"]) == 0  # of shapes no matter
+    assert "root: /elsewhere" in (stopped_run / "config.yaml").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -274,3 +275,11 @@ def test_a_head_of_another_task_and_a_split_without_images_are_named(
     words = ["export", str(finished_run), "--format", "torchscript", *changes]
     assert main([*words, "--out", str(tmp_path / "a.ts")]) == 0
     assert "images of noise, as no held-out ones could be read: empty" in capsys.readouterr().out
+
+
+def test_options_of_the_students_own_benchmark_are_not_those_of_another(
+    finished_run: Path, tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    line = refuse("evaluate", finished_run, "--benchmark", "cifar10", f"data.root={tmp_path}")
+    assert "data.options" not in line
+    assert str(tmp_path) in line
