@@ -134,7 +134,9 @@ def _compare(commands: Commands) -> None:
 
 
 def _export(commands: Commands) -> None:
-    export = commands.add_parser("export", help="write a run's student as timm, ONNX, ... open it")
+    export = commands.add_parser(
+        "export", help="write a run's student as timm, ONNX or another format"
+    )
     export.add_argument("run", metavar="RUN", help="a run folder, or an exported student")
     export.add_argument("--arm", help="which arm of a run (default: distilled)")
     export.add_argument(

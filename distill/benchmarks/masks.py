@@ -31,8 +31,8 @@ def _decode_mask(path: Path, size: tuple[int, int], upright: bool = False) -> Im
     picture = decode(path, upright)
     if picture.size != size[::-1]:
         raise _OtherSizeError(
-            f"{path}: the mask is {picture.width}x{picture.height} px, but its image is "
-            f"{size[1]}x{size[0]}"
+            f"{path}: the mask is {picture.height}x{picture.width} px (height x width), but its "
+            f"image is {size[0]}x{size[1]}"
         )
     raw, largest = picture.info["stored"]
     if largest not in (None, 255, 65_535):

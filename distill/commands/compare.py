@@ -158,6 +158,11 @@ def _check(results: Sequence[Mapping[str, Any]], words: Sequence[str]) -> None:
     """Check that all results score the same images; the error says what differs."""
     for word, result in zip(words, results, strict=True):
         mine, first = _scored_on(result), _scored_on(results[0])
+        for key in mine:
+            if key in first and mine[key] != first[key]:
+                raise UserError(
+                    f"compare: {word} has {key} {mine[key]!r}, but {words[0]} has {first[key]!r}"
+                )
         images = [one.get("images") for one in (result, results[0])]
         if None not in images and images[0] != images[1]:
             roots = [one["recipe"]["data"].get("root") for one in (result, results[0])]
@@ -165,11 +170,6 @@ def _check(results: Sequence[Mapping[str, Any]], words: Sequence[str]) -> None:
                 f"compare: {word} and {words[0]} were scored on different images "
                 f"(data.root={roots[0]} and {roots[1]})"
             )
-        for key in mine:
-            if key in first and mine[key] != first[key]:
-                raise UserError(
-                    f"compare: {word} has {key} {mine[key]!r}, but {words[0]} has {first[key]!r}"
-                )
 
 
 def _scored_on(result: Mapping[str, Any]) -> dict[str, Any]:

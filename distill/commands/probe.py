@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distill.benchmarks import Benchmark
+from distill.benchmarks import Benchmark, notice
 from distill.build import (
     TrainingSet,
     build_accelerator,
@@ -79,6 +79,11 @@ def survey(
     dense = _dense(data.benchmark, probe)
     teacher = _teacher(config, layers, data.size, device)
     grid = _timesteps(teacher.noise_schedule, timesteps)
+    if len(grid) < timesteps:
+        notice(
+            f"--timesteps {timesteps}: {len(grid)} of the teacher's {len(teacher.noise_schedule)} "
+            "are measured, as evenly spaced ones coincide"
+        )
     settings = _settings(config, data, teacher) | {
         "timesteps": grid.tolist(),
         "images": [len(train.indices), len(val.indices)],

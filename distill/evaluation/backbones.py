@@ -84,7 +84,8 @@ def parse_subject(text: str) -> Subject:
         raise UserError(f"{text}: a {kind} needs a name or a folder, as in timm:resnet18")
     if kind == "teacher" and not layers:
         raise UserError(
-            f"{text}: name the feature maps, for example {text},layers=up_blocks.1,timestep=50 "
+            f"{text}: name the feature maps, for example teacher:{place},layers=up_blocks.1,"
+            "timestep=50 "
             f"(`distill teacher layers {place}` lists them)"
         )
     return Subject(

@@ -36,7 +36,8 @@ class Footprint(NamedTuple):
     fastest: float
     """Images per second in the fastest round."""
     memory: float
-    """MiB that tensors take at most during the pass of a batch, weights not counted."""
+    """MiB that tensors take at most during the pass of a batch, weights not counted; on a CPU with
+    the copies of weights that the backend makes for it."""
 
 
 def measure(

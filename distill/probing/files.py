@@ -19,6 +19,12 @@ from distill.recipe import to_yaml
 from rl_policy.table import ReplayTable
 
 
+def _short(value: object, most: int = 60) -> str:
+    """Python's text of a value, the end of a long one left out."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 class Images(NamedTuple):
     """Examples with fixed augmentation: every read of an index gives the same view."""
 
@@ -50,9 +56,10 @@ class Columns:
         written = state["settings"]
         for key, value in settings.items():
             if written.get(key) != value:
+                was = _short(written.get(key))
                 raise UserError(
-                    f"{path} was made with another {key}: {written.get(key)!r:.60}, but now it is "
-                    f"{value!r:.60}; use the same, or choose another --out"
+                    f"{path} was made with another {key}: {was}, but now it is "
+                    f"{_short(value)}; use the same, or choose another --out"
                 )
         self.columns = {
             tuple(key): {layer: Cell(**cell) for layer, cell in column.items()}

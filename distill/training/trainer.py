@@ -337,12 +337,14 @@ class Trainer:
     def _remedy(self, step: int) -> str:
         """What to try where something is not finite at a step: float16 ends at 65504, and at the
         first nothing was learnt yet."""
+        most = self.config.train.feature_weight * max(pair.weight for pair in self.config.pairs)
         tries = {
             f"teacher.dtype={fast_dtype()}": (
                 self.teacher is not None and self.config.teacher.dtype == "float16"
             ),
             "a smaller train.lr": step > 0,
             "train.precision=no": self.config.train.precision == "bf16",
+            "a smaller train.feature_weight or pairs.N.weight": bool(self.teacher) and most > 100,
             "another loss, teacher or student": step == 0,
         }
         *first, last = (words for words, useful in tries.items() if useful)

@@ -344,7 +344,7 @@ def test_images_without_a_mask_serve_unlabelled(
     ("damage", "words"),
     [
         ("image", "images/{}.png: cannot be decoded"),
-        ("size", "masks/{}.png: the mask is 16x16 px, but its image is 32x32"),
+        ("size", "masks/{}.png: the mask is 16x16 px (height x width), but its image is 32x32"),
         ("value", "masks/{}.png: mask value 7 is not a class; allowed: 0, 1, 255"),
         ("colours", "masks/{}.png: a mask must have one channel"),
         ("missing", "{}.png has no mask file"),

@@ -300,8 +300,11 @@ def test_timesteps_that_coincide_count_once_and_logistic_probes_images(planted: 
     assert command._timesteps(short, 5).tolist() == [0, 1, 2]
 
 
-def test_a_teacher_without_timesteps_has_one_column(planted: Path) -> None:
+def test_a_teacher_without_timesteps_has_one_column(
+    planted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = probe(planted, "teacher.options={still: true}", "--images", 20)
+    assert "--timesteps 12: 1 of the teacher's 1 are measured" in capsys.readouterr().err
     assert (found["timesteps"], found["noise_fraction"], found["log_snr"]) == ([0], [0], [None])
     assert found["head_room"]["second"]["oracle_gain"] == [0, 0, 0]
     best = planted.parent / "runs" / "planted-probe" / "best.yaml"
