@@ -23,7 +23,7 @@ from distill.evaluation.backbones import (
     TeacherBackbone,
 )
 from distill.evaluation.inference import scaled
-from distill.recipe import apply_override, build_config, refuse_foreign
+from distill.recipe import apply_override, build_config, flat, refuse_foreign
 from students.student import Student
 
 TAKEN_OVER = ("seed", "data", "evaluate")
@@ -72,9 +72,8 @@ def _drop_of_another(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     wanted = dict[str, Any]()
     for override in overrides:
         apply_override(wanted, override)
-    data = tree.get("data", {})
-    name = wanted.get("data", {}).get("benchmark")
-    if name is not None and name != data.get("benchmark"):
+    data, name = tree.get("data"), flat(wanted).get("data.benchmark")
+    if isinstance(data, dict) and name not in (None, data.get("benchmark")):
         tree["data"] = {k: v for k, v in data.items() if k not in ("root", "options")}
 
 

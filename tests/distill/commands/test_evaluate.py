@@ -283,3 +283,5 @@ def test_options_of_the_students_own_benchmark_are_not_those_of_another(
     line = refuse("evaluate", finished_run, "--benchmark", "cifar10", f"data.root={tmp_path}")
     assert "data.options" not in line
     assert str(tmp_path) in line
+    line = refuse("evaluate", finished_run, "data=5")
+    assert line == "override 'data=5': data: must be a section with keys, got 5"
