@@ -297,7 +297,8 @@ def test_wrong_images_and_splits_are_one_line_in_every_command(
     told = "data.benchmark: dataset('test') of broken_parts:OneSplit: no other split"
     assert line == told
     line = refuse("train", parts, "data.benchmark=broken_parts:WrongTest", *own)
-    assert line.endswith("not a class from 0 to 1 (an int) or 255, in example 39 of test")
+    assert "not a class from 0 to 1 (an int) or 255, in example 39 of test" in line
+    assert line.endswith("; distilled is trained, --resume scores it")
     teacher = tmp_path / "teacher.yaml"
     teacher.write_text("name: bare\ndata: {benchmark: broken_parts:NoLabels}\nunet: {size: tiny}\n")
     line = refuse("teacher", "train", teacher, f"output={tmp_path}", "batch=40", "steps=1")

@@ -115,8 +115,8 @@ def test_mask_of_another_size_is_named_with_both_sizes(root: Path) -> None:
     Image.fromarray(np.zeros((HEIGHT, WIDTH - 1), dtype=np.uint8)).save(path)
     message = refusal(root)
     assert str(path) in message
-    assert "7x6" in message
-    assert "8x6" in message
+    assert "6x7 px (height x width)" in message
+    assert "6x8" in message
 
 
 def test_mask_value_outside_the_classes_is_named_with_the_allowed_ones(root: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_depth_of_eight_bits_or_another_size_is_named(root: Path) -> None:
     path = root / "official_splits/test/office/sync_depth_00045.png"
     for pixels, told in (
         (np.zeros((480, 640), np.uint8), "one 16-bit channel; this file's mode is 'L'"),
-        (np.zeros((4, 4), np.uint16), "4x4 px, but its image is 640x480"),
+        (np.zeros((4, 4), np.uint16), "4x4 px (height x width), but its image is 480x640"),
     ):
         Image.fromarray(pixels).save(path)
         with pytest.raises(UserError) as caught:

@@ -37,7 +37,7 @@ def result_of(subject: str, out: Path) -> Path:
     ("change", "line"),
     [
         ({"subject": 5}, "subject: input should be a valid string"),
-        ({"size": "x"}, "size: input should be a valid tuple"),
+        ({"size": "x"}, "size: must be a list, such as [x]"),
         ({"figures": {"miou": "x"}}, "figures.miou: input should be a valid number"),
         ({"figures": {}}, "figures: dictionary should have at least 1 item"),
     ],

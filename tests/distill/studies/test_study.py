@@ -30,7 +30,7 @@ Refuse = Callable[..., str]
         ({"arms": [{"name": "a", "seed": 1}]}, "'arms.0.seed'; did you mean 'arms.0.seeds'?"),
         (
             {"arms": [{"name": "a", "overrides": ["policy.nam=ppo"]}], "baselines": []},
-            "arm a: {recipe}: unknown key 'policy.nam'; did you mean 'policy.name'?",
+            "override 'policy.nam=ppo': unknown key 'policy.nam'; did you mean 'policy.name'?",
         ),
         (
             {"arms": [{"name": "a", "overrides": ["seed=3"]}], "baselines": []},
