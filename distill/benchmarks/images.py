@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,7 +46,8 @@ class UnlabelledImages(Dataset[tuple[Tensor, int]]):
                 f"data.options.skip: must be a share of the files, 0 to below 1, got {skip}"
             )
         self.paths, self.skip = paths, int(skip * len(paths))
-        self.names = [path.relative_to(root).as_posix() for path in paths]
+        # A folder that a recipe names may also lie outside the root.
+        self.names = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
         # Worker processes write to one memory, and so count together.
         self._unreadable = torch.zeros(len(paths), dtype=torch.bool)
         self._unreadable.share_memory_()  # type: ignore[no-untyped-call]

@@ -1,5 +1,6 @@
 """The user's own folders: paired images and masks, and plain images."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,18 @@ def test_unlabelled_images_have_no_val_split_and_need_a_folder_with_images(tmp_p
     Image.new("L", (2, 2)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="train only"):
         Images(str(tmp_path)).dataset("val")
+
+
+def test_images_may_lie_outside_the_root(root: Path, tmp_path_factory: Any) -> None:
+    away = tmp_path_factory.mktemp("away") / "photos"
+    (root / "images").rename(away)
+    Image.new("RGB", (4, 4)).save(away / "more.png")
+    for folder in (str(away), os.path.relpath(away, root)):
+        benchmark = Folder(str(root), num_classes=3, images=folder)
+        assert benchmark.dataset("train")[0][0].shape == (3, 4, 4)
+        unlabelled = benchmark.unlabelled()
+        assert unlabelled is not None
+        assert unlabelled.names[0].endswith("photos/more.png")
 
 
 def test_images_in_no_list_serve_unlabelled(tmp_path: Path) -> None:
