@@ -16,12 +16,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     try:
         options = parse(arguments)
-        return COMMANDS[options.command](options)
+        code = COMMANDS[options.command](options)
+        _leave_processes()
+        return code
     except UserError as error:
         print(f"distill: error: {one_line(error)}", file=sys.stderr)
         return 2
-    except (Interrupted, KeyboardInterrupt) as error:
-        print(f"distill: {str(error) or 'stopped'}", file=sys.stderr)
+    except Interrupted as error:
+        print(f"distill: {error}", file=sys.stderr)
+        _leave_processes()
+        return 130
+    except KeyboardInterrupt:
+        print("distill: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -35,6 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"distill: error: {line}", file=sys.stderr)
         return 2
+
+
+def _leave_processes() -> None:
+    """Close the connection of several processes that end together: torch aborts now and then where
+    it is open when one exits."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _train(options: argparse.Namespace) -> int:

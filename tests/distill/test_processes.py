@@ -99,6 +99,7 @@ STOPPED = """
 import os
 import signal
 import sys
+import torch
 from distill.cli import main
 from distill.training.trainer import Trainer
 
@@ -110,7 +111,8 @@ def stepping(trainer, batch):
     return train_step(trainer, batch)
 
 Trainer.train_step = stepping
-sys.exit(0 if main(sys.argv[1:]) == 130 else 1)
+code = main(sys.argv[1:])
+sys.exit(0 if code == 130 and not torch.distributed.is_initialized() else 1)
 """
 
 
