@@ -35,10 +35,11 @@ def fast_precision() -> Literal["bf16", "no"]:
     return "bf16" if fast_dtype() == "bfloat16" else "no"
 
 
-def _once(names: list[str]) -> list[str]:
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"must name {min(twice)} only once, not {names.count(min(twice))} times")
-    return names
+def _once(entries: list[Any]) -> list[Any]:
+    twice = next((entry for entry in entries if entries.count(entry) > 1), None)
+    if twice is not None:
+        raise ValueError(f"must name {twice} only once, not {entries.count(twice)} times")
+    return entries
 
 
 def _below(name: str) -> str:
@@ -334,14 +335,16 @@ class EvaluateConfig:
     """Only the first n images of it; all by default."""
     batch: Count = 64
     """Images per forward pass."""
-    scales: list[Positive] = Field(default=[1.0], min_length=1)
+    scales: Annotated[list[Positive], AfterValidator(_once)] = Field(default=[1.0], min_length=1)
     """Relative sizes at which images are looked at, averaging the class probabilities."""
     flip: bool = False
     """Look at the mirrored images too."""
     window: HeightWidth | None = None
     """Height and width of overlapping windows that images of their own size are cut into, each
     resized to `data.size`; by default the whole image is resized."""
-    lrs: list[Positive] = Field(default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2], min_length=1)
+    lrs: Annotated[list[Positive], AfterValidator(_once)] = Field(
+        default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2], min_length=1
+    )
     """Learning rates that `linear` tries; the best on val is tested."""
     steps: Count = 400
     """Optimiser steps of `linear`."""
@@ -351,7 +354,9 @@ class EvaluateConfig:
     """Number of neighbours that vote in `knn`."""
     temperature: Positive = 0.07
     """Temperature of the votes in `knn`; the smaller, the more nearer ones count."""
-    labels: list[Labels] = Field(default=[20, 50, "1/16", "1/8", "1/4", "all"], min_length=1)
+    labels: Annotated[list[Labels], AfterValidator(_once)] = Field(
+        default=[20, 50, "1/16", "1/8", "1/4", "all"], min_length=1
+    )
     """Labelled training images in `label_efficient`: numbers, shares, or all."""
     splits: Count = 5
     """Number of random choices of these images."""

@@ -135,12 +135,20 @@ def build_config(
         raise UserError(f"{_origin(key, overrides, where)}: {problem}") from error
     before = flat(dict(tree))
     for key, value in flat(to_tree(config)).items():  # type: ignore[arg-type]
-        if key in before and isinstance(value, bool) != isinstance(before[key], bool):
-            right = "true or false" if isinstance(value, bool) else "a number"
+        if key in before and (right := _mistaken(before[key], value)):
             raise UserError(
                 f"{_origin(key, overrides, where)}: {key}: must be {right}, got {before[key]!r}"
             )
     return config
+
+
+def _mistaken(given: Any, taken: Any) -> str | None:
+    """What was meant where pydantic took `true` or a quoted number for a number, or the other way
+    round; None if it took what was given."""
+    if isinstance(given, bool) != isinstance(taken, bool):
+        return "true or false" if isinstance(taken, bool) else "a number"
+    quoted = isinstance(given, str) and given != "auto" and isinstance(taken, int | float)
+    return "a number, without quotes" if quoted else None
 
 
 def _origin(key: str, overrides: Sequence[str], where: str) -> str:

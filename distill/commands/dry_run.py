@@ -58,7 +58,7 @@ def dry_run(config: RunConfig, *, resume: bool = False) -> str:
     lines = [
         to_yaml(config).rstrip(),
         "",
-        *_data(data),
+        *_data(data, config.train.batch),
         f"# {len(held_out)} images held out ({config.evaluate.split})",
     ]
     total = 0.0
@@ -241,8 +241,8 @@ def _clock(seconds: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def _data(data: TrainingSet) -> list[str]:
-    """The training images, and how many labelled ones there are per class."""
+def _data(data: TrainingSet, batch: int) -> list[str]:
+    """The training images, and how many labelled ones there are per class and in a batch."""
     labelled, distilled = data.labelled_indices, data.unlabelled_indices
     both = ", labelled ones included" if {*labelled} <= {*distilled} else ""
     lines = [
@@ -255,6 +255,8 @@ def _data(data: TrainingSet) -> list[str]:
         shown = [f"{name} {counts[name]}" for name in names[:SHOWN]]
         rest = f", ... ({len(names)} classes)" if len(names) > SHOWN else ""
         lines.append(f"# labels: {', '.join(shown)}{rest}")
+    if batch > len(labelled):
+        lines.append(f"# train.batch={batch}: a step shows all labelled images, some repeatedly")
     return lines
 
 

@@ -178,6 +178,7 @@ def test_a_dry_run_shows_everything_and_trains_nothing(
     assert "pairs:" in out  # the resolved recipe
     assert "unlabelled_batch: 4" in out
     assert "# data: shapes, 6 images with labels, 12 to distil on" in out
+    assert "# train.batch" not in out
     assert "#   layer3 (192, 2, 2) -> up_blocks.0 (16, 32, 32)  mse x 1" in out
     assert "GFLOP per image" in out
     assert "# scratch: 5 steps of" in out
@@ -201,8 +202,10 @@ def test_a_dry_run_tells_labels_by_class_and_a_teacher_at_another_size(
     assert "# labels: cat 3, dog 2\n" in out
     assert "it was trained on 32x32 px and sees 64x64; teacher.image_size=[32,32] resizes" in out
     assert "made 5 train, 2 test, 1 val images" in err
-    assert main([*words, "teacher.image_size=32"]) == 0
-    assert "it was trained on" not in capsys.readouterr().out
+    assert main([*words, "teacher.image_size=32", "train.batch=6"]) == 0
+    out = capsys.readouterr().out
+    assert "it was trained on" not in out
+    assert "# train.batch=6: a step shows all labelled images, some repeatedly\n" in out
 
 
 @pytest.mark.parametrize(
