@@ -175,6 +175,16 @@ class Distiller(nn.Module):
             lesson.choice.weights,
         )
 
+    def learning(self) -> list[list[nn.Parameter]]:
+        """The weights with gradients: of student, projectors and second head together, and of each
+        reward head apart, so that clipping does not let a head slow down the student."""
+        heads = [self.reward_head, self.label_free]
+        apart = [list(head.parameters()) for head in heads if head is not None]
+        others = {id(weight) for weights in apart for weight in weights}
+        together = [weight for weight in self.parameters() if id(weight) not in others]
+        groups = [[x for x in weights if x.grad is not None] for weights in (together, *apart)]
+        return [group for group in groups if group]
+
     @torch.no_grad()
     def task_losses(self, images: Tensor, targets: Tensor) -> Tensor:
         """Of the student as it is, in evaluation mode: arguments as `forward`, (L, ...) -> (L,)."""

@@ -177,9 +177,12 @@ class Trainer:
         ]
         losses = merge(parts)
         with self.clock("optimizer"):
-            norm = self.accelerator.clip_grad_norm_(
-                self.distiller.parameters(), math.inf if train.clip is None else train.clip
-            )
+            most = math.inf if train.clip is None else train.clip
+            norms = [
+                self.accelerator.clip_grad_norm_(weights, most)
+                for weights in self.distiller.learning()
+            ]
+            norm = torch.stack(norms).max()
             self._check_finite(losses, norm, phase)
             with self._watched(batch) if phase.teach else nullcontext():
                 self.optimizer.step()

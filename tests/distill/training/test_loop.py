@@ -95,6 +95,16 @@ def test_clipping_limits_the_step(load: Load) -> None:
         assert torch.allclose(b, p, atol=1e-10, rtol=0)
 
 
+def test_clipping_a_reward_head_does_not_slow_the_student_down(load: Load) -> None:
+    plain, steep = (build(load("train.clip=0.1")) for _ in range(2))
+    assert steep.distiller.reward_head is not None
+    with torch.no_grad():
+        for weight in steep.distiller.reward_head.parameters():
+            weight.mul_(100)
+    assert steps(plain)[0].reward_head < steps(steep)[0].reward_head
+    assert_same(plain.student.state_dict(), steep.student.state_dict())
+
+
 @pytest.mark.parametrize(
     ("name", "loss"),
     [
