@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
 import torch
-from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
@@ -18,7 +17,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from teachers import loading
 from teachers.diffusion import DiffusionTeacher, View
 from teachers.guided_unet import Architecture, GuidedUNet
-from teachers.noise import NoiseSchedule
+from teachers.noise import NoiseSchedule, ddpm_scheduler
 
 Schedule = Literal["linear", "cosine"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -136,23 +135,15 @@ class GuidedDiffusion:
 
 
 def noise_schedule(schedule: Schedule, timesteps: int) -> NoiseSchedule:
-    """The schedule of a name, stretched to T timesteps.
+    """The schedule of a name, of T timesteps.
 
     Raises:
-        ValueError: an unknown name, or a linear schedule too short to be stretched.
+        ValueError: an unknown name, or too few timesteps.
     """
     if schedule not in get_args(Schedule):
         raise ValueError(f"unknown schedule {schedule!r}; choose from linear, cosine")
-    if timesteps < 20:
-        raise ValueError(f"timesteps must be at least 20 for these schedules, got {timesteps}")
-    stretch = 1000 / timesteps
-    scheduler = DDPMScheduler(
-        num_train_timesteps=timesteps,
-        beta_start=1e-4 * stretch,
-        beta_end=0.02 * stretch,
-        beta_schedule="linear" if schedule == "linear" else "squaredcos_cap_v2",
-    )
-    return NoiseSchedule.from_scheduler(scheduler)
+    beta_schedule = "linear" if schedule == "linear" else "squaredcos_cap_v2"
+    return NoiseSchedule.from_scheduler(ddpm_scheduler(beta_schedule, timesteps))
 
 
 def read(path: Path) -> dict[str, Tensor]:

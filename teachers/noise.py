@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 DENOISING = ("epsilon", "v_prediction", "sample")  # what a network predicts but in flow matching
@@ -28,6 +29,34 @@ def draw_noise(x: Tensor, source: Randomness) -> Tensor:
         return torch.stack(each).to(x.device)
     device = x.device if source is None else source.device
     return torch.randn(x.shape, generator=source, device=device).to(x.device)
+
+
+def ddpm_scheduler(
+    beta_schedule: str, timesteps: int, prediction_type: str = "epsilon"
+) -> DDPMScheduler:
+    """The scheduler of DDPM (Ho et al. 2020), or of improved DDPM (Nichol and Dhariwal 2021).
+
+    Args:
+        beta_schedule: diffusers' name: `linear`, 1e-4 to 0.02 at 1000 timesteps and in proportion
+            to 1000 / T at others (as in guided diffusion), or `squaredcos_cap_v2`, the cosine.
+        timesteps: T.
+        prediction_type: one of `DENOISING`.
+
+    Raises:
+        ValueError: too few timesteps; with 20, the last linear beta is 1 and leaves no signal.
+    """
+    least = 21 if beta_schedule == "linear" else 2
+    if timesteps < least:
+        raise ValueError(
+            f"timesteps must be at least {least} for the schedule {beta_schedule}, got {timesteps}"
+        )
+    return DDPMScheduler(
+        num_train_timesteps=timesteps,
+        beta_start=1e-4 * 1000 / timesteps,
+        beta_end=0.02 * 1000 / timesteps,
+        beta_schedule=beta_schedule,
+        prediction_type=prediction_type,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -96,19 +96,17 @@ def _loop(training: TeacherTraining, last: Path, log: RunLog | None) -> None:
             began = time.monotonic()
             images = next(batches)[0].to(accelerator.device, non_blocking=True)
             waited = time.monotonic() - began
-            loss = training.train_step(images)
-            training.total += loss
+            training.train_step(images)
             step = training.step
             count = len(images) * accelerator.num_processes
             progress.update(count, {"loss": training.loss}, waited)
             if log and (step % config.log_every == 0 or step == config.steps):
                 training.settle()
                 rate = training.optimizer.param_groups[0]["lr"]
-                mean = training.total.item() / (step - training.logged)
+                mean = training.mean_loss()
                 log.scalars(
                     step, {"loss/denoising": mean, "lr": rate, "images_per_second": progress.rate}
                 )
-                training.total, training.logged = torch.zeros_like(training.total), step
             asked = stop_of_any(stop, accelerator)
             if main and (step % config.checkpoint_every == 0 or step == config.steps or asked):
                 checkpoint.save(last, training.state())

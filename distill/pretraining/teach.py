@@ -24,6 +24,7 @@ from distill.teacher_config import DiffusionConfig, TeacherTrainConfig, UNetConf
 from distill.training.late import Late
 from distill.training.optim import lr_factor
 from teachers.ddpm import build_unet, denoising_loss, load_pipeline, sample_images
+from teachers.noise import ddpm_scheduler
 
 SHOWN = 128
 """Width in px up to which samples are enlarged in their picture."""
@@ -77,8 +78,7 @@ class TeacherTraining:
             self.unet.parameters(), decay=config.ema, use_ema_warmup=True, foreach=True
         )
         self.step, self.loss = 0, math.nan
-        self.total, self.logged = torch.zeros((), device=accelerator.device), 0
-        """Sum of the losses since the step of the last row of the log, and that step."""
+        self._sum, self._asked = torch.zeros((), device=accelerator.device), 0  # of `mean_loss`
         self._late: Late | None = None
 
     def train_step(self, images: Tensor) -> Tensor:
@@ -109,7 +109,14 @@ class TeacherTraining:
         if self._late.arrived:
             self.settle()
         self.step += 1
+        self._sum += loss
         return loss
+
+    def mean_loss(self) -> float:
+        """Mean loss of the steps since this was last asked."""
+        mean = self._sum.item() / (self.step - self._asked)
+        self._sum, self._asked = torch.zeros_like(self._sum), self.step
+        return mean
 
     def settle(self) -> None:
         """Read the newest step's loss into `loss`. Raises UserError if it is not finite."""
@@ -149,8 +156,8 @@ class TeacherTraining:
             "unet": self.unet.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "total": self.total.cpu(),
-            "logged": self.logged,
+            "total": self._sum.cpu(),
+            "logged": self._asked,
         }
 
     def load_state(self, state: dict[str, Any], source: Path) -> None:
@@ -165,7 +172,7 @@ class TeacherTraining:
         self.average.to(self.accelerator.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        self.total, self.logged = state["total"].to(self.total), state["logged"]
+        self._sum, self._asked = state["total"].to(self._sum), state["logged"]
 
 
 def _network(
@@ -192,16 +199,8 @@ def _network(
             layers_per_block=unet.layers_per_block,
             attention_levels=unet.attention_levels,
         )
-    if diffusion.beta_schedule == "linear" and diffusion.timesteps <= 20:
-        raise UserError(
-            "diffusion.timesteps: must be above 20 for a linear schedule, got "
-            f"{diffusion.timesteps}"
+    with blame("diffusion"):
+        scheduler = ddpm_scheduler(
+            diffusion.beta_schedule, diffusion.timesteps, diffusion.prediction_type
         )
-    stretch = 1000 / diffusion.timesteps
-    return network, DDPMScheduler(
-        num_train_timesteps=diffusion.timesteps,
-        beta_start=1e-4 * stretch,
-        beta_end=0.02 * stretch,
-        beta_schedule=diffusion.beta_schedule,
-        prediction_type=diffusion.prediction_type,
-    )
+    return network, scheduler

@@ -263,7 +263,7 @@ def test_a_rescaled_index_is_told_in_thousandths_of_the_schedule(state, tmp_path
     ("options", "pattern"),
     [
         ({"schedule": "sigmoid"}, "unknown schedule 'sigmoid'; choose from linear, cosine"),
-        ({"timesteps": 4}, "timesteps must be at least 20 .*, got 4"),
+        ({"timesteps": 20}, "timesteps must be at least 21 for the schedule linear, got 20"),
         ({"head_channels": 48}, r"model\.pt: head_channels 48 does not divide the 64 channels"),
         ({"head_channels": 0}, "head_channels 0 does not divide the 64 channels"),
         ({"heads": 3}, "heads 3 does not divide the 64 channels"),
