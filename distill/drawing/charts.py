@@ -162,11 +162,11 @@ def noise_floor(
     timesteps: ArrayLike,
     noise_fraction: ArrayLike,
 ) -> None:
-    """Write the share of the target that is noise, by pair and timestep.
+    """Write the target-noise floor by pair and timestep.
 
     Args:
         path: A PNG.
-        floors: Name of a pair -> (K,) shares, None where none was measured.
+        floors: Name of a pair -> (K,) variances, None where none was measured.
         timesteps: (K,) ascending.
         noise_fraction: (K,) share of noise in x_t at each of them, in [0, 1].
     """
@@ -181,7 +181,7 @@ def noise_floor(
         axes.set_ylim(bottom=0.0)
         margin = max(1.0, 0.03 * (at[-1] - at[0]))
         axes.set_xlim(at[0] - margin, at[-1] + margin)  # whichever were measured
-        axes.set(xlabel="timestep t", ylabel="share of the target's variance")
+        axes.set(xlabel="timestep t", ylabel="least mean squared error")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         above = axes.twiny()
         shown = slice(None, None, max(1, -(-len(at) // 8)))

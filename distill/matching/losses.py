@@ -140,11 +140,12 @@ class FeatureLoss(nn.Module):
 
     @torch.no_grad()
     def noise_floor(self, student_map: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """The share of the target's variance that is due to noise, which no student can predict.
+        """The target's variance over draws of the noise, which no student can predict.
 
-        Half the mean squared difference of two draws estimates the variance over draws without
-        bias; in units of the standardised target, so that 1 is all of its variance. It is the
-        least `mse` that a perfect student is left with.
+        Half the mean squared difference of two draws estimates it without bias. It is the least
+        `mse` that a perfect student is left with, and has that loss's units: if targets are
+        standardised, those of their variance over all images and timesteps. (So it is not the
+        share of the variance at one timestep, which may be smaller or larger than that.)
 
         Args:
             student_map: (B, Cs, hs, ws), the finest of the student's; only its size matters.

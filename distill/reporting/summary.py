@@ -117,8 +117,8 @@ def report(summary: Mapping[str, Any]) -> str:
         arms = f"{policy['effective_arms']:.1f} effective of {len(policy['timesteps'])}"
         rows.append(("preferred timesteps", f"{preferred(policy)}; {arms} ({policy['name']})"))
     if floor := (summary["noise_floor"] or {}).get("mean"):
-        shares = ", ".join(f"{value:.2f} ({pair})" for pair, value in floor.items())
-        rows.append(("target noise", f"{shares} of a variance of 1"))
+        least = ", ".join(f"{value:.2f} ({pair})" for pair, value in floor.items())
+        rows.append(("target-noise floor", f"{least}, the least mse"))
     rows.append(("time", f"{summary['wall_seconds']:.0f} s, {summary['hardware']}"))
     rows.append(("student", summary["student"]))
     width = max(len(name) for name, _ in rows)

@@ -51,7 +51,7 @@ def _floor(run: FinishedRun, path: Path) -> tuple[list[Block], list[str]]:
         [pair, pick.teacher, f"{pick.weight:g}", pick.loss, f"{mean:.3f}"]
         for (pair, mean), pick in zip(floor["mean"].items(), run.config.pairs, strict=True)
     ]
-    caption = "Target noise by pair: the share of the target's variance that the noise makes"
+    caption = "Variance of each pair's target over draws of the noise, in the units of its loss"
     where = "of mixtures, by their mean timestep" if mixes(run.config) else "at each timestep"
     blocks: list[Block] = [
         Picture(
