@@ -44,6 +44,17 @@ def build_accelerator(device: str) -> Accelerator:
     return Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[unused])
 
 
+def single_process(device: str, command: str) -> Accelerator:
+    """The device of a command that computes and writes in one process."""
+    accelerator = build_accelerator(device)
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"{command} needs one process, got {accelerator.num_processes}; start it without "
+            "torchrun or accelerate launch"
+        )
+    return accelerator
+
+
 def build_benchmark(data: DataConfig) -> Benchmark:
     """The benchmark that `data` names."""
     benchmark: Benchmark = open_data(data, "benchmarks")

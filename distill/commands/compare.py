@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from distill import checkpoint
-from distill.commands.evaluate import evaluate_subject, one_process, subject_recipe
+from distill.build import single_process
+from distill.commands.evaluate import evaluate_subject, subject_recipe
 from distill.config import RunConfig
 from distill.deployment.folder import read_card, student_folder
 from distill.errors import UserError, blame
@@ -225,7 +226,7 @@ def _measure(
     backbones, sizes = [], []
     for result in results:
         config = build_config(RunConfig, result["recipe"], where=f"recipe of {result['subject']}")
-        accelerator = one_process(config.device)
+        accelerator = single_process(config.device, "compare")
         height, width = result["size"]
         subject = parse_subject(result["subject"])
         backbones.append(open_backbone(subject, config, (height, width), accelerator.device))

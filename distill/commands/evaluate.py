@@ -16,11 +16,10 @@ from accelerate import Accelerator
 
 from distill import checkpoint
 from distill.benchmarks import Benchmark
-from distill.build import TrainingSet, build_accelerator, build_benchmark, build_training_set
+from distill.build import TrainingSet, build_benchmark, build_training_set, single_process
 from distill.config import RunConfig
 from distill.data import as_float, fingerprint
 from distill.deployment.folder import read_card, student_folder
-from distill.errors import UserError
 from distill.evaluation import pictures
 from distill.evaluation.backbones import Subject, parse_subject
 from distill.evaluation.counting import Tally, predicted
@@ -89,7 +88,7 @@ def evaluate_subject(
     is None."""
     began = time.monotonic()
     subject, config = subject_recipe(text, overrides, protocol, benchmark, beside)
-    accelerator = one_process(config.device)
+    accelerator = single_process(config.device, "evaluate")
     result: dict[str, Any] = {"subject": text, "protocol": protocol}
     draw: Callable[[Path], None] | None = None
     if protocol == "label_efficient":
@@ -132,17 +131,6 @@ def subject_recipe(
     chosen = [f"data.benchmark={benchmark}", *overrides] if benchmark else overrides
     given = FINETUNE if protocol == "finetune" else {}
     return subject, subject_config(subject, chosen, given, beside)
-
-
-def one_process(device: str) -> Accelerator:
-    """The device. Protocols fit, write and draw in a single process."""
-    accelerator = build_accelerator(device)
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"evaluate and compare need one process, got {accelerator.num_processes}; start "
-            "them without torchrun or accelerate launch"
-        )
-    return accelerator
 
 
 def _fit(

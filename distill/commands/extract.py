@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distill.augmentation import augmentation
-from distill.build import build_accelerator, build_training_set
+from distill.build import build_training_set, single_process
 from distill.caching.cache import FeatureCache
 from distill.caching.plan import cached_examples
 from distill.config import RunConfig
@@ -40,7 +40,7 @@ def extract(config: RunConfig) -> str:
     if config.teacher.cache is None:
         raise UserError("teacher.cache: name the folder to fill, such as teacher.cache=caches/mine")
     data = build_training_set(dataclasses.replace(config.data, memory_gb=0.0))
-    accelerator = build_accelerator(config.device)
+    accelerator = single_process(config.device, "teacher extract")
     config = fit_batch(config, data, accelerator)
     trainer = Trainer(config, "distilled", data, accelerator)
     trainer.open_cache()

@@ -18,6 +18,7 @@ from distill.build import (
     build_accelerator,
     build_teacher,
     build_training_set,
+    single_process,
     training_examples,
 )
 from distill.config import RunConfig
@@ -74,7 +75,7 @@ def survey(
     for option, value in (("timesteps", timesteps), ("seeds", seeds), ("images", images)):
         if value is not None and value < 1:
             raise UserError(f"--{option}: must be at least 1, got {value}")
-    device = build_accelerator(config.device).device
+    device = single_process(config.device, "probe").device
     data, train, val = _images(config, images)
     dense = _dense(data.benchmark, probe)
     teacher = _teacher(config, layers, data.size, device)

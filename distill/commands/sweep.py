@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from distill import checkpoint
-from distill.build import build_accelerator
+from distill.build import single_process
 from distill.commands.dry_run import Trial, try_recipe
 from distill.commands.train import run
 from distill.config import RunConfig
@@ -67,8 +67,7 @@ def sweep(
     """
     study = load_study(file, overrides)
     chosen = study.choose(only, seeds)
-    if build_accelerator(next(iter(study.cells.values())).device).num_processes > 1:
-        raise UserError("sweep trains in one process; start it without torchrun")
+    single_process(next(iter(study.cells.values())).device, "sweep")
     option, folder = ("--out", Path(out)) if out else ("output", study.folder)
     checkpoint.check_folder(option, folder)
     _check_folders(study)

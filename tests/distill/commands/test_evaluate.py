@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from distill import checkpoint
+from distill import build, checkpoint
 from distill.cli import main
 from distill.commands import evaluate as command
 from distill.commands.evaluate import evaluate_subject
@@ -181,8 +181,8 @@ def test_several_processes_are_refused(
     finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = SimpleNamespace(num_processes=2)
-    monkeypatch.setattr(command, "build_accelerator", lambda device: two)
-    assert "need one process, got 2; start them without" in refused(capsys, finished_run)
+    monkeypatch.setattr(build, "build_accelerator", lambda device: two)
+    assert "evaluate needs one process, got 2; start it without" in refused(capsys, finished_run)
 
 
 def test_mistakes_are_one_line(
