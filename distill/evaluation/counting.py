@@ -183,30 +183,20 @@ def predicted(logits: Tensor, truth: Tensor) -> Tensor:
 def predicted_classes(logits: Tensor, size: tuple[int, ...]) -> Tensor:
     """The best class. logits: (C,) -> (), or (C, h, w) -> `size` = (H, W); int64.
 
-    Logits are resized (bilinear), those of large images in strips of rows, one after the other.
+    Logits are resized (bilinear), those of large images some classes at a time.
     """
     if not size:
         return logits.argmax()
-    height, width = size
-    rows = max(1, LARGEST_LOGITS // (len(logits) * width))
-    if rows >= height:
-        return _best(F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0])
-    last = logits.shape[1] - 1
-    # Where the rows lie among those of the logits, as `F.interpolate` has it.
-    at = torch.arange(height, device=logits.device) + 0.5
-    at = (at * ((last + 1) / height) - 0.5).clamp(0, last)
-    strips = []
-    for place in torch.split(at, rows):
-        above = place.long()
-        below = (above + 1).clamp(max=last)
-        strip = torch.lerp(logits[:, above], logits[:, below], (place - above)[:, None])
-        shape = (len(place), width)
-        strips.append(_best(F.interpolate(strip[None], shape, mode="bilinear")[0]))
-    return torch.cat(strips)
-
-
-def _best(logits: Tensor) -> Tensor:
-    return logits.max(0).indices  # argmax over a leading dimension takes ten times as long
+    at_once = max(1, LARGEST_LOGITS // math.prod(size))
+    best, classes = logits.new_full(size, -math.inf), logits.new_zeros(size, dtype=torch.int64)
+    for start in range(0, len(logits), at_once):
+        some = logits[None, start : start + at_once]
+        # `max`, as argmax over a leading dimension takes ten times as long
+        values, indices = F.interpolate(some, size, mode="bilinear")[0].max(0)
+        better = values > best
+        best = torch.where(better, values, best)
+        classes = torch.where(better, indices + start, classes)
+    return classes
 
 
 def _by_name(names: tuple[str, ...], shares: tuple[float, ...]) -> dict[str, float | None]:
