@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from distill.augmentation import Strength, augmentation
-from distill.benchmarks import Benchmark, Examples
+from distill.benchmarks import Benchmark, Examples, notice
 from distill.build import Unlabelled
 from distill.config import DataConfig
 from distill.data import Augmented, Draw, Resized, choose_labelled
@@ -52,8 +52,9 @@ def held_out(benchmark: Benchmark) -> tuple[str, Examples]:
         examples = benchmark.dataset("val")
         if len(examples):
             return "val", examples
-    except (UserError, OSError):
-        pass  # a folder of images, or somebody's benchmark without that folder
+    except (UserError, OSError) as error:
+        if benchmark.task is not None:  # a folder of images has none
+            notice(f"the card's losses are of training images, as val was not read: {error}")
     return "train", benchmark.dataset("train")
 
 
