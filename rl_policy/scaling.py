@@ -16,9 +16,9 @@ MOMENTUM = 0.99
 class RunningScale(nn.Module):
     """Standardises by a running mean and variance of the samples seen so far.
 
-    At first these are the mean and variance of all samples; after 1 / (1 - MOMENTUM) updates they
-    become exponential averages, because rewards and features drift while the networks that make
-    them learn. Before the first update the input is returned unchanged.
+    At first these are the mean and variance over all updates, which count equally; after
+    1 / (1 - MOMENTUM) of them they become exponential averages, because rewards and features drift
+    while the networks that make them learn. Before the first update samples are only clipped.
 
     Args:
         *shape: of one sample; none for a scalar such as the reward.

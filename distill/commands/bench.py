@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distill import checkpoint
-from distill.build import build_accelerator, build_teacher, build_training_set
+from distill.build import build_teacher, build_training_set, single_process
 from distill.config import (
     DataConfig,
     PairConfig,
@@ -76,12 +76,8 @@ def bench(
     """
     if batch < 2 or rounds < 1:
         raise UserError(f"bench: needs at least 2 images and 1 round, got {batch} and {rounds}")
-    if out is not None and (Path(out).suffix == ".png" or Path(out).is_dir()):
-        raise UserError(
-            f"--out: {out} must be a JSON file, such as bench.json (a chart goes beside it)"
-        )
-    if out is not None and not Path(out).parent.is_dir():
-        raise UserError(f"--out: there is no folder {Path(out).parent}")
+    if out is not None:
+        checkpoint.check_json("--out", Path(out))
     with tempfile.TemporaryDirectory() as scratch:
         config = _config(Path(scratch), batch, layer, teacher, compile)
         build_teacher(config, layers=[layer], asked_by="--layer")  # a wrong one shows here
@@ -229,7 +225,7 @@ def _naive(config: RunConfig) -> RunConfig:
 
 def _case(config: RunConfig, whole: bool = False) -> Case:
     """A trainer that took a step, its cache filled for every timestep of its images."""
-    accelerator = build_accelerator(config.device)
+    accelerator = single_process(config.device, "bench")
     device = accelerator.device
     before = 0
     if device.type == "cuda":

@@ -64,8 +64,10 @@ def predict(
         UserError: A mistake, before anything is written; or, once all others are predicted, images
             that could not be read.
     """
+    folder = Path(out)
+    checkpoint.check_folder("--out", folder)
     opened = open_model(model, trust=trust)
-    what, folder = opened.metadata["what"], Path(out)
+    what = opened.metadata["what"]
     results = [folder / kind for kind in MASKS] if what == "segmenter" else []
     pictures = find_pictures(images, results)
     _check_free(folder, pictures, what, force)

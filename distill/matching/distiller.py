@@ -149,7 +149,16 @@ class Distiller(nn.Module):
             supervised = task + self.auxiliary_weight * self._task(second, targets).mean()
         if teach is None:
             nothing = images.new_zeros(0)
-            return Losses(supervised, task.detach(), zero, zero, {}, nothing, nothing, nothing)
+            return Losses(
+                total=supervised,
+                task=task.detach(),
+                feature=zero,
+                reward_head=zero,
+                rewards={},
+                context=nothing,
+                bins=nothing,
+                floor=nothing,
+            )
         context = self.contexts(images, maps)
         lesson = teach(context)
         feature, floor = zero, []
@@ -164,15 +173,15 @@ class Distiller(nn.Module):
         heads, rewards = self._rewards(lesson, maps, targets)
         total = task_weight * supervised + self.feature_weight * feature + heads
         return Losses(
-            total,
-            task.detach(),
-            feature.detach(),
-            heads.detach(),
-            rewards,
-            context,
-            lesson.choice.bins,
-            torch.stack(floor) if floor else images.new_zeros(0),
-            lesson.choice.weights,
+            total=total,
+            task=task.detach(),
+            feature=feature.detach(),
+            reward_head=heads.detach(),
+            rewards=rewards,
+            context=context,
+            bins=lesson.choice.bins,
+            floor=torch.stack(floor) if floor else images.new_zeros(0),
+            weights=lesson.choice.weights,
         )
 
     def learning(self) -> list[list[nn.Parameter]]:

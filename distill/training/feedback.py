@@ -87,15 +87,12 @@ class Feedback:
             labelled: How many of its images have labels; the first ones.
             *mixed: Of a mixture the weights (B, K), and the gradients (B, K) of each image's loss.
         """
-        lengths = [len(losses.rewards.get(name, range(labelled))) for name in self.rewards.weights]
-        count = max(lengths)
+        later = losses.context.new_zeros(labelled)  # of `watching`
+        rewards = [losses.rewards.get(name, later) for name in self.rewards.weights]
+        count = max(map(len, rewards))
         image = torch.arange(count, device=losses.context.device)
-        later = losses.context.new_zeros(count)  # of `watching`
-        earned = [
-            F.pad(losses.rewards.get(name, later), (0, count))[:count]
-            for name in self.rewards.weights
-        ]
-        known = [image < length for length in lengths]
+        earned = [F.pad(reward, (0, count - len(reward))) for reward in rewards]
+        known = [image < len(reward) for reward in rewards]
         whose = image.new_full((labelled,), -1) if places is None else places
         chosen = mixed or (losses.bins[:, None],)
         self._rows.add(

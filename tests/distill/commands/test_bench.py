@@ -133,8 +133,8 @@ def test_the_network_is_the_published_one() -> None:
         (["--batch", "1"], "bench: needs at least 2 images and 1 round, got 1 and 5"),
         (["--rounds", "0"], "bench: needs at least 2 images and 1 round, got 64 and 0"),
         (["--layer", "mid_blok"], "--layer: no layer 'mid_blok'; did you mean 'mid_block'?"),
-        (["--out", "nowhere/at/all.json"], "--out: there is no folder nowhere/at"),
-        (["--out", "."], "--out: . must be a JSON file, such as bench.json"),
+        (["--out", "nowhere/at/all.json"], "--out: nowhere/at/all.json must be a .json file in a"),
+        (["--out", "."], "--out: . must be a .json file in a folder that exists"),
         (["--teacher", "nowhere/at/all"], "nowhere/at/all"),
     ],
 )

@@ -191,7 +191,7 @@ def test_mistakes_are_one_line_before_anything_is_written(
     assert "open it with --trust" in refuse("predict", script, pictures / "a" / "b", *out)
     assert not (tmp_path / "out").exists()
     words = ("predict", finished_run, pictures / "a" / "b", "--out", pictures / "notes.txt")
-    assert "notes.txt: File exists" in refuse(*words)
+    assert "notes.txt is not a writable directory" in refuse(*words)
 
 
 def test_a_dot_in_a_name_makes_two_images_not_one(
