@@ -24,7 +24,7 @@ from distill.matching.losses import FeatureLoss
 from distill.options import checked_options
 from distill.own_benchmark import OwnBenchmark
 from distill.policies import build_rewards, reward_layer
-from distill.precision import warn_if_slow
+from distill.precision import resolve_dtype, warn_if_slow
 from distill.registry import lacks, resolve
 from distill.tasks import traits
 from students.student import LayerError as StudentLayerError
@@ -205,7 +205,7 @@ def build_teacher(
         "input": teacher.input,
         "draws": teacher.draws,
         "image_size": teacher.image_size,
-        "dtype": getattr(torch, teacher.dtype),
+        "dtype": getattr(torch, teacher_dtype(config)),
         "random_weights": teacher.random_weights if random_weights is None else random_weights,
         "compile": teacher.compile,
     }
@@ -228,6 +228,11 @@ def build_teacher(
             "(teachers/protocol.py)"
         )
     return built
+
+
+def teacher_dtype(config: RunConfig) -> str:
+    """The name of the dtype that the teacher computes in, on the device of the run."""
+    return resolve_dtype(config.teacher.dtype, build_accelerator(config.device).device.type)
 
 
 def has_members(factory: Callable[..., Any]) -> bool:

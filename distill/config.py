@@ -20,21 +20,6 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Options = dict[str, Any]
 
 
-def fast_dtype() -> Literal["float32", "bfloat16"]:
-    """bfloat16 where the GPU, or without one the CPU, has instructions for it, else float32."""
-    import torch  # configs alone do without
-
-    from distill.precision import computes_bfloat16
-
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return "bfloat16" if computes_bfloat16(kind) else "float32"
-
-
-def fast_precision() -> Literal["bf16", "no"]:
-    """bf16 where `fast_dtype` is bfloat16, otherwise no autocast."""
-    return "bf16" if fast_dtype() == "bfloat16" else "no"
-
-
 def _once(entries: list[Any]) -> list[Any]:
     twice = next((entry for entry in entries if entries.count(entry) > 1), None)
     if twice is not None:
@@ -122,9 +107,9 @@ class TeacherConfig:
     """Number of noise draws for `average`; the teacher's cost is proportional to it."""
     image_size: HeightWidth | None = None
     """Images are resized to this for the teacher; by default they keep their size."""
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(default_factory=fast_dtype)
-    """Precision of the teacher's forward pass. By default bfloat16 where the GPU, or without one
-    the CPU, has instructions for it, and float32 elsewhere."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the teacher's forward pass. `auto`: bfloat16 where the device has instructions
+    for it, and float32 elsewhere."""
     compile: bool = False
     """Compile the teacher with `torch.compile`; slow to start, faster on a GPU."""
     labels: bool = False
@@ -309,8 +294,8 @@ class TrainConfig:
     """Decay of the student's moving average, which is what is scored and exported; 0 for none. It
     begins anew with each stage of `distill_then_finetune`, as the mean of the stage's weights so
     far, up to 1 / (1 - ema) steps."""
-    precision: Literal["bf16", "no"] = Field(default_factory=fast_precision)
-    """Autocast of the student. By default bf16 where `teacher.dtype` is bfloat16 by default."""
+    precision: Literal["auto", "bf16", "no"] = "auto"
+    """Autocast of the student. `auto`: bf16 where the device has instructions for it."""
     channels_last: bool = True
     """Memory format of the student's images and weights."""
     log_every: Count = 10

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from teachers.arithmetic import Replaced, group_norm
 
+Precision = Literal["auto", "bf16", "no"]
 LONG = 512
 """Number of keys from which attention trains faster in bfloat16 on a CPU with AMX."""
 HEAVY = 8
@@ -36,6 +37,20 @@ def computes_bfloat16(kind: str) -> bool:
     return kernels() and (able is None or any(able.get(name) for name in names))
 
 
+def resolve_dtype(dtype: str, kind: str) -> str:
+    """The name of the dtype that `teacher.dtype` asks for on a kind of device, `cuda` or `cpu`."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if computes_bfloat16(kind) else "float32"
+
+
+def resolve_precision(precision: Precision, kind: str) -> Literal["bf16", "no"]:
+    """What `precision` asks for on a kind of device, `cuda` or `cpu`."""
+    if precision != "auto":
+        return precision
+    return "bf16" if computes_bfloat16(kind) else "no"
+
+
 @functools.cache
 def warn_if_slow(asked: str, instead: str, kind: str) -> None:
     """Warn once if a recipe asks for bfloat16 where it is emulated.
@@ -53,11 +68,11 @@ def warn_if_slow(asked: str, instead: str, kind: str) -> None:
 
 
 @contextmanager
-def autocast(device: torch.device, precision: Literal["bf16", "no"]) -> Iterator[None]:
+def autocast(device: torch.device, precision: Precision) -> Iterator[None]:
     """Compute forward passes in `precision`, with faster replacements where torch is slow on a
     CPU."""
-    low = precision == "bf16"
-    if low:
+    low = resolve_precision(precision, device.type) == "bf16"
+    if precision == "bf16":
         warn_if_slow("precision=bf16", "precision=no", device.type)
     with torch.autocast(device.type, torch.bfloat16, enabled=low):
         if low and device.type == "cpu":

@@ -193,9 +193,16 @@ def first_difference(
     for key in old | new:
         if key in ("device", "data.options.skip") or key in places:
             continue
-        if old.get(key) != new.get(key):
+        if differs(key, old.get(key), new.get(key)):
             return Difference(key, old.get(key), new.get(key))
     return None
+
+
+def differs(key: str, before: Any, now: Any) -> bool:
+    """Whether the value of a key is another one now. A precision that is left to the machine
+    (`auto`) is what any machine chose before."""
+    left = key in ("teacher.dtype", "train.precision", "precision") and now == "auto"
+    return bool(before != now) and not left
 
 
 def refuse_changes(

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from distill.config import STRICT, Count, DataConfig, Options, Positive, RunName, fast_precision
+from distill.config import STRICT, Count, DataConfig, Options, Positive, RunName
 
 UNET_SIZES: dict[str, Options] = {
     "tiny": {
@@ -94,8 +94,8 @@ class TeacherTrainConfig:
     """Largest gradient norm."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Largest decay of the moving average that becomes the teacher."""
-    precision: Literal["bf16", "no"] = Field(default_factory=fast_precision)
-    """Autocast. By default bf16 where the GPU, or without one the CPU, has instructions for it."""
+    precision: Literal["auto", "bf16", "no"] = "auto"
+    """Autocast. `auto`: bf16 where the device has instructions for it."""
     compile: bool = False
     """Compile the network with `torch.compile`; a minute to start, faster on a GPU."""
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from distill.build import TrainingSet
+from distill.build import TrainingSet, teacher_dtype
 from distill.caching.cache import FeatureCache, Plan, Stored
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
@@ -63,7 +63,7 @@ def plan_cache(
             for layer, x in maps.items()
         }
 
-    dtype, flips = getattr(torch, teacher.dtype), 1 if strength == "none" else 2
+    dtype, flips = getattr(torch, teacher_dtype(config)), 1 if strength == "none" else 2
     plan = Plan(len(cached_examples(config, data)), flips, bins, stored(dtype, could=False))
     pooled = [
         f"pairs.{index}.pooled=true"
@@ -170,7 +170,7 @@ def cache_origin(
         "teacher.input": config.teacher.input,
         "teacher.draws": config.teacher.draws if config.teacher.input == "average" else 1,
         "teacher.image_size": config.teacher.image_size,
-        "teacher.dtype": config.teacher.dtype,
+        "teacher.dtype": teacher_dtype(config),
         "teacher.compile": config.teacher.compile,
         "teacher.options": config.teacher.options,
         "layers": {name: [*x.shape, str(x.dtype)] for name, x in plan.layers.items()},

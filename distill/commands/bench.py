@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distill import checkpoint
-from distill.build import build_teacher, build_training_set, single_process
+from distill.build import build_teacher, build_training_set, single_process, teacher_dtype
 from distill.config import (
     DataConfig,
     PairConfig,
@@ -116,7 +116,7 @@ def _figures(cases: Mapping[str, Case], rounds: int) -> dict[str, Any]:
     assert isinstance(ours.teacher, DiffusionTeacher)
     used, whole = ours.teacher.flops(32)
     student = _student_flops(cases["ours"]) / batch
-    dtype = ours.config.teacher.dtype
+    dtype = teacher_dtype(ours.config)
     peak = _product_rate(device, getattr(torch, dtype))
     mine = parts["ours"]
     policy = mine["policy"] + _reward_seconds(ours, cases["ours"].batch)

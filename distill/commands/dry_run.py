@@ -20,6 +20,7 @@ from distill.build import (
     embedded,
     has_members,
     in_order,
+    teacher_dtype,
 )
 from distill.commands.train import resumed
 from distill.config import Arm, RunConfig
@@ -219,7 +220,7 @@ def _pairs(trainer: Trainer) -> list[str]:
         used, whole = (count / 1e9 for count in cost)
         lines.append(
             f"#   teacher: {used:.2f} of {whole:.2f} GFLOP per image, stops early; "
-            f"{trainer.config.teacher.dtype}"
+            f"{teacher_dtype(trainer.config)}"
         )
     if isinstance(trainer.policy, MixingPolicy):
         looks = len(trainer.timesteps)

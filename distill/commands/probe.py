@@ -19,6 +19,7 @@ from distill.build import (
     build_teacher,
     build_training_set,
     single_process,
+    teacher_dtype,
     training_examples,
 )
 from distill.config import RunConfig
@@ -154,6 +155,7 @@ def _settings(config: RunConfig, data: TrainingSet, teacher: Teacher) -> dict[st
         "data (fingerprint)": data.fingerprint,
         "teacher (fingerprint)": teacher.fingerprint,
         "layers": list(teacher.layers),
+        "computed in": teacher_dtype(config),
     }
 
 

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast
 
 from distill import checkpoint
 from distill.benchmarks import Benchmark, Examples
-from distill.build import TrainingSet, build_accelerator, build_training_set
+from distill.build import TrainingSet, build_accelerator, build_training_set, teacher_dtype
 from distill.config import Arm, RunConfig
 from distill.costs.flops import flops
 from distill.data import as_float, fingerprint, spread
@@ -26,6 +26,7 @@ from distill.evaluation.backbones import predictor
 from distill.evaluation.counting import predicted
 from distill.evaluation.pictures import Shown
 from distill.evaluation.scoring import held_out_examples
+from distill.precision import resolve_precision
 from distill.recipe import PLACES, check_recipe, load_config, refuse_changes, to_tree, to_yaml
 from distill.reporting.summary import summarise
 from distill.studies.comparison import main_arm
@@ -209,6 +210,10 @@ def _finish_arm(
         "parts": parts,
         "flops": flops(student, trainer.teacher, trainer.data.size),
         "hardware": hardware(trainer.accelerator.device),
+        "computed_in": {
+            "teacher": teacher_dtype(config) if trainer.teacher else None,
+            "student": resolve_precision(config.train.precision, trainer.accelerator.device.type),
+        },
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -18,7 +18,7 @@ from distill import seeding
 from distill.build import Unlabelled, build_benchmark, embedded, image_size, training_examples
 from distill.data import choose_labelled, fingerprint
 from distill.errors import UserError, blame
-from distill.precision import autocast
+from distill.precision import autocast, resolve_precision
 from distill.recipe import check_recipe, to_tree
 from distill.teacher_config import DiffusionConfig, TeacherTrainConfig, UNetConfig
 from distill.training.late import Late
@@ -122,7 +122,8 @@ class TeacherTraining:
         """Read the newest step's loss into `loss`. Raises UserError if it is not finite."""
         if self._late is not None:
             late, self._late = self._late, None
-            also = ", or precision=no" if self.config.precision == "bf16" else ""
+            low = resolve_precision(self.config.precision, self.accelerator.device.type) == "bf16"
+            also = ", or precision=no" if low else ""
             self.loss = late.read_finite(lambda step: f"a smaller lr{also}")["loss"]
 
     def averaged(self) -> UNet2DModel:

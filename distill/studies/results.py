@@ -18,6 +18,7 @@ from distill.drawing import charts
 from distill.errors import UserError, one_line
 from distill.intervals import Interval
 from distill.metrics import LOWER_IS_BETTER, TITLES, in_points
+from distill.recipe import differs
 from distill.studies.comparison import estimate, gains, main_arm, spoken
 from distill.studies.records import METRICS, is_score, read_result, read_summary
 from distill.studies.study import Cell, Study, run_folder
@@ -119,7 +120,11 @@ def kept_scores(study: Study, file: str) -> Scores:
             raise ValueError(f"metric is {about['metric']!r}")
         before = {"the study": results["overrides"]}
         recipe = results.get("recipe") or study.recipe  # older files tell of the overrides alone
-        changed = [key for key in recipe | study.recipe if recipe.get(key) != study.recipe.get(key)]
+        changed = [
+            key
+            for key in recipe | study.recipe
+            if differs(key, recipe.get(key), study.recipe.get(key))
+        ]
         scores = {}
         for arm, row in results["arms"].items():
             before[f"arm {arm}"] = [row["take"], *row["overrides"]]

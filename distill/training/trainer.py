@@ -19,13 +19,13 @@ from distill import seeding
 from distill.build import TrainingSet, build_distiller, build_teacher
 from distill.caching.cache import FeatureCache, Plan, check_origin
 from distill.caching.plan import cache_folder, cache_origin, open_cache, plan_cache
-from distill.config import Arm, RunConfig, fast_dtype
+from distill.config import Arm, RunConfig
 from distill.deployment.folder import load_backbone
 from distill.errors import UserError, blame, one_line
 from distill.matching.distiller import Losses, merge
 from distill.matching.lesson import Choice, Lesson, check_maps, choose, mixture
 from distill.policies import build_policy
-from distill.precision import autocast
+from distill.precision import autocast, resolve_dtype, resolve_precision
 from distill.recipe import check_recipe, to_tree
 from distill.training.batch import Batch
 from distill.training.clock import Clock, Timed, untimed
@@ -341,12 +341,14 @@ class Trainer:
         """What to try where something is not finite at a step: float16 ends at 65504, and at the
         first nothing was learnt yet."""
         most = self.config.train.feature_weight * max(pair.weight for pair in self.config.pairs)
+        kind = self.accelerator.device.type
+        precision = resolve_precision(self.config.train.precision, kind)
         tries = {
-            f"teacher.dtype={fast_dtype()}": (
+            f"teacher.dtype={resolve_dtype('auto', kind)}": (
                 self.teacher is not None and self.config.teacher.dtype == "float16"
             ),
             "a smaller train.lr": step > 0,
-            "train.precision=no": self.config.train.precision == "bf16",
+            "train.precision=no": precision == "bf16",
             "a smaller train.feature_weight or pairs.N.weight": bool(self.teacher) and most > 100,
             "another loss, teacher or student": step == 0,
         }

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from distill import checkpoint
 from distill.cli import main
-from distill.config import fast_dtype
 from distill.errors import UserError
+from distill.precision import resolve_dtype
 from distill.training.loop import checkpoint_path
 
 Refuse = Callable[..., str]
@@ -211,8 +211,8 @@ def test_a_teacher_that_leaves_float16_is_said_to(
     tensors = load_file(weights)
     save_file(tensors | {"conv_in.weight": 1e6 * tensors["conv_in.weight"]}, weights)
     large = [f"teacher.path={tmp_path / 'large'}", "teacher.dtype=float16"]
-    line = f"is not finite at step 0; start a new run (name=...) with teacher.dtype={fast_dtype()}"
-    assert line in refuse("train", recipe, *large)
+    remedy = f"start a new run (name=...) with teacher.dtype={resolve_dtype('auto', 'cpu')}"
+    assert f"is not finite at step 0; {remedy}" in refuse("train", recipe, *large)
     cache = ["data.augment=none", f"teacher.cache={tmp_path / 'cache'}"]
     assert main(["teacher", "extract", str(recipe), *large, *cache]) == 2
     line = "is not finite; try teacher.dtype=bfloat16, or float32"

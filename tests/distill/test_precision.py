@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from distill import precision
 from distill.build import build_teacher
-from distill.config import RunConfig, TeacherConfig, TrainConfig
-from distill.precision import HEAVY, LONG, autocast
+from distill.config import RunConfig, TrainConfig
+from distill.precision import HEAVY, LONG, autocast, resolve_precision
+from distill.recipe import first_difference
 from distill.teacher_config import TeacherTrainConfig
 
 CPU = torch.device("cpu")
@@ -124,13 +125,24 @@ def test_other_convolutions_are_left_to_torch(case: str) -> None:
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bfloat16_is_the_default_where_the_machine_computes_it(
-    monkeypatch: pytest.MonkeyPatch, fast: bool
+    load: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
     monkeypatch.setattr(precision, "computes_bfloat16", lambda kind: fast)
 
-    assert TeacherConfig().dtype == ("bfloat16" if fast else "float32")
+    weight = next(build_teacher(load("teacher.dtype=auto")).parts.parameters())  # type: ignore[attr-defined]
+    assert weight.dtype == (torch.bfloat16 if fast else torch.float32)
     for config in (TrainConfig(), TeacherTrainConfig()):
-        assert config.precision == ("bf16" if fast else "no")
+        assert resolve_precision(config.precision, "cpu") == ("bf16" if fast else "no")
+        with autocast(CPU, config.precision):
+            assert torch.is_autocast_enabled("cpu") == fast
+
+
+def test_a_run_may_go_on_where_another_precision_is_fast(load: Callable[..., RunConfig]) -> None:
+    chosen = load("teacher.dtype=bfloat16", "train.precision=bf16")
+    left = load("teacher.dtype=auto", "train.precision=auto")
+    assert first_difference(chosen, left) is None
+    difference = first_difference(left, chosen)
+    assert difference == ("teacher.dtype", "auto", "bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from distill.cli import main
 from distill.commands import report
 from distill.commands.report import write_report
-from distill.config import fast_dtype
 from distill.errors import UserError
 from distill.reporting.choices import load_policy, load_state
 from distill.reporting.page import Table, Text
@@ -100,7 +99,7 @@ def test_of_a_table_of_another_layer_no_finding_is_made(tmp_path: Path) -> None:
 def test_a_probe_with_other_settings_is_told_and_of_other_images_refused(tmp_path: Path) -> None:
     settings = {
         "teacher.image_size": None,
-        "teacher.dtype": fast_dtype(),
+        "teacher.dtype": "auto",
         "data.labelled": 200,
         "data.root": "elsewhere",
         "data.options": {"size": 64, "train": 8000, "test": 1000},
