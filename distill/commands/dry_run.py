@@ -64,20 +64,14 @@ def dry_run(config: RunConfig, *, resume: bool = False) -> str:
     ]
     total = 0.0
     for arm in config.train.arms:
-        trainer = Trainer(config, arm, data, accelerator)
-        if trainer.teacher is not None:
-            lines += _pairs(trainer)
-        if trainer.plan is not None:
-            trainer.check_cache()
-            lines.append(f"# {arm}: cache of {trainer.plan} in {config.teacher.cache}; not counted")
-        seconds = _step_seconds(trainer)
-        estimate = seconds * config.train.steps
+        trial = _try_arm(config, arm, data, accelerator)
+        estimate = trial.seconds * config.train.steps
         total += estimate
+        lines += trial.lines
         lines.append(
-            f"# {arm}: {config.train.steps} steps of {seconds:.2f} s, about {_clock(estimate)}"
+            f"# {arm}: {config.train.steps} steps of {trial.seconds:.2f} s, about "
+            f"{_clock(estimate)}"
         )
-        del trainer
-        accelerator.free_memory()  # for the next arm
     lines.append(f"# in all about {_clock(total)}, evaluation not counted; nothing was trained")
     if folder.exists() and not resume:
         lines.append(f"# {folder} exists: the run would need --resume or another name=")
@@ -96,16 +90,37 @@ class Trial(NamedTuple):
 def try_recipe(config: RunConfig) -> Trial:
     """Check a recipe as `dry_run` does."""
     config, data, _, accelerator = _prepare(config)
-    seconds, teachers = 0.0, {}
-    for arm in config.train.arms:
-        trainer = Trainer(config, arm, data, accelerator)
+    trials = {arm: _try_arm(config, arm, data, accelerator) for arm in config.train.arms}
+    return Trial(
+        config.train.steps * sum(trial.seconds for trial in trials.values()),
+        {arm: trial.teacher for arm, trial in trials.items() if trial.teacher is not None},
+    )
+
+
+class ArmTrial(NamedTuple):
+    """What two steps of an arm show."""
+
+    lines: list[str]
+    """About its teacher and its cache, to be printed."""
+    seconds: float
+    """Of a step."""
+    teacher: str | None
+    """Its fingerprint."""
+
+
+def _try_arm(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accelerator) -> ArmTrial:
+    """Build an arm and try two steps; its memory is free again afterwards."""
+    trainer = Trainer(config, arm, data, accelerator)
+    lines = [] if trainer.teacher is None else _pairs(trainer)
+    if trainer.plan is not None:
         trainer.check_cache()
-        seconds += config.train.steps * _step_seconds(trainer)
-        if trainer.teacher is not None:
-            teachers[arm] = trainer.teacher.fingerprint
-        del trainer
-        accelerator.free_memory()  # it holds on to every model that it prepared
-    return Trial(seconds, teachers)
+        lines.append(f"# {arm}: cache of {trainer.plan} in {config.teacher.cache}; not counted")
+    notice(f"{config.name}: trying two steps of {arm}")
+    fingerprint = None if trainer.teacher is None else trainer.teacher.fingerprint
+    trial = ArmTrial(lines, _step_seconds(trainer), fingerprint)
+    del trainer
+    accelerator.free_memory()  # it holds on to every model that it prepared
+    return trial
 
 
 def _prepare(config: RunConfig) -> tuple[RunConfig, TrainingSet, Examples, Accelerator]:
