@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -30,8 +30,10 @@ from distill.tasks import traits
 from students.student import LayerError as StudentLayerError
 from students.student import Student
 from teachers.anatomy import LayerError as TeacherLayerError
+from teachers.diffusion import View
 from teachers.protocol import Teacher
 
+VIEW = tuple(get_type_hints(View))
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -215,6 +217,7 @@ def build_teacher(
     if has_members(factory):
         given["factory_of"] = member_factory
     options = checked_options(teacher.options, factory, "teacher.options", given)
+    _check_call("teacher.name", teacher.name, factory, "path", **given, **options)
     try:
         with blame("teacher"), blame_layer(asked):
             built: Teacher = factory(embedded(teacher.path), **given, **options)
@@ -227,7 +230,25 @@ def build_teacher(
             f"teacher.name: {teacher.name} gives no teacher: it has no {lacking} "
             "(teachers/protocol.py)"
         )
+    labels = ["labels"] if teacher.labels else []
+    inputs = "images", "timesteps", "generator", *labels
+    _check_call("teacher.name", f"features of {teacher.name}", built.features, *inputs)
     return built
+
+
+def _check_call(
+    key: str, name: str, function: Callable[..., Any], *inputs: str, **given: Any
+) -> None:
+    """Raises UserError if code of one's own cannot be called as a recipe calls it."""
+    try:
+        inspect.signature(function).bind(*inputs, **given)
+    except TypeError as error:
+        words = ", ".join([*inputs, *(f"{word}=" for word in given)])
+        raise UserError(
+            f"{key}: {name} cannot be called with ({words}): {error}; see docs/extending.md"
+        ) from error
+    except ValueError:  # compiled code without a signature
+        pass
 
 
 def teacher_dtype(config: RunConfig) -> str:
@@ -255,7 +276,13 @@ def member_factory(name: str) -> Callable[..., Teacher]:
         raise ValueError(f"{name} has members itself; name those in its place")
 
     def build(path: str, **given: Any) -> Teacher:
-        built: Teacher = factory(embedded(path), **given)
+        view = {key: value for key, value in given.items() if key in VIEW}
+        options = {key: value for key, value in given.items() if key not in VIEW}
+        try:
+            options = checked_options(options, factory, "options", VIEW)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        built: Teacher = factory(embedded(path), **view, **options)
         return built
 
     return build

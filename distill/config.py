@@ -11,9 +11,15 @@ from pydantic.dataclasses import dataclass
 
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=8, le=4096)]
-HeightWidth = Annotated[
-    tuple[Size, Size], BeforeValidator(lambda size: (size, size) if isinstance(size, int) else size)
-]
+
+
+def _height_width(size: Any) -> Any:
+    if isinstance(size, str | float):
+        raise ValueError("must be a side in px, or [height, width]")
+    return (size, size) if isinstance(size, int) else size
+
+
+HeightWidth = Annotated[tuple[Size, Size], BeforeValidator(_height_width)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PatchScale = Annotated[float, Field(ge=0.05, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -98,12 +104,14 @@ class TeacherConfig:
 
     name: str = "diffusers_unet"
     """A name of `distill list teachers`, or `module:attribute`."""
-    path: str = "teachers/pretrained/shapes"
+    path: Annotated[str, BeforeValidator(lambda path: "" if path is None else path)] = (
+        "teachers/pretrained/shapes"
+    )
     """A local diffusers folder (relative to here or to the checkout), or a hub id."""
     input: Literal["noised", "clean", "average"] = "noised"
     """What the teacher sees: x_t; the image itself beside t (as the official RepFusion code); or
     x_t several times, for the mean feature over `draws` of the noise."""
-    draws: Count = 4
+    draws: Annotated[int, Field(ge=1, le=1000)] = 4
     """Number of noise draws for `average`; the teacher's cost is proportional to it."""
     image_size: HeightWidth | None = None
     """Images are resized to this for the teacher; by default they keep their size."""

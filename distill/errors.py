@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -62,6 +62,15 @@ def problem_line(problem: ErrorDetails, below: str = "") -> str:
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{key}: {message}, got {problem['input']!r:.80}"
+
+
+def mistaken(given: Any, taken: Any) -> str | None:
+    """What was meant where pydantic took `true` or a quoted number for a number, or the other way
+    round; None if it took what was given."""
+    if isinstance(given, bool) != isinstance(taken, bool):
+        return "true or false" if isinstance(taken, bool) else "a number"
+    quoted = isinstance(given, str) and given != "auto" and isinstance(taken, int | float)
+    return "a number, without quotes" if quoted else None
 
 
 def key_path(problem: ErrorDetails) -> list[int | str]:

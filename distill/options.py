@@ -8,7 +8,8 @@ from typing import Any, get_type_hints
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
-from distill.errors import UserError, nearest, problem_line
+from distill.errors import UserError, mistaken, nearest, problem_line
+from distill.recipe import flat
 
 
 def checked_options(
@@ -50,4 +51,8 @@ def checked_options(
             raise UserError(problem_line(problem, f"{key}.{name}")) from error
         except PydanticUserError:
             found[name] = value
+    before = flat(dict(options), key)
+    for name, value in flat(found, key).items():
+        if name in before and (right := mistaken(before[name], value)):
+            raise UserError(f"{name}: must be {right}, got {before[name]!r}")
     return found

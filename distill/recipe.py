@@ -13,7 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from distill.config import RunConfig
-from distill.errors import UserError, key_path, nearest, one_line, problem_line
+from distill.errors import UserError, key_path, mistaken, nearest, one_line, problem_line
 from distill.registry import is_own
 from distill.teacher_config import TeacherTrainConfig
 
@@ -135,20 +135,11 @@ def build_config(
         raise UserError(f"{_origin(key, overrides, where)}: {problem}") from error
     before = flat(dict(tree))
     for key, value in flat(to_tree(config)).items():  # type: ignore[arg-type]
-        if key in before and (right := _mistaken(before[key], value)):
+        if key in before and (right := mistaken(before[key], value)):
             raise UserError(
                 f"{_origin(key, overrides, where)}: {key}: must be {right}, got {before[key]!r}"
             )
     return config
-
-
-def _mistaken(given: Any, taken: Any) -> str | None:
-    """What was meant where pydantic took `true` or a quoted number for a number, or the other way
-    round; None if it took what was given."""
-    if isinstance(given, bool) != isinstance(taken, bool):
-        return "true or false" if isinstance(taken, bool) else "a number"
-    quoted = isinstance(given, str) and given != "auto" and isinstance(taken, int | float)
-    return "a number, without quotes" if quoted else None
 
 
 def _origin(key: str, overrides: Sequence[str], where: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,10 @@ class Member(TypedDict, total=False):
     image_size: int | tuple[int, int] | None
     random_weights: int | None
     options: dict[str, Any]
+
+
+# Or pydantic would drop a misspelt key, where `_build` refuses it
+Member.__pydantic_config__ = {"extra": "allow"}  # type: ignore[attr-defined]
 
 
 class Part(NamedTuple):
@@ -73,6 +78,8 @@ def ensemble(
         raise ValueError(f"path must be '' for an ensemble (each member has its own), got {path!r}")
     if not isinstance(members, Mapping) or not members:
         raise ValueError(f"members must map names to {{name: ..., path: ...}}, not {members!r}")
+    if wrong := [name for name in members if "/" in name or "+" in name]:
+        raise ValueError(f"member {wrong[0]!r}: / and + join names to layers; choose another name")
     layers = {layer: _parts(layer, members) for layer in view["layers"]}
     asked: dict[str, dict[str, None]] = {name: {} for name in members}  # ordered sets
     for parts in layers.values():
@@ -206,10 +213,13 @@ def _build(
     view: dict[str, Any],
 ) -> Any:
     """Build one member with its own factory."""
-    given = set(member) if isinstance(member, Mapping) else set()
-    needed, more = ("name", "path"), (*OWN, "options")
-    if not set(needed) <= given <= {*needed, *more}:
-        raise ValueError(f"{member!r} needs name and path, and may have {', '.join(more)}")
+    needed, known = ("name", "path"), ("name", "path", *OWN, "options")
+    if not isinstance(member, Mapping) or not set(needed) <= set(member):
+        raise ValueError(f"{member!r} needs name and path")
+    if unknown := sorted(set(member) - set(known)):
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+        raise ValueError(f"unknown key {unknown[0]!r}; {hint}")
     options, factory = member.get("options", {}), factory_of(member["name"])
     if twice := sorted(view.keys() & options):
         raise ValueError(f"option {twice[0]!r} cannot be set per member")

@@ -72,7 +72,8 @@ class Trainer:
         if arm != "scratch":
             check_task(config.teacher, data.benchmark)
             random_weights = config.seed if arm == "random_teacher" else None
-            self.teacher = build_teacher(config, random_weights).to(device)
+            self.teacher = build_teacher(config, random_weights)
+            self.teacher.to(device)
             image = torch.zeros(1, 3, *data.size, device=device)
             first = torch.zeros(1, dtype=torch.int64)
             with blame("data.size, or teacher.image_size"):  # a size that does not fit shows here

@@ -104,6 +104,17 @@ def narrow(path, **view):
     return changed(lambda maps: {name: x[:, :5] for name, x in maps.items()}, path, view)
 
 
+def viewless(path, *, layers):
+    return object()
+
+
+def lightless(path, **view):
+    teacher = diffusers_unet(path, **view)
+    features = teacher.features
+    teacher.features = lambda images, timesteps: features(images, timesteps)
+    return teacher
+
+
 class Data:
     name, task, ignore_index, num_classes = "data", "classification", 255, 2
     class_names, palette = ("a", "b"), None
@@ -250,6 +261,12 @@ def parts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "pairs.0.loss: broken_parts:alone cannot be called with a student's",
         ),
         ("teacher.name", "no_teacher", "broken_parts:no_teacher gives no teacher: it has no name"),
+        ("teacher.name", "viewless", "viewless cannot be called with (path, layers=, input=, "),
+        (
+            "teacher.name",
+            "lightless",
+            "features of broken_parts:lightless cannot be called with",
+        ),
         ("teacher.name", "forgetful", "broken_parts:forgetful: tiny gives nothing for layer"),
         ("teacher.name", "narrow", "broken_parts:narrow: tiny gives (1, 5, "),
         ("data.benchmark", "NoNames", "gives no benchmark: it has no class_names"),

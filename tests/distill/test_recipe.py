@@ -102,6 +102,7 @@ def test_a_value_of_the_wrong_type_names_key_and_value(kind: Any, key: str, hint
         ("train.arms=[scratch, scratch]", "must name scratch only once, not 2 times"),
         ("evaluate.lrs=[1e-3, 0.01, 0.001]", "must name 0.001 only once, not 2 times"),
         ("train.steps='7'", "must be a number, without quotes"),
+        ("teacher.image_size=abc", "must be a side in px, or [height, width]"),
         ("train.lr='1e-3'", "must be a number, without quotes"),
         ("data.patch_scale=[2, 1]", "must be the smallest and then the largest"),
         ("name=../up", "must be a folder below output, without .."),

@@ -176,12 +176,22 @@ def test_name_fingerprint_and_flops_are_of_all_members(
             None,
             "member 'vit': cannot read the config of 'local-dir:/none'",
         ),
-        ({"size": 3}, None, "member 'vit': .* may have image_size, random_weights, options"),
         (
-            {"options": {"depht": 3}},
+            {"size": 3},
             None,
-            "member 'vit': timm with options {'depht': 3}: .*'depht'",
+            "member 'vit': unknown key 'size'; choose from name, path, ",
         ),
+        (
+            {"random_weight": 0},
+            None,
+            "member 'vit': unknown key 'random_weight'; did you mean 'random_weights'",
+        ),
+        (
+            {"options": {"kwarg": 3}},
+            None,
+            r"member 'vit': unknown key 'options\.kwarg'; did you mean 'options\.kwargs'",
+        ),
+        ({"options": {"kwargs": 3}}, None, r"member 'vit': options\.kwargs: input should be a"),
         ({"options": {"dtype": 3}}, None, "member 'vit': option 'dtype' cannot be set per member"),
     ],
 )
@@ -198,6 +208,8 @@ def test_members_are_needed_and_have_the_paths(members: dict[str, Any]) -> None:
     for wrong in (None, {}, ["a"]):
         with pytest.raises(ValueError, match=r"members must map names to \{name: "):
             ensemble("", members=wrong, layers=("a/x",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"member 'a/b': / and \+ join names to layers"):
+        ensemble("", members={"a/b": VIT}, layers=("a/b/norm",))
     with pytest.raises(ValueError, match=r"path must be '' for an ensemble .*'x'"):
         ensemble("x", members=members, layers=("a/mid_block", "vit/norm"))
 
