@@ -47,11 +47,8 @@ class PixelUNet:
         self.folder = root / "unet" if (root / "unet").is_dir() else root
         self.name = Path(path).name
         where = self.folder / "config.json"
-        if latent := _autoencoder(self.folder):
-            raise ValueError(
-                f"{latent}: its UNet works on the latents of an autoencoder; this teacher needs a "
-                "UNet that works on pixels; use teacher.name=stable_diffusion"
-            )
+        if index := _autoencoder(self.folder):
+            raise ValueError(_of_latents(index))
         config = loading.read_config(self.folder, UNet2DModel)
         if config["in_channels"] != 3:
             raise ValueError(
@@ -118,6 +115,19 @@ def _autoencoder(folder: Path) -> Path | None:
         if index.is_file() and {"vae", "vqvae"} & loading.read_json(index).keys():
             return index
     return None
+
+
+def _of_latents(index: Path) -> str:
+    """What is wrong with a pipeline that has an autoencoder, and which teacher reads it."""
+    parts = loading.read_json(index)
+    entries = [parts[part] for part in ("unet", "transformer") if part in parts]
+    network = str(entries[0][-1]) if entries and isinstance(entries[0], list) else "network"
+    problem = (
+        f"{index}: its {network} works on the latents of an autoencoder, but this teacher needs "
+        "a UNet2DModel that works on pixels"
+    )
+    family = loading.FAMILIES.get(network, "diffusers_unet")
+    return problem if family == "diffusers_unet" else f"{problem}; use teacher.name={family}"
 
 
 def _scheduler_folder(unet: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
@@ -163,8 +162,10 @@ def read(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way at all
-        reason = textwrap.shorten(str(error), 200) or type(error).__name__
-        raise ValueError(f"{path} is damaged or contains more than tensors ({reason})") from error
+        raise ValueError(
+            f"{path} is damaged or contains more than tensors; save only the weights: "
+            "torch.save(model.state_dict(), ...)"
+        ) from error
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(x, Tensor) and x.layout == torch.strided
         for name, x in state.items()

@@ -34,6 +34,16 @@ HALVES = ("fp16", "bf16")  # variants: the same weights again, rounded
 NOT_AVERAGED = "*.non_ema*"  # a variant too, but worse weights
 LOCAL_FOLDER = "a local folder written by save_pretrained of a diffusers pipeline or model"
 
+FAMILIES = {
+    "UNet2DModel": "diffusers_unet",
+    "UNet2DConditionModel": "stable_diffusion",
+    "DiTTransformer2DModel": "dit",
+    "Transformer2DModel": "dit",
+    "SD3Transformer2DModel": "flow",
+    "FluxTransformer2DModel": "flow",
+}
+"""The teacher that reads each of diffusers' networks."""
+
 Built = TypeVar("Built")
 
 
@@ -53,6 +63,12 @@ def pipeline_folder(
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
+        if folder.is_file():
+            raise FileNotFoundError(
+                f"{path!r} is a single file; convert it to a folder by diffusers' "
+                "from_single_file(...).save_pretrained(FOLDER); one of OpenAI's guided diffusion "
+                "is read by teacher.name=guided_diffusion"
+            )
         if folder.exists() or not HUB_ID.fullmatch(path):
             raise FileNotFoundError(
                 f"{path!r} is not a folder{_near(folder)}; give {LOCAL_FOLDER}, or a hub id"
@@ -114,7 +130,10 @@ def _near(folder: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises FileNotFoundError, or ValueError if it is not an object."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; give {LOCAL_FOLDER}")
+        above = path.parents[min(2, len(path.parents) - 1)]
+        whole = (above / "model_index.json").is_file()
+        right = f"the folder of the whole pipeline, {above}" if whole else LOCAL_FOLDER
+        raise FileNotFoundError(f"there is no {path}; give {right}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -144,11 +163,14 @@ def read_config(
     """
     path = folder / "config.json"
     content = read_json(path)
-    name = architecture.__name__
-    if content.get("_class_name") not in (name, *former_names):
-        raise ValueError(
-            f"{path} describes a {content.get('_class_name')}; it must describe a {name}"
-        )
+    name, found = architecture.__name__, content.get("_class_name")
+    if found not in (name, *former_names):
+        family = FAMILIES.get(str(found))
+        hint = f", or use teacher.name={family}" if family else ""
+        if found is None and "architecture" in content:
+            found = f"{content['architecture']} of timm"
+            hint = f", or use teacher.name=timm teacher.path=local-dir:{folder}"
+        raise ValueError(f"{path} describes a {found}; it must describe a {name}{hint}")
     try:
         with quiet(), torch.device("meta"):
             known, _, _ = architecture.extract_init_dict(content)
@@ -230,9 +252,10 @@ def load_model(folder: Path, architecture: type[ModelMixin]) -> ModelMixin:
                 output_loading_info=True,
             )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        pickled = "" if ".safetensors" in weights.name else ", contains more than tensors,"
         raise ValueError(
-            f"{weights} is truncated or does not match config.json beside it; copy both again "
-            f"({textwrap.shorten(str(error), 200)})"
+            f"{weights} is truncated{pickled} or does not match config.json beside it; copy both "
+            f"again ({textwrap.shorten(str(error), 200)})"
         ) from error
     for what in ("missing", "unexpected"):
         if keys := report[f"{what}_keys"]:

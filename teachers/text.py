@@ -101,6 +101,11 @@ def embed(pipeline: Path, prompts: Sequence[str], encoders: int) -> Prompts:
     for suffix, kind in list(zip(("", "_2"), kinds, strict=True))[:encoders]:
         tokens = _token_ids(pipeline / f"tokenizer{suffix}", prompts, length)
         encoder = _load_encoder(pipeline / f"text_encoder{suffix}", kind)
+        if (largest := int(tokens.max())) >= (known := encoder.config.vocab_size):
+            raise ValueError(
+                f"{pipeline}: tokenizer{suffix} has a token {largest}, but text_encoder{suffix} "
+                f"knows {known}; copy both from one pipeline"
+            )
         rows = []
         for ids in torch.split(tokens, CHUNK):
             with torch.no_grad():

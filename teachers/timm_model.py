@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -174,5 +175,5 @@ def _check_input(path: str, config: Mapping[str, Any]) -> None:
 
 
 def _unreadable(what: str, path: str, error: Exception) -> OSError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = textwrap.shorten(str(error), 200) or type(error).__name__
     return OSError(f"cannot read the {what} of {path!r}: {reason}; give {LOCAL_FOLDER}")

@@ -93,6 +93,16 @@ def test_text_encoders_of_another_unet_are_refused(copied: Copied) -> None:
     )
 
 
+def test_a_tokenizer_of_another_pipeline_is_refused(copied: Copied) -> None:
+    folder = copied("sd1")
+    import transformers
+
+    config = transformers.CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    config.vocab_size = 3
+    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    fails(folder, ValueError, r"tokenizer has a token \d+, but text_encoder knows 3; copy both")
+
+
 def test_prompts_are_as_long_as_the_shorter_of_two_encoders_reads(copied: Copied) -> None:
     folder = copied("sdxl")
     pipelines.edit(folder / "tokenizer_2" / "tokenizer_config.json", model_max_length=7)
