@@ -35,9 +35,9 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
         state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None, which
             `torch.load(weights_only=True)` can read; numpy arrays are not allowed.
 
-        Raises:
-            UserError: the disk is full, the folder cannot be written, or the state contains
-                something else; the previous file is intact.
+    Raises:
+        UserError: the disk is full, the folder cannot be written, or the state contains
+            something else; the previous file is intact.
     """
     _refuse_others(state, "")
     # through memory: torch's zip writer turns a full disk into an unrelated RuntimeError

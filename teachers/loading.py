@@ -57,9 +57,9 @@ def pipeline_folder(
         revision: branch, tag or commit, for a hub id.
         components: the subfolders whose weights are needed; "" for the pipeline's own folder.
 
-        Raises:
-            OSError: no such folder, and the hub does not have it.
-            ValueError: a revision was given for a local folder.
+    Raises:
+        OSError: no such folder, and the hub does not have it.
+        ValueError: a revision was given for a local folder.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():

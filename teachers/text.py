@@ -44,9 +44,9 @@ def prompt_length(pipeline: Path, encoders: int) -> int:
         pipeline: its folder, with text_encoder/ and tokenizer/.
         encoders: 2 if it also has text_encoder_2/ and tokenizer_2/, else 1.
 
-        Raises:
-            OSError: one of these folders or its files is missing.
-            ValueError: one of the files is damaged.
+    Raises:
+        OSError: one of these folders or its files is missing.
+        ValueError: one of the files is damaged.
     """
     for suffix in ("", "_2")[:encoders]:
         loading.read_json(pipeline / f"text_encoder{suffix}" / "config.json")

@@ -69,7 +69,7 @@ def export_student(
     Args:
         student: The student.
         card: Its card.
-        folder: Where.
+        folder: The folder to write; it is made, or replaced as a whole.
         check: Called with the new folder before it takes its place; if it raises, nothing changes.
 
     Raises:

@@ -36,7 +36,7 @@ def overlay(
     Args:
         image: (H, W, 3) RGB.
         mask: (H, W) class numbers.
-        class_names: Of each class.
+        class_names: The name of each class.
         palette: RGB of each class.
     """
     mixed, legend = blend(image, mask, palette), shares(mask)

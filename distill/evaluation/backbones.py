@@ -170,7 +170,7 @@ class TeacherBackbone:
     Args:
         teacher: Gives the maps wanted.
         timestep: Of all images, 0..T-1.
-        seed: Of the noise.
+        seed: Seed of the noise, the same for every image.
     """
 
     def __init__(self, teacher: Teacher, timestep: int, seed: int = 0) -> None:

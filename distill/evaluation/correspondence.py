@@ -111,7 +111,7 @@ def match_pairs(
         pairs: Read one batch after the other.
         indices: Which of them.
         size: (H, W) that images are resized to for the backbone, whatever their aspect.
-        device: Where.
+        device: The device on which features are computed.
         batch: Images per pass, at least 2.
         progress: Called with the number of images after each pass.
     """

@@ -53,7 +53,7 @@ def measure(
     Args:
         backbones: On the device.
         sizes: (H, W) of the images that each one sees.
-        device: Where.
+        device: The device on which they are measured.
         batch: Images per pass.
         rounds: How often all take their turn, so that a disturbed moment strikes all alike.
     """

@@ -27,7 +27,7 @@ def several_looks(
     """A predictor that averages several looks at an image.
 
     Args:
-        predict: One look.
+        predict: Scores of a batch at one size and orientation.
         size: (H, W) that `predict` was built for.
         window: (H, W) of windows that images are cut into, each resized to `size`; next ones begin
             at two thirds of its side, and logits are averaged where they overlap. None: whole.

@@ -106,7 +106,7 @@ def open_backbone(
     """The frozen backbone of a subject.
 
     Args:
-        subject: Which.
+        subject: The subject, as `parse_subject` read it.
         config: Its recipe, of `subject_config`.
         size: (H, W) of the images that it is to see.
         device: Where it goes.

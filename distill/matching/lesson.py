@@ -55,7 +55,7 @@ def choose(
         policy: One or the other.
         timesteps: (K,) int64, what its bins stand for.
         context: (B, D) float32, what it sees.
-        generator: Its randomness.
+        generator: Source of the choice's randomness, on the CPU.
         progress: Share of the policy's steps that are done.
 
     Raises:

@@ -70,7 +70,7 @@ def judge_losses(
     Args:
         unet: On any device.
         scheduler: That it was trained with.
-        benchmark: Whose images.
+        benchmark: The data set that the network was trained on.
         data: How they were shown in training.
         size: (H, W) that it was trained at.
     """

@@ -80,9 +80,9 @@ def write_map(folder: Path, config: RunConfig, found: LayerMap, figures: dict[st
     """Write probe.json, probe.csv, probe.png, best.yaml and table.safetensors.
 
     Args:
-        folder: Where.
+        folder: The probe's folder, which exists.
         config: The recipe that was probed.
-        found: The map.
+        found: The scores of every layer at every timestep.
         figures: All that goes into the JSON.
     """
     checkpoint.write_text(folder / "probe.json", json.dumps(figures, indent=2) + "\n")

@@ -30,7 +30,7 @@ def layer_map(path: str | Path, found: LayerMap) -> None:
 
     Args:
         path: A PNG.
-        found: The map.
+        found: The scores of every layer at every timestep.
     """
     trained, random = 100 * found.score.numpy(), 100 * found.random_score.numpy()
     low = float(min(trained.min(), random.min()))

@@ -54,7 +54,7 @@ class Feedback:
     Every process learns the same from the rewards of all: their policies stay identical.
 
     Args:
-        policy: Who learns.
+        policy: The policy that learns from the rewards.
         weights: Of each reward, by name.
         gather: Over the processes.
         images: How many labelled images there are, each with its own baseline (`ImageBaseline`);
