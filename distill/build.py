@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple, cast, get_type_hints
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,17 +22,12 @@ from distill.matching.losses import FeatureLoss
 from distill.options import checked_options
 from distill.own_benchmark import OwnBenchmark
 from distill.policies import build_rewards, reward_layer
-from distill.precision import resolve_dtype, warn_if_slow
-from distill.registry import lacks, resolve
+from distill.registry import resolve
 from distill.tasks import traits
 from students.student import LayerError as StudentLayerError
 from students.student import Student
 from teachers.anatomy import LayerError as TeacherLayerError
-from teachers.diffusion import View
 from teachers.protocol import Teacher
-
-VIEW = tuple(get_type_hints(View))
-CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def build_accelerator(device: str) -> Accelerator:
@@ -185,113 +178,6 @@ def build_training_set(data: DataConfig) -> TrainingSet:
         origin,
         targets,
     )
-
-
-def build_teacher(
-    config: RunConfig,
-    random_weights: int | None = None,
-    layers: Sequence[str] = (),
-    asked_by: str = "teacher",
-) -> Teacher:
-    """The frozen teacher, with these layers, which `asked_by` named, or those that the pairs and
-    the reward ask for."""
-    teacher = config.teacher
-    factory = resolve("teachers", teacher.name, "teacher.name")
-    asked = dict.fromkeys(layers, asked_by)
-    if not layers:
-        for index, pair in enumerate(config.pairs):
-            asked.setdefault(pair.teacher, f"pairs.{index}.teacher")
-        asked.setdefault(reward_layer(config), "policy.reward_layer")
-    given = {
-        "layers": list(layers or asked),
-        "input": teacher.input,
-        "draws": teacher.draws,
-        "image_size": teacher.image_size,
-        "dtype": getattr(torch, teacher_dtype(config)),
-        "random_weights": teacher.random_weights if random_weights is None else random_weights,
-        "compile": teacher.compile,
-    }
-    if teacher.dtype == "bfloat16":
-        kind = build_accelerator(config.device).device.type
-        warn_if_slow("teacher.dtype=bfloat16", "teacher.dtype=float32", kind)
-    if has_members(factory):
-        given["factory_of"] = member_factory
-    options = checked_options(teacher.options, factory, "teacher.options", given)
-    _check_call("teacher.name", teacher.name, factory, "path", **given, **options)
-    try:
-        with blame("teacher"), blame_layer(asked):
-            built: Teacher = factory(embedded(teacher.path), **given, **options)
-    except TypeError as error:  # of what lies deeper in the options, such as a member's name
-        if not options:
-            raise
-        raise UserError(f"teacher.options: {teacher.name} with {options}: {error}") from error
-    if lacking := lacks(built, Teacher):
-        raise UserError(
-            f"teacher.name: {teacher.name} gives no teacher: it has no {lacking} "
-            "(teachers/protocol.py)"
-        )
-    labels = ["labels"] if teacher.labels else []
-    inputs = "images", "timesteps", "generator", *labels
-    _check_call("teacher.name", f"features of {teacher.name}", built.features, *inputs)
-    return built
-
-
-def _check_call(
-    key: str, name: str, function: Callable[..., Any], *inputs: str, **given: Any
-) -> None:
-    """Raises UserError if code of one's own cannot be called as a recipe calls it."""
-    try:
-        inspect.signature(function).bind(*inputs, **given)
-    except TypeError as error:
-        words = ", ".join([*inputs, *(f"{word}=" for word in given)])
-        raise UserError(
-            f"{key}: {name} cannot be called with ({words}): {error}; see docs/extending.md"
-        ) from error
-    except ValueError:  # compiled code without a signature
-        pass
-
-
-def teacher_dtype(config: RunConfig) -> str:
-    """The name of the dtype that the teacher computes in, on the device of the run."""
-    return resolve_dtype(config.teacher.dtype, build_accelerator(config.device).device.type)
-
-
-def has_members(factory: Callable[..., Any]) -> bool:
-    """Whether what it builds is made of other teachers."""
-    return "factory_of" in inspect.signature(factory).parameters
-
-
-def member_factory(name: str) -> Callable[..., Teacher]:
-    """What builds a teacher within another one, as `factory(path, **view, **options)`.
-
-    Raises:
-        ValueError: There is none of this name, or it has members itself; whoever asks says for what
-            it was.
-    """
-    try:
-        factory = resolve("teachers", name, "name")
-    except UserError as error:
-        raise ValueError(str(error)) from error
-    if has_members(factory):
-        raise ValueError(f"{name} has members itself; name those in its place")
-
-    def build(path: str, **given: Any) -> Teacher:
-        view = {key: value for key, value in given.items() if key in VIEW}
-        options = {key: value for key, value in given.items() if key not in VIEW}
-        try:
-            options = checked_options(options, factory, "options", VIEW)
-        except UserError as error:
-            raise ValueError(str(error)) from error
-        built: Teacher = factory(embedded(path), **view, **options)
-        return built
-
-    return build
-
-
-def embedded(path: str) -> str:
-    """The same path, or that of an embedded teacher, from whatever folder one works in."""
-    inside = CHECKOUT / path
-    return str(inside) if not Path(path).exists() and inside.exists() else path
 
 
 def build_student(config: RunConfig, benchmark: Benchmark, size: tuple[int, int]) -> Student:

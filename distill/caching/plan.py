@@ -14,12 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from distill.build import TrainingSet, teacher_dtype
+from distill.build import TrainingSet
 from distill.caching.cache import FeatureCache, Plan, Stored
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
 from distill.matching.distiller import Distiller
 from distill.precision import computes_bfloat16
+from distill.teacher import teacher_dtype
 from teachers.arithmetic import FEATURES
 from teachers.protocol import Teacher
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distill import checkpoint
-from distill.build import build_teacher, build_training_set, single_process, teacher_dtype
+from distill.build import build_training_set, single_process
 from distill.config import (
     DataConfig,
     PairConfig,
@@ -31,6 +31,7 @@ from distill.costs.naive import WholeTeacher, write_cifar10_ddpm
 from distill.drawing import plots
 from distill.errors import UserError
 from distill.evaluation.footprint import part_memory
+from distill.teacher import build_teacher, teacher_dtype
 from distill.tracking import commit, hardware
 from distill.training.batch import Batch
 from distill.training.clock import Clock, Timed, untimed, wait

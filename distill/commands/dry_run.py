@@ -13,15 +13,7 @@ from accelerate import Accelerator
 
 from distill import checkpoint
 from distill.benchmarks import Examples, notice
-from distill.build import (
-    TrainingSet,
-    build_accelerator,
-    build_training_set,
-    embedded,
-    has_members,
-    in_order,
-    teacher_dtype,
-)
+from distill.build import TrainingSet, build_accelerator, build_training_set, in_order
 from distill.commands.train import resumed
 from distill.config import Arm, RunConfig
 from distill.costs.flops import teacher_flops
@@ -33,6 +25,7 @@ from distill.pretraining.teach import TeacherTraining
 from distill.recipe import apply_override, to_yaml
 from distill.registry import resolve
 from distill.tasks import traits
+from distill.teacher import embedded, has_members, teacher_dtype
 from distill.teacher_config import TeacherTrainConfig
 from distill.training.clock import wait
 from distill.training.fit import check_schedule, fit_batch

@@ -16,10 +16,8 @@ from distill.benchmarks import Benchmark, notice
 from distill.build import (
     TrainingSet,
     build_accelerator,
-    build_teacher,
     build_training_set,
     single_process,
-    teacher_dtype,
     training_examples,
 )
 from distill.config import RunConfig
@@ -32,6 +30,7 @@ from distill.probing.linear_probe import Batches, Logistic, Ridge
 from distill.probing.map_report import Column, LayerMap
 from distill.recipe import to_tree
 from distill.tasks import traits
+from distill.teacher import build_teacher, teacher_dtype, teacher_to_list
 from distill.tracking import Progress, commit, hardware, open_run_folder, stop_on_signals
 from teachers.noise import NoiseSchedule
 from teachers.protocol import Teacher
@@ -193,12 +192,13 @@ def _teacher(
 ) -> Teacher:
     """The teacher with the layers asked for, or with all of its blocks."""
     if not layers:
-        teacher: Any = build_teacher(config)
-        layers = teacher.layers
+        teacher: Any = teacher_to_list(config) or build_teacher(config)
         if hasattr(teacher, "layer_table"):
             with blame("data.size, or teacher.image_size"):
                 names = [row.name for row in teacher.layer_table(size)]
             layers = [name for name in names if names.count(name) == 1]  # what runs once
+        else:
+            layers = teacher.layers
     built = build_teacher(config, layers=layers, asked_by="--layers").to(device)
     with blame("data.size, or teacher.image_size"):  # a size that does not fit shows here
         image = torch.zeros(1, 3, *size, device=device)

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast
 
 from distill import checkpoint
 from distill.benchmarks import Benchmark, Examples
-from distill.build import TrainingSet, build_accelerator, build_training_set, teacher_dtype
+from distill.build import TrainingSet, build_accelerator, build_training_set
 from distill.config import Arm, RunConfig
 from distill.costs.flops import flops
 from distill.data import as_float, fingerprint, spread
@@ -31,6 +31,7 @@ from distill.recipe import PLACES, check_recipe, load_config, refuse_changes, to
 from distill.reporting.summary import summarise
 from distill.studies.comparison import main_arm
 from distill.tasks import traits
+from distill.teacher import teacher_dtype
 from distill.tracking import (
     RunLog,
     commit,

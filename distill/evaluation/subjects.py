@@ -11,7 +11,6 @@ import torch
 from timm.models import load_state_dict
 
 from distill import seeding
-from distill.build import build_teacher
 from distill.config import RunConfig, StudentConfig
 from distill.deployment.folder import load_backbone, read_card, student_folder
 from distill.errors import UserError, blame, one_line
@@ -24,6 +23,7 @@ from distill.evaluation.backbones import (
 )
 from distill.evaluation.inference import scaled
 from distill.recipe import apply_override, build_config, flat, refuse_foreign
+from distill.teacher import build_teacher
 from students.student import Student
 
 TAKEN_OVER = ("seed", "data", "evaluate")

@@ -15,11 +15,12 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from distill import seeding
-from distill.build import Unlabelled, build_benchmark, embedded, image_size, training_examples
+from distill.build import Unlabelled, build_benchmark, image_size, training_examples
 from distill.data import choose_labelled, fingerprint
 from distill.errors import UserError, blame
 from distill.precision import autocast, resolve_precision
 from distill.recipe import check_recipe, to_tree
+from distill.teacher import embedded
 from distill.teacher_config import DiffusionConfig, TeacherTrainConfig, UNetConfig
 from distill.training.late import Late
 from distill.training.optim import lr_factor

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill import seeding
-from distill.build import TrainingSet, build_distiller, build_teacher
+from distill.build import TrainingSet, build_distiller
 from distill.caching.cache import FeatureCache, Plan, check_origin
 from distill.caching.plan import cache_folder, cache_origin, open_cache, plan_cache
 from distill.config import Arm, RunConfig
@@ -25,8 +25,9 @@ from distill.errors import UserError, blame, one_line
 from distill.matching.distiller import Losses, merge
 from distill.matching.lesson import Choice, Lesson, check_maps, choose, mixture
 from distill.policies import build_policy
-from distill.precision import autocast, resolve_dtype, resolve_precision
+from distill.precision import autocast
 from distill.recipe import check_recipe, to_tree
+from distill.teacher import build_teacher
 from distill.training.batch import Batch
 from distill.training.clock import Clock, Timed, untimed
 from distill.training.feedback import Feedback
@@ -34,6 +35,7 @@ from distill.training.floor import NoiseFloor, distinct
 from distill.training.labels import check_labels, check_task
 from distill.training.late import Late, not_finite
 from distill.training.optim import build_optimizer, freeze_backbone, stage, stage_lr_factor
+from distill.training.remedies import remedy
 from students.student import Student
 
 
@@ -253,8 +255,8 @@ class Trainer:
         with self.clock("policy"), torch.autocast("cpu", enabled=False):
             seen = context.float().cpu()
             if not bool(seen.isfinite().all()):
-                remedy = self._remedy(self.step)
-                raise not_finite(self.step, "student feature map", remedy, f"{self.arm}: ")
+                tries = self._remedy(self.step)
+                raise not_finite(self.step, "student feature map", tries, f"{self.arm}: ")
             draws = seeding.generator(self.config.seed, "policy", self.step, rank)
             with blame(f"{self.arm}: policy, at step {self.step}"):
                 return choose(self.policy, self.timesteps, seen, draws, self.progress)
@@ -305,8 +307,8 @@ class Trainer:
         with blame(f"{self.arm}: policy, at step {self.step - 1}"):
             learned = self.feedback.learn(self.progress)
         if not learned:
-            remedy = self._remedy(self.step - 1)
-            raise not_finite(self.step - 1, "reward", remedy, f"{self.arm}: ")
+            tries = self._remedy(self.step - 1)
+            raise not_finite(self.step - 1, "reward", tries, f"{self.arm}: ")
         ours = {name: value for name, value in self.figures.items() if "/" not in name}
         self.figures = ours | self.feedback.figures  # whose own, `learn/NAME`, are not of each step
 
@@ -339,22 +341,9 @@ class Trainer:
                 self.figures |= self.feedback.figures
 
     def _remedy(self, step: int) -> str:
-        """What to try where something is not finite at a step: float16 ends at 65504, and at the
-        first nothing was learnt yet."""
-        most = self.config.train.feature_weight * max(pair.weight for pair in self.config.pairs)
-        kind = self.accelerator.device.type
-        precision = resolve_precision(self.config.train.precision, kind)
-        tries = {
-            f"teacher.dtype={resolve_dtype('auto', kind)}": (
-                self.teacher is not None and self.config.teacher.dtype == "float16"
-            ),
-            "a smaller train.lr": step > 0,
-            "train.precision=no": precision == "bf16",
-            "a smaller train.feature_weight or pairs.N.weight": bool(self.teacher) and most > 100,
-            "another loss, teacher or student": step == 0,
-        }
-        *first, last = (words for words, useful in tries.items() if useful)
-        return f"{', '.join(first)}, or {last}" if first else last
+        """What to try where something is not finite at a step."""
+        taught, kind = self.teacher is not None, self.accelerator.device.type
+        return remedy(self.config, taught=taught, kind=kind, step=step)
 
     @property
     def _origin(self) -> dict[str, str]:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
-from distill.build import build_accelerator, build_teacher, build_training_set
+from distill.build import build_accelerator, build_training_set
 from distill.cli import main
 from distill.commands.train import score
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.evaluation.scoring import held_out_examples
+from distill.teacher import build_teacher
 from distill.training.batch import Batch
 from distill.training.loop import batches
 from distill.training.trainer import Trainer

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill import precision
-from distill.build import build_teacher
 from distill.config import RunConfig, TrainConfig
 from distill.precision import HEAVY, LONG, autocast, resolve_precision
 from distill.recipe import first_difference
+from distill.teacher import build_teacher
 from distill.teacher_config import TeacherTrainConfig
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from distill.build import member_factory
+from distill.teacher import member_factory
 from teachers.diffusers_unet import diffusers_unet
 from teachers.dit import dit
 from teachers.ensemble import ensemble

@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.build import member_factory
+from distill.teacher import member_factory
 from teachers import ensemble as ensembles
 from teachers.diffusers_unet import diffusers_unet
 from teachers.ensemble import Ensemble
