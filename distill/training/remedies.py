@@ -19,13 +19,11 @@ def remedy(config: RunConfig, *, taught: bool, kind: str, step: int) -> str:
         step: The step, 0 for the first: nothing was learnt before it.
     """
     weight = config.train.feature_weight * max(pair.weight for pair in config.pairs)
-    low = resolve_precision(config.train.precision, kind) == "bf16"
+    short = taught and config.teacher.dtype == "float16"  # which ends at 65504
     tries = {
-        # float16 ends at 65504
-        f"teacher.dtype={resolve_dtype('auto', kind)}": taught
-        and config.teacher.dtype == "float16",
+        f"teacher.dtype={resolve_dtype('auto', kind)}": short,
         "a smaller train.lr": step > 0,
-        "train.precision=no": low,
+        "train.precision=no": resolve_precision(config.train.precision, kind) == "bf16",
         "a smaller train.feature_weight or pairs.N.weight": taught and weight > LARGE,
         "another loss, teacher or student": step == 0,
     }
