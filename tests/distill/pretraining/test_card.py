@@ -120,7 +120,10 @@ class Two:
 """
 
 
-def test_a_benchmark_without_val_images_is_judged_on_those_of_train() -> None:
+@pytest.mark.parametrize(("task", "said"), [(None, False), ("classification", True)])
+def test_a_benchmark_without_val_images_is_judged_on_those_of_train(
+    capsys: pytest.CaptureFixture[str], task: str | None, said: bool
+) -> None:
     train = [(torch.zeros(3, 8, 8), 0)]
 
     def missing(split: str) -> Any:
@@ -132,5 +135,7 @@ def test_a_benchmark_without_val_images_is_judged_on_those_of_train() -> None:
         return train if split == "train" else []
 
     for dataset in (missing, empty):
-        benchmark: Any = SimpleNamespace(dataset=dataset)
+        benchmark: Any = SimpleNamespace(dataset=dataset, task=task)
         assert held_out(benchmark) == ("train", train)
+    # Labelled images should have a val split, so that it is said why there is none
+    assert ("val was not read: no folder val" in capsys.readouterr().err) == said
