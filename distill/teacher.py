@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -38,22 +38,22 @@ def build_teacher(
         for index, pair in enumerate(config.pairs):
             asked.setdefault(pair.teacher, f"pairs.{index}.teacher")
         asked.setdefault(reward_layer(config), "policy.reward_layer")
+    kind = build_accelerator(config.device).device.type
     given = {
         "layers": list(layers or asked),
         "input": teacher.input,
         "draws": teacher.draws,
         "image_size": teacher.image_size,
-        "dtype": getattr(torch, teacher_dtype(config)),
+        "dtype": getattr(torch, resolve_dtype(teacher.dtype, kind)),
         "random_weights": teacher.random_weights if random_weights is None else random_weights,
         "compile": teacher.compile,
     }
     if teacher.dtype == "bfloat16":
-        kind = build_accelerator(config.device).device.type
         warn_if_slow("teacher.dtype=bfloat16", "teacher.dtype=float32", kind)
     if has_members(factory):
         given["factory_of"] = member_factory
     options = checked_options(teacher.options, factory, "teacher.options", given)
-    _check_call("teacher.name", teacher.name, factory, "path", **given, **options)
+    _check_call(teacher.name, factory, "path", **given, **options)
     try:
         with blame("teacher"), blame_layer(asked):
             built: Teacher = factory(embedded(teacher.path), **given, **options)
@@ -68,34 +68,38 @@ def build_teacher(
         )
     labels = ["labels"] if teacher.labels else []
     inputs = "images", "timesteps", "generator", *labels
-    _check_call("teacher.name", f"features of {teacher.name}", built.features, *inputs)
+    _check_call(f"features of {teacher.name}", built.features, *inputs)
     return built
 
 
-def teacher_to_list(config: RunConfig) -> Teacher | None:
-    """The teacher without layers, which can only list them, as no weights are read; None for one
-    of one's own or an ensemble."""
-    teacher = config.teacher
-    factory = resolve("teachers", teacher.name, "teacher.name")
-    if ":" in teacher.name or has_members(factory):
-        return None
-    options = checked_options(teacher.options, factory, "teacher.options", VIEW)
+def teacher_to_list(
+    factory: Callable[..., Any],
+    path: str,
+    image_size: int | tuple[int, int] | None,
+    options: Mapping[str, Any],
+) -> Any:
+    """A teacher without layers, which can only list them: no weights are read.
+
+    Args:
+        factory: Of a teacher without members.
+        path, image_size, options: As in a recipe's `teacher`.
+    """
+    given = checked_options(options, factory, "teacher.options", VIEW) | {"layers": ()}
+    if image_size is not None:
+        given["image_size"] = image_size
+    _check_call(getattr(factory, "__name__", str(factory)), factory, "path", **given)
     with blame("teacher"):
-        path, size = embedded(teacher.path), teacher.image_size
-        listing: Teacher = factory(path, layers=(), image_size=size, **options)
-    return listing
+        return factory(embedded(path), **given)
 
 
-def _check_call(
-    key: str, name: str, function: Callable[..., Any], *inputs: str, **given: Any
-) -> None:
-    """Raises UserError if code of one's own cannot be called as a recipe calls it."""
+def _check_call(name: str, function: Callable[..., Any], *inputs: str, **given: Any) -> None:
+    """Raises UserError if a teacher of one's own cannot be called as a recipe calls it."""
     try:
         inspect.signature(function).bind(*inputs, **given)
     except TypeError as error:
         words = ", ".join([*inputs, *(f"{word}=" for word in given)])
         raise UserError(
-            f"{key}: {name} cannot be called with ({words}): {error}; see docs/extending.md"
+            f"teacher.name: {name} cannot be called with ({words}): {error}; see docs/extending.md"
         ) from error
     except ValueError:  # compiled code without a signature
         pass

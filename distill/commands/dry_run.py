@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,12 +20,11 @@ from distill.costs.flops import teacher_flops
 from distill.data import Draw
 from distill.errors import UserError, blame
 from distill.evaluation.scoring import held_out_examples
-from distill.options import checked_options
 from distill.pretraining.teach import TeacherTraining
 from distill.recipe import apply_override, to_yaml
 from distill.registry import resolve
 from distill.tasks import traits
-from distill.teacher import embedded, has_members, teacher_dtype
+from distill.teacher import has_members, teacher_dtype, teacher_to_list
 from distill.teacher_config import TeacherTrainConfig
 from distill.training.clock import wait
 from distill.training.fit import check_schedule, fit_batch
@@ -33,7 +32,6 @@ from distill.training.loop import batches
 from distill.training.trainer import Trainer
 from rl_policy.protocol import MixingPolicy
 from teachers import anatomy
-from teachers.diffusion import View
 from teachers.protocol import Teacher
 
 SHOWN = 20
@@ -58,12 +56,11 @@ def dry_run(config: RunConfig, *, resume: bool = False) -> str:
     total = 0.0
     for arm in config.train.arms:
         trial = _try_arm(config, arm, data, accelerator)
-        estimate = trial.seconds * config.train.steps
-        total += estimate
+        steps, total = config.train.steps, total + trial.seconds
         lines += trial.lines
         lines.append(
-            f"# {arm}: {config.train.steps} steps of {trial.seconds:.2f} s, about "
-            f"{_clock(estimate)}"
+            f"# {arm}: {steps} steps of {trial.seconds / steps:.2f} s, about "
+            f"{_clock(trial.seconds)}"
         )
     lines.append(f"# in all about {_clock(total)}, evaluation not counted; nothing was trained")
     if folder.exists() and not resume:
@@ -72,36 +69,23 @@ def dry_run(config: RunConfig, *, resume: bool = False) -> str:
 
 
 class Trial(NamedTuple):
-    """What two steps of a recipe show about its run."""
-
-    seconds: float
-    """Estimated seconds to train all arms."""
-    teachers: dict[Arm, str]
-    """The fingerprint of each arm's teacher."""
-
-
-def try_recipe(config: RunConfig) -> Trial:
-    """Check a recipe as `dry_run` does."""
-    config, data, _, accelerator = _prepare(config)
-    trials = {arm: _try_arm(config, arm, data, accelerator) for arm in config.train.arms}
-    return Trial(
-        config.train.steps * sum(trial.seconds for trial in trials.values()),
-        {arm: trial.teacher for arm, trial in trials.items() if trial.teacher is not None},
-    )
-
-
-class ArmTrial(NamedTuple):
     """What two steps of an arm show."""
 
     lines: list[str]
     """About its teacher and its cache, to be printed."""
     seconds: float
-    """Of a step."""
+    """Estimated seconds to train it."""
     teacher: str | None
-    """Its fingerprint."""
+    """The fingerprint of its teacher."""
 
 
-def _try_arm(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accelerator) -> ArmTrial:
+def try_recipe(config: RunConfig) -> dict[Arm, Trial]:
+    """Check a recipe as `dry_run` does."""
+    config, data, _, accelerator = _prepare(config)
+    return {arm: _try_arm(config, arm, data, accelerator) for arm in config.train.arms}
+
+
+def _try_arm(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accelerator) -> Trial:
     """Build an arm and try two steps; its memory is free again afterwards."""
     trainer = Trainer(config, arm, data, accelerator)
     lines = [] if trainer.teacher is None else _pairs(trainer)
@@ -110,7 +94,7 @@ def _try_arm(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accele
         lines.append(f"# {arm}: cache of {trainer.plan} in {config.teacher.cache}; not counted")
     notice(f"{config.name}: trying two steps of {arm}")
     fingerprint = None if trainer.teacher is None else trainer.teacher.fingerprint
-    trial = ArmTrial(lines, _step_seconds(trainer), fingerprint)
+    trial = Trial(lines, config.train.steps * _step_seconds(trainer), fingerprint)
     del trainer
     accelerator.free_memory()  # it holds on to every model that it prepared
     return trial
@@ -180,10 +164,8 @@ def teacher_layers(name: str, path: str, size: int | None, options: Sequence[str
     given: dict[str, Any] = {}
     for option in options:
         apply_override(given, option)
-    given = checked_options(given, factory, "teacher.options", get_type_hints(View))
+    teacher = teacher_to_list(factory, path, size, given)
     with blame("teacher"):
-        sized = {} if size is None else {"image_size": size}
-        teacher = factory(embedded(path), layers=(), **sized, **given)
         if not hasattr(teacher, "layer_table"):
             raise UserError(f"--name: teacher {name} cannot list its layers")
         side = teacher.family.image_size if size is None else size

@@ -29,8 +29,9 @@ from distill.probing.layer_map import WIDTH, Parts, measure
 from distill.probing.linear_probe import Batches, Logistic, Ridge
 from distill.probing.map_report import Column, LayerMap
 from distill.recipe import to_tree
+from distill.registry import resolve
 from distill.tasks import traits
-from distill.teacher import build_teacher, teacher_dtype, teacher_to_list
+from distill.teacher import build_teacher, has_members, teacher_dtype, teacher_to_list
 from distill.tracking import Progress, commit, hardware, open_run_folder, stop_on_signals
 from teachers.noise import NoiseSchedule
 from teachers.protocol import Teacher
@@ -192,7 +193,7 @@ def _teacher(
 ) -> Teacher:
     """The teacher with the layers asked for, or with all of its blocks."""
     if not layers:
-        teacher: Any = teacher_to_list(config) or build_teacher(config)
+        teacher: Any = _to_list(config)
         if hasattr(teacher, "layer_table"):
             with blame("data.size, or teacher.image_size"):
                 names = [row.name for row in teacher.layer_table(size)]
@@ -204,6 +205,15 @@ def _teacher(
         image = torch.zeros(1, 3, *size, device=device)
         built.features(image, torch.zeros(1, dtype=torch.int64))
     return built
+
+
+def _to_list(config: RunConfig) -> Any:
+    """A teacher to ask for its layers, without weights if it is one of ours."""
+    teacher = config.teacher
+    factory = resolve("teachers", teacher.name, "teacher.name")
+    if ":" in teacher.name or has_members(factory):
+        return build_teacher(config)
+    return teacher_to_list(factory, teacher.path, teacher.image_size, teacher.options)
 
 
 def _timesteps(schedule: NoiseSchedule, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from distill import checkpoint
 from distill.build import single_process
-from distill.commands.dry_run import Trial, try_recipe
+from distill.commands.dry_run import try_recipe
 from distill.commands.train import run
 from distill.config import RunConfig
 from distill.errors import Interrupted, UserError, blame
@@ -160,17 +160,18 @@ def _try_recipes(study: Study, cells: Iterable[Cell], scores: Scores) -> dict[st
     Raises:
         UserError: A mistake in a recipe, or the teacher is not the one of the `scores`.
     """
-    tried: dict[str, Trial] = {}
+    tried: dict[str, float] = {}
     teachers = {cell: score.teacher for cell, score in scores.items()}
     for cell in cells:
         if cell.arm not in tried:
             try:
-                tried[cell.arm] = try_recipe(study.cells[cell])
+                trials = try_recipe(study.cells[cell])
             except UserError as error:
                 raise UserError(f"study {study.path}, arm {cell.arm}: {error}") from error
-            teachers[cell] = tried[cell.arm].teachers.get("distilled")
+            tried[cell.arm] = sum(trial.seconds for trial in trials.values())
+            teachers[cell] = trials["distilled"].teacher if "distilled" in trials else None
     check_teachers(study, teachers)
-    return {arm: trial.seconds for arm, trial in tried.items()}
+    return tried
 
 
 def _seconds(tried: Mapping[str, float], scores: Scores) -> dict[str, float]:

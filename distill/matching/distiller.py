@@ -184,15 +184,13 @@ class Distiller(nn.Module):
             weights=lesson.choice.weights,
         )
 
-    def learning(self) -> list[list[nn.Parameter]]:
-        """The weights with gradients: of student, projectors and second head together, and of each
-        reward head apart, so that clipping does not let a head slow down the student."""
-        heads = [self.reward_head, self.label_free]
-        apart = [list(head.parameters()) for head in heads if head is not None]
+    def weights_by_aim(self) -> list[list[nn.Parameter]]:
+        """The weights of student, projectors and second head together, and of each reward head
+        apart: clipped together, the gradients of a head would slow the student down."""
+        heads = [head for head in (self.reward_head, self.label_free) if head is not None]
+        apart = [list(head.parameters()) for head in heads]
         others = {id(weight) for weights in apart for weight in weights}
-        together = [weight for weight in self.parameters() if id(weight) not in others]
-        groups = [[x for x in weights if x.grad is not None] for weights in (together, *apart)]
-        return [group for group in groups if group]
+        return [[weight for weight in self.parameters() if id(weight) not in others], *apart]
 
     @torch.no_grad()
     def task_losses(self, images: Tensor, targets: Tensor) -> Tensor:

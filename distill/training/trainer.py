@@ -91,6 +91,7 @@ class Trainer:
         self._prepare_student()
         self.model = accelerator.prepare_model(self.distiller)
         self.optimizer = build_optimizer(self.distiller, config.train)
+        self._weights = self.distiller.weights_by_aim()
         # Of a short stage the plain mean of its weights, which with power 1 it begins as
         power = 1.0 if config.train.schedule == "distill_then_finetune" else 2 / 3
         decay = config.train.ema
@@ -183,7 +184,8 @@ class Trainer:
             most = math.inf if train.clip is None else train.clip
             norms = [
                 self.accelerator.clip_grad_norm_(weights, most)
-                for weights in self.distiller.learning()
+                for weights in self._weights
+                if any(weight.grad is not None for weight in weights)
             ]
             norm = torch.stack(norms).max()
             self._check_finite(losses, norm, phase)
