@@ -118,7 +118,7 @@ def report(summary: Mapping[str, Any]) -> str:
         rows.append(("preferred timesteps", f"{preferred(policy)}; {arms} ({policy['name']})"))
     if floor := (summary["noise_floor"] or {}).get("mean"):
         least = ", ".join(f"{value:.2f} ({pair})" for pair, value in floor.items())
-        rows.append(("target-noise floor", f"{least}, the least mse"))
+        rows.append(("target-noise floor", f"mse of at least {least}"))
     rows.append(("time", f"{summary['wall_seconds']:.0f} s, {summary['hardware']}"))
     rows.append(("student", summary["student"]))
     width = max(len(name) for name, _ in rows)
