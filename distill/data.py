@@ -80,11 +80,11 @@ def as_float(image: Tensor) -> Tensor:
 
 
 class Draw(NamedTuple):
-    """An example's index, the seed of its augmentation, and its place among `indices`."""
+    """An example's index, the seed of its augmentation, and its position among `indices`."""
 
     example: int
     seed: int
-    place: int = -1
+    position: int = -1
 
 
 class Augmented(Dataset[Item]):
@@ -170,14 +170,14 @@ class StepSampler(Sampler[list[Draw]]):
         """The draws of this process at a step, counted from 0."""
         first = (step * self.world + self.rank) * self.batch_size
         draws = []
-        for position in range(first, first + self.batch_size):
-            epoch, place = divmod(position, len(self.indices))
+        for drawn in range(first, first + self.batch_size):
+            epoch, position = divmod(drawn, len(self.indices))
             order, seeds = self._epoch(epoch)
-            draws.append(Draw(self.indices[order[place]], seeds[place], order[place]))
+            draws.append(Draw(self.indices[order[position]], seeds[position], order[position]))
         return draws
 
     def _draw_epoch(self, epoch: int) -> tuple[list[int], list[int]]:
-        """The order of an epoch and the seed of each place in it."""
+        """The order of an epoch and the seed of each position in it."""
         # The 0 is there for the orders of older runs.
         state = np.random.SeedSequence([self.seed, 0, epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
@@ -294,7 +294,7 @@ def choose_labelled(
 def spread(length: int, count: int) -> list[int]:
     """At most `count` indices of 0..length-1, evenly spread, as neighbours are alike in videos."""
     count = min(count, length)
-    return [place * length // count for place in range(count)]
+    return [step * length // count for step in range(count)]
 
 
 def fingerprint(examples: Examples) -> str:

@@ -11,7 +11,7 @@ from distill import checkpoint
 from distill.benchmarks import Benchmark, notice
 from distill.config import RunConfig
 from distill.errors import UserError, blame, nearest
-from distill.matching.lesson import check_probabilities
+from distill.matching.targets import check_probabilities
 from distill.registry import TABLES, lacks, resolve
 from distill.tasks import traits
 from rl_policy.bins import timestep_bins

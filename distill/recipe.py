@@ -38,10 +38,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         keys = [self.construct_object(key, deep=deep) for key in own]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} appears twice in its section", own[place].start_mark
+                    None, None, f"key {key!r} appears twice in its section", own[index].start_mark
                 )
         return super().construct_mapping(node, deep=deep)
 

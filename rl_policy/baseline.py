@@ -37,11 +37,11 @@ class ImageBaseline(nn.Module):
         self.register_buffer("visits", torch.zeros(images, dtype=torch.int64))
 
     @torch.no_grad()
-    def forward(self, places: Tensor, rewards: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, rewards: Tensor) -> Tensor:
         """Subtract each image's baseline from its reward, then update the baselines.
 
         Args:
-            places: (N,) int64, the image of each reward, 0 to images - 1; -1 for an unknown
+            positions: (N,) int64, the image of each reward, 0 to images - 1; -1 for an unknown
                 image, whose baseline is the mean of all images.
             rewards: (N,) float32.
 
@@ -50,11 +50,11 @@ class ImageBaseline(nn.Module):
         """
         self.all.update(rewards)
         above = rewards - self.all.mean
-        known = places >= 0
-        mine = places[known]
+        known = positions >= 0
+        owners = positions[known]
         less = above.clone()
-        less[known] -= self.own[mine]
-        images, which, counts = torch.unique(mine, return_inverse=True, return_counts=True)
+        less[known] -= self.own[owners]
+        images, which, counts = torch.unique(owners, return_inverse=True, return_counts=True)
         sums = above.new_zeros(len(images)).index_add(0, which, above[known])
         self.visits[images] += counts
         rate = (counts / (self.visits[images] + 1)).clamp(min=FORGETTING)

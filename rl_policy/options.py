@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOLD = ("timesteps", "image_size")
+GIVEN = ("timesteps", "image_size")
 """Keywords of policies that are not options, as the run sets them."""
 WIDEST = 2**16
 """Largest width of a layer that is accepted as intended."""
@@ -41,16 +41,16 @@ def create(
     """
     signature = inspect.signature(policy)
     parameters = signature.parameters
-    told = {}
-    for name, fact in zip(TOLD, (timesteps, image_size), strict=True):
+    given = {}
+    for name, fact in zip(GIVEN, (timesteps, image_size), strict=True):
         if name in parameters and parameters[name].kind is inspect.Parameter.KEYWORD_ONLY:
-            told[name] = fact
-    for name in (*list(parameters)[:4], *told):
+            given[name] = fact
+    for name in (*list(parameters)[:4], *given):
         if name in options:
             raise OptionError(f"{name} is not an option: the run itself sets it")
     facts = context_size, len(timesteps), batch, seed
     try:
-        signature.bind(*facts, **told)
+        signature.bind(*facts, **given)
     except TypeError as error:
         raise ValueError(
             f"{policy} cannot be called with context_size, bins, batch and seed, as policies are: "
@@ -59,7 +59,7 @@ def create(
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
         _refuse_unknown(policy, options)
     try:
-        return policy(*facts, **told, **options)
+        return policy(*facts, **given, **options)
     except TypeError as error:
         raise ValueError(f"{policy} cannot be built as a policy: {error}") from error
 
@@ -67,7 +67,7 @@ def create(
 def _refuse_unknown(policy: Callable[..., Any], options: Iterable[str]) -> None:
     parameters = inspect.signature(policy).parameters.values()
     keywords = [option.name for option in parameters if option.kind is option.KEYWORD_ONLY]
-    choices = [name for name in keywords if name not in TOLD]
+    choices = [name for name in keywords if name not in GIVEN]
     for name in options:
         if name in keywords:
             continue

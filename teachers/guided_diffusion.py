@@ -55,13 +55,13 @@ def guided_diffusion(
     Raises:
         ValueError, OSError: see `DiffusionTeacher` and `GuidedDiffusion`.
     """
-    told = 1000 / timesteps if rescale_timesteps and timesteps else 1.0
+    time_scale = 1000 / timesteps if rescale_timesteps and timesteps else 1.0
     options = {
         "head_channels": head_channels,
         "heads": heads,
         "new_attention_order": new_attention_order,
     }
-    return DiffusionTeacher(GuidedDiffusion(path, schedule, timesteps, options, told), **view)
+    return DiffusionTeacher(GuidedDiffusion(path, schedule, timesteps, options, time_scale), **view)
 
 
 class GuidedDiffusion:
@@ -70,7 +70,7 @@ class GuidedDiffusion:
     Args:
         path, schedule, timesteps: as in `guided_diffusion`.
         options: the options that `Architecture` has.
-        told: the network's input for timestep 1.
+        time_scale: the network's input for timestep 1.
 
     Raises:
         OSError: no such file.
@@ -83,9 +83,9 @@ class GuidedDiffusion:
         schedule: Schedule,
         timesteps: int,
         options: Mapping[str, Any],
-        told: float = 1.0,
+        time_scale: float = 1.0,
     ) -> None:
-        self.told = told
+        self.time_scale = time_scale
         self.path = Path(path).expanduser()
         self.name = self.path.stem
         self.noise_schedule = noise_schedule(schedule, timesteps)
@@ -100,7 +100,7 @@ class GuidedDiffusion:
             "architecture": dataclasses.asdict(self.architecture),
             "schedule": schedule,
             "timesteps": timesteps,
-            **({} if told == 1 else {"told": told}),
+            **({} if time_scale == 1 else {"time_scale": time_scale}),
         }
         self.multiple = 2 ** (len(self.architecture.level_channels) - 1)
         self.coarsest = self.multiple
@@ -126,7 +126,7 @@ class GuidedDiffusion:
 
     def forward(self, parts: nn.ModuleDict, x: Tensor, times: Tensor, labels: Tensor | None) -> Any:
         """Run the UNet."""
-        return parts["network"](x, times * self.told)
+        return parts["network"](x, times * self.time_scale)
 
     def feature_map(self, output: Any, x: Tensor) -> Any:
         """A module's output, which is a map (B, C, h, w) already."""

@@ -22,7 +22,7 @@ LEAVES = frozenset(
     for package, names in {
         "": "augmentation benchmarks checkpoint data errors intervals landmarks metrics registry "
         "seeding tasks tracking",
-        "matching.": "distiller lesson losses measures projectors",
+        "matching.": "distiller losses measures projectors targets",
         "training.": "feedback",
         "caching.": "cache",
         "drawing.": "charts overlays plots",

@@ -136,5 +136,5 @@ def colour_map(count: int) -> NDArray[np.uint8]:
     """(count, 3), those of VOC 2012, distinct up to 512: bits 0 to 2 of a class number are the top
     bits of red, green and blue, bits 3 to 5 the next, and so on."""
     numbers = np.arange(count)[:, None] >> np.arange(3)
-    bits = sum((numbers >> 3 * place & 1) << 7 - place for place in range(3))
+    bits = sum((numbers >> 3 * bit & 1) << 7 - bit for bit in range(3))
     return np.asarray(bits, dtype=np.uint8)

@@ -91,13 +91,13 @@ def _numbers(base: Path, images: Mapping[str, Path]) -> dict[str, list[int]]:
                 numbers[_split_of(number, train, train + val)].append(number)
         notice(f"celebamask_hq: no {MAPPING}; split by number, not as published")
         return numbers
-    for place, line in enumerate(read_lines(mapping), start=1):
+    for number, line in enumerate(read_lines(mapping), start=1):
         columns = line.split()
         if not columns or columns[0] == "idx":
             continue
         if len(columns) != 3 or not (columns[0].isdecimal() and columns[1].isdecimal()):
             raise UserError(
-                f"{mapping}, line {place}: expected 'idx orig_idx orig_file', got {line!r}"
+                f"{mapping}, line {number}: expected 'idx orig_idx orig_file', got {line!r}"
             )
         numbers[_split_of(int(columns[1]), *CELEBA)].append(int(columns[0]))
     listed = [number for split in numbers.values() for number in split]

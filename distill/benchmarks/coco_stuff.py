@@ -44,7 +44,7 @@ LAYOUT = Layout(
 )
 # A mask holds the id less 1.
 IDS = [number for number in range(1, 183) if number not in NEVER_LABELLED]
-CLASSES = {number - 1: place for place, number in enumerate(IDS)} | {IGNORE_INDEX: IGNORE_INDEX}
+CLASSES = {number - 1: index for index, number in enumerate(IDS)} | {IGNORE_INDEX: IGNORE_INDEX}
 
 
 def coco_stuff(root: str | None) -> Published:

@@ -132,13 +132,13 @@ def files_below(folder: Path) -> list[Path]:
     A UserError where a folder cannot be read.
     """
     found, seen = [], set()
-    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (real := os.path.realpath(place)) in seen:
+        if (real := os.path.realpath(parent)) in seen:
             folders.clear()
             continue
         seen.add(real)
-        found += [Path(place, name) for name in names if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
     # a link that leads nowhere is a file that does not open
     return sorted(path for path in found if path.is_file() or path.is_symlink())
 

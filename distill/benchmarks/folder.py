@@ -223,18 +223,18 @@ def read_palette(path: Path) -> Labels:
     if not path.is_file():
         raise UserError(f"data.options.palette: there is no file {path}; write 'R G B name' lines")
     names: dict[Colour, str] = {}
-    for place, line in enumerate(read_lines(path), start=1):
+    for row, line in enumerate(read_lines(path), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         *levels, name = line.split(maxsplit=3)
         if len(levels) != 3 or not all(x.isdecimal() and int(x) < 256 for x in levels):
             raise UserError(
-                f"{path}, line {place}: expected 'R G B name' with 0 to 255 each, got {line!r}"
+                f"{path}, line {row}: expected 'R G B name' with 0 to 255 each, got {line!r}"
             )
         colour = (int(levels[0]), int(levels[1]), int(levels[2]))
         if colour in names:
             raise UserError(
-                f"{path}, line {place}: duplicate colour (already used by {names[colour]!r})"
+                f"{path}, line {row}: duplicate colour (already used by {names[colour]!r})"
             )
         names[colour] = name.strip()
     first = {

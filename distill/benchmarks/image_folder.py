@@ -97,13 +97,13 @@ def image_folder(
     with LAYOUT.at(root) as base:
         bare = _unlabelled(base, unlabelled, skip)
         given = [name for name in SPLITS if (base / name).is_dir()]
-        place, beside = (base / "train", "") if given else (base, unlabelled)
-        class_names = [name for name in class_folders(place) if name != beside]
+        train, beside = (base / "train", "") if given else (base, unlabelled)
+        class_names = [name for name in class_folders(train) if name != beside]
         if len(class_names) < 2:
-            raise UserError(f"{place} has {len(class_names)} class folders; it needs at least 2")
+            raise UserError(f"{train} has {len(class_names)} class folders; it needs at least 2")
         if UNLABELLED in class_names:
             notice(
-                f"image_folder: {place / UNLABELLED} is a class; put images without a class into "
+                f"image_folder: {train / UNLABELLED} is a class; put images without a class into "
                 f"{base / UNLABELLED}"
             )
         numbers = {name: number for number, name in enumerate(class_names)}

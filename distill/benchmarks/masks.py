@@ -117,10 +117,10 @@ def read_colour_mask(
 def _look_up(values: NDArray[np.int64], classes: Mapping[int, int]) -> tuple[Tensor, int | None]:
     """The class of each value, and the first value that is in no class."""
     known = np.array(sorted(classes))
-    place = np.searchsorted(known, values).clip(max=len(known) - 1)
-    strangers = values[known[place] != values]
-    of_place = np.array([classes[value] for value in known.tolist()], dtype=np.uint8)
-    return torch.from_numpy(of_place[place]), int(strangers[0]) if strangers.size else None
+    index = np.searchsorted(known, values).clip(max=len(known) - 1)
+    strangers = values[known[index] != values]
+    class_of = np.array([classes[value] for value in known.tolist()], dtype=np.uint8)
+    return torch.from_numpy(class_of[index]), int(strangers[0]) if strangers.size else None
 
 
 def _ranges(values: Iterable[int]) -> str:

@@ -32,12 +32,12 @@ def _val(base: Path, numbers: Mapping[str, int]) -> LabelledImages:
     """The images of val, whose classes stand in a list: file, WordNet id, box."""
     annotations, samples = base / "val" / "val_annotations.txt", []
     present = {path.name for path in files_below(base / "val" / "images")}
-    for place, line in enumerate(_lines(annotations), start=1):
+    for number, line in enumerate(_lines(annotations), start=1):
         name, wnid = (*map(str.strip, line.split("\t")), "")[:2]
         if wnid not in numbers:
-            raise UserError(f"{annotations}, line {place}: {wnid!r} is not one of the classes")
+            raise UserError(f"{annotations}, line {number}: {wnid!r} is not one of the classes")
         if name not in present:
-            raise UserError(f"{annotations}, line {place}: there is no file val/images/{name}")
+            raise UserError(f"{annotations}, line {number}: there is no file val/images/{name}")
         samples.append((str(base / "val" / "images" / name), numbers[wnid]))
     return LabelledImages(base, samples)
 

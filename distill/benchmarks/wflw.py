@@ -125,7 +125,7 @@ def _read_list(path: Path, images: Path) -> list[Face]:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     faces = []
-    for place, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         columns = line.split()
         if not columns:
             continue
@@ -136,11 +136,11 @@ def _read_list(path: Path, images: Path) -> list[Face]:
             if not np.isfinite(numbers).all():
                 raise ValueError("a number is not finite")
         except ValueError as error:
-            raise UserError(f"{path}, line {place}: {error}") from error
+            raise UserError(f"{path}, line {number}: {error}") from error
         points = torch.from_numpy(numbers[: 2 * POINTS]).reshape(POINTS, 2)
         left, top, right, bottom = numbers[2 * POINTS :].tolist()
         box = (left, top, right, bottom)
-        faces.append(Face(f"{columns[-1]}:{place}", images / columns[-1], points, box))
+        faces.append(Face(f"{columns[-1]}:{number}", images / columns[-1], points, box))
     if not faces:
         raise UserError(f"{path} lists no faces")
     missing = sorted({str(face.image) for face in faces if not face.image.is_file()})

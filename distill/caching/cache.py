@@ -152,7 +152,7 @@ class FeatureCache:
         self._saved = np.memmap(folder / "marks.bin", np.uint32, "r+")
         self._marks = np.array(self._saved)  # ours may be ahead of what is safe on the disk
         self._unsaved: list[NDArray[np.int64]] = []
-        self.looked = 0
+        self.teacher_images = 0
 
     def __str__(self) -> str:
         return f"cache of {self.plan} in {self.folder}, {len(self) / self.plan.rows:.0%} filled"
@@ -225,8 +225,8 @@ class FeatureCache:
         self._marks[:] = self._saved
 
     def _rows(self, tags: Tensor, bins: Tensor) -> NDArray[np.int64]:
-        place = np.searchsorted(self._examples, tags[:, 0].numpy())
-        rows: NDArray[np.int64] = place * self.plan.flips + tags[:, 1].numpy()
+        example = np.searchsorted(self._examples, tags[:, 0].numpy())
+        rows: NDArray[np.int64] = example * self.plan.flips + tags[:, 1].numpy()
         rows = rows * self.plan.bins + bins.numpy()
         return rows
 
@@ -242,7 +242,7 @@ class FeatureCache:
             )
         ]
         maps = self.teacher.features(images[padded].contiguous(), timesteps, noise)
-        self.looked += self.chunk
+        self.teacher_images += self.chunk
         written = torch.zeros(count, self.plan.row_bytes, dtype=torch.uint8)
         for layer, columns in self.plan.columns.items():
             stored, feature = self.plan.layers[layer], maps[layer][:count]

@@ -6,16 +6,17 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.build import TrainingSet
-from distill.caching.cache import FeatureCache, Plan, Stored
+from distill.caching.cache import FeatureCache, Plan, Stored, check_origin
 from distill.config import Arm, RunConfig
 from distill.errors import UserError
 from distill.matching.distiller import Distiller
@@ -25,25 +26,75 @@ from teachers.arithmetic import FEATURES
 from teachers.protocol import Teacher
 
 
+class PlannedCache(NamedTuple):
+    """An arm's feature cache that is not open yet; the fields are those of `FeatureCache`."""
+
+    folder: Path
+    teacher: Teacher
+    plan: Plan
+    examples: NDArray[np.int64]
+    timesteps: Tensor
+    origin: Mapping[str, Any]
+    chunk: int
+
+    def check(self) -> None:
+        """Raises UserError if the folder is there and holds other features."""
+        check_origin(self.folder, self.origin)
+
+    def open(self) -> FeatureCache:
+        """Find or make the folder. Raises UserError as `FeatureCache` does."""
+        return FeatureCache(**self._asdict())
+
+
 def plan_cache(
+    config: RunConfig,
+    arm: Arm,
+    data: TrainingSet,
+    distiller: Distiller,
+    teacher: Teacher,
+    timesteps: Tensor,
+    maps: Mapping[str, Tensor],
+    accelerator: Accelerator,
+) -> PlannedCache | None:
+    """An arm's feature cache, which runs that differ in their seed share; None without one.
+
+    Args:
+        config: The recipe.
+        arm: Of the recipe, with a teacher.
+        data: The training images.
+        distiller: What looks at the features.
+        teacher: What shows them.
+        timesteps: (K,) int64, those on offer.
+        maps: What the teacher shows of a batch; their shapes count.
+        accelerator: The device and the processes.
+
+    Raises:
+        UserError: The recipe leaves nothing to cache, or asks for more than `teacher.cache_gb`.
+    """
+    if config.teacher.cache is None:
+        return None
+    plan = _plan(config, data, distiller, maps, len(timesteps))
+    batch = (config.train.batch + config.train.unlabelled_batch) // accelerator.num_processes
+    return PlannedCache(
+        _cache_folder(config, arm),
+        teacher,
+        plan,
+        examples=np.array(cached_examples(config, data)),
+        timesteps=timesteps,
+        origin=_origin(config, data, teacher, timesteps, plan, accelerator),
+        chunk=min(8 if accelerator.device.type == "cpu" else 64, batch),
+    )
+
+
+def _plan(
     config: RunConfig,
     data: TrainingSet,
     distiller: Distiller,
     maps: Mapping[str, Tensor],
     bins: int,
-) -> Plan | None:
-    """Plan of an arm's feature cache; None if the recipe asks for none.
-
-    Args:
-        maps: What the teacher shows of a batch; their shapes count.
-        bins: How many timesteps are on offer.
-
-    Raises:
-        UserError: The recipe leaves nothing to cache, or asks for more than `teacher.cache_gb`.
-    """
+) -> Plan:
+    """What the cache is to hold. Raises UserError as `plan_cache` does."""
     teacher, strength = config.teacher, config.data.augment
-    if teacher.cache is None:
-        return None
     if strength not in ("none", "flip"):
         raise UserError(
             f"teacher.cache: with data.augment={strength} no image appears twice; use flip or "
@@ -122,36 +173,14 @@ def cached_examples(config: RunConfig, data: TrainingSet) -> list[int]:
     return sorted({*data.labelled_indices, *unlabelled})
 
 
-def open_cache(
-    config: RunConfig,
-    arm: Arm,
-    data: TrainingSet,
-    teacher: Teacher,
-    timesteps: Tensor,
-    plan: Plan,
-    accelerator: Accelerator,
-) -> FeatureCache:
-    """An arm's feature cache; see `FeatureCache`. Runs that differ in their seed share it."""
-    batch = (config.train.batch + config.train.unlabelled_batch) // accelerator.num_processes
-    return FeatureCache(
-        cache_folder(config, arm),
-        teacher,
-        plan,
-        examples=np.array(cached_examples(config, data)),
-        timesteps=timesteps,
-        origin=cache_origin(config, data, teacher, timesteps, plan, accelerator),
-        chunk=min(8 if accelerator.device.type == "cpu" else 64, batch),
-    )
-
-
-def cache_folder(config: RunConfig, arm: Arm) -> Path:
+def _cache_folder(config: RunConfig, arm: Arm) -> Path:
     """The folder of an arm's feature cache."""
     assert config.teacher.cache is not None
     name = arm if arm == "distilled" else f"{arm}{config.seed}"  # whose weights the seed decides
     return Path(config.teacher.cache) / name
 
 
-def cache_origin(
+def _origin(
     config: RunConfig,
     data: TrainingSet,
     teacher: Teacher,

@@ -78,8 +78,8 @@ def compare(
     _check(results, subjects)
     costs, machine = _measure(results, batch, rounds)
     rows = [_row(result, cost) for result, cost in zip(results, costs, strict=True)]
-    told = f"{batch} images per pass, median and range of {rounds} rounds in turn"
-    notes = [*_differences(results), f"{machine}, {told}"]
+    method = f"{batch} images per pass, median and range of {rounds} rounds in turn"
+    notes = [*_differences(results), f"{machine}, {method}"]
     table = _markdown(rows)
     if out is not None:
         _write(Path(out), results, costs, rows, table, notes)
@@ -212,11 +212,11 @@ def _setting(result: Mapping[str, Any]) -> dict[str, Any]:
         keys.pop("data.unlabelled", None)  # of a student's own training
     # The results of these two keys are given instead.
     keys.pop("data.size", None)
-    told = {"protocol": result["protocol"], "size": result["size"]}
+    known = {"protocol": result["protocol"], "size": result["size"]}
     if result.get("labelled") is not None:
         keys.pop("data.labelled", None)
-        told["labelled"] = result["labelled"]
-    return told | keys
+        known["labelled"] = result["labelled"]
+    return known | keys
 
 
 def _measure(
@@ -268,7 +268,7 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """A Markdown table, aligned so that it reads on a terminal."""
     columns = _columns(rows)
     lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
     padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
     drawn = [f"| {' | '.join(line)} |" for line in padded]
     return "\n".join([drawn[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *drawn[1:]])
@@ -277,8 +277,8 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
 def _title(results: Sequence[Mapping[str, Any]]) -> str:
     metric = results[0]["metric"]
     name = TITLES.get(metric, metric)
-    told = name if metric in ERRORS else f"{name} {in_points(metric)}"
-    return f"{told} on {results[0]['benchmark']} {results[0]['split']}"
+    title = name if metric in ERRORS else f"{name} {in_points(metric)}"
+    return f"{title} on {results[0]['benchmark']} {results[0]['split']}"
 
 
 def _write(

@@ -32,8 +32,8 @@ STYLE = """
 .gradio-container { width: 100%; max-width: 1080px !important; margin: 0 auto !important; }
 .about h1 { font-size: 1.5rem; font-weight: 650; margin: 0.75rem 0 0.25rem; }
 .about h1, .legend li { overflow-wrap: anywhere; }
-.about p, .told p { opacity: 0.75; margin: 0; }
-.told .problem { color: var(--error-icon-color); opacity: 1; }
+.about p, .note p { opacity: 0.75; margin: 0; }
+.note .problem { color: var(--error-icon-color); opacity: 1; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.4rem 1.25rem; list-style: none; padding: 0; }
 .legend { margin: 0 0 0.75rem; }
@@ -103,8 +103,8 @@ def build_page(gradio: Any, name: str, model: ModelFile) -> Any:
                     answer = gradio.Image(label="Mask", buttons=buttons, **view)
                 else:
                     answer = gradio.Label(label="Class", num_top_classes=CLASSES)
-                told = gradio.HTML(elem_classes="told", padding=False)
-        done = file.upload(partial(look, model), file, [image, answer, told], api_name="predict")
+                note = gradio.HTML(elem_classes="note", padding=False)
+        done = file.upload(partial(look, model), file, [image, answer, note], api_name="predict")
         # Ready for the next one.
         done.then(lambda: None, outputs=file, api_visibility="private", show_progress="hidden")
     return page
@@ -129,13 +129,13 @@ def look(model: ModelFile, path: str) -> tuple[Image.Image | None, Any, str]:
     taken = 1e3 * (time.perf_counter() - began)
     height, width = model.metadata["image_size"]
     seen = f"{image.width} x {image.height} px, seen at {width} x {height} px"
-    told = f"<p>{taken:.0f} ms for {seen}</p>"
+    note = f"<p>{taken:.0f} ms for {seen}</p>"
     image.thumbnail((SHOWN, SHOWN))
     names = model.metadata["class_names"]
     if model.metadata["what"] == "classifier":
-        return image, dict(zip(names, logits.softmax(0).tolist(), strict=True)), told
+        return image, dict(zip(names, logits.softmax(0).tolist(), strict=True)), note
     mask, palette = mask_of(logits, (image.height, image.width)), model.metadata["palette"]
-    return image, blend(np.array(image), mask, palette), _legend(mask, names, palette) + told
+    return image, blend(np.array(image), mask, palette), _legend(mask, names, palette) + note
 
 
 def _legend(mask: NDArray[np.uint8], names: Sequence[str], palette: Sequence[Sequence[int]]) -> str:

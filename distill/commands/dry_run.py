@@ -89,9 +89,9 @@ def _try_arm(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accele
     """Build an arm and try two steps; its memory is free again afterwards."""
     trainer = Trainer(config, arm, data, accelerator)
     lines = [] if trainer.teacher is None else _pairs(trainer)
-    if trainer.plan is not None:
-        trainer.check_cache()
-        lines.append(f"# {arm}: cache of {trainer.plan} in {config.teacher.cache}; not counted")
+    if (planned := trainer.planned_cache) is not None:
+        planned.check()
+        lines.append(f"# {arm}: cache of {planned.plan} in {config.teacher.cache}; not counted")
     notice(f"{config.name}: trying two steps of {arm}")
     fingerprint = None if trainer.teacher is None else trainer.teacher.fingerprint
     trial = Trial(lines, config.train.steps * _step_seconds(trainer), fingerprint)

@@ -24,7 +24,7 @@ from distill.evaluation import pictures
 from distill.evaluation.backbones import Subject, parse_subject
 from distill.evaluation.counting import Tally, predicted
 from distill.evaluation.geometry import best_and_worst, correspondence, depth, setting
-from distill.evaluation.pictures import Shown
+from distill.evaluation.pictures import Prediction
 from distill.evaluation.protocols import (
     FINETUNE,
     Fitted,
@@ -169,11 +169,11 @@ def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -
     benchmark = data.benchmark
     _try_held_out(config, data)
     metric, rows = metric_of(benchmark), dict[int, list[dict[str, Any]]]()
-    told: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for choice in label_efficient(subject, config, data, accelerator):
         scored = _score(choice.fitted, config, benchmark, accelerator)
-        told = setting(config, metric, choice.fitted.size, None, choice.fitted.layers)
-        told["images"] = fingerprint(benchmark.dataset(config.evaluate.split))
+        result = setting(config, metric, choice.fitted.size, None, choice.fitted.layers)
+        result["images"] = fingerprint(benchmark.dataset(config.evaluate.split))
         rows.setdefault(choice.labels, []).append(
             {
                 "seed": choice.seed,
@@ -190,9 +190,9 @@ def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -
         intervals[name] = interval(values)._asdict() if len(values) > 1 else None
     by_labels = {str(labels): choices for labels, choices in rows.items()}
     if subject.kind == "student":  # these may be among the labels that are scored here
-        own = read_card(student_folder(subject.path)).recipe["data"]["labelled"]
-        told["seen_labels"] = "all" if own is None else own
-    return {**told, "figures": figures, "intervals": intervals, "choices": by_labels}
+        seen = read_card(student_folder(subject.path)).recipe["data"]["labelled"]
+        result["seen_labels"] = "all" if seen is None else seen
+    return {**result, "figures": figures, "intervals": intervals, "choices": by_labels}
 
 
 def _write_pictures(scored: Scored, out: Path) -> None:
@@ -212,10 +212,10 @@ def _write_pictures(scored: Scored, out: Path) -> None:
         with torch.no_grad():
             logits = scored.predict(pixels[None].to(tally.device))[0].float()
         guess = predicted(logits, truth)
-        told = f"{each[index]:.1%} NME"
+        text = f"{each[index]:.1%} NME"
         if isinstance(tally, Tally):
-            told = f"{each[index]:.0%} {'of pixels right' if truth.ndim else 'for its class'}"
-        shown.append(Shown(f"{kind}: {told}", pixels, truth, guess))
+            text = f"{each[index]:.0%} {'of pixels right' if truth.ndim else 'for its class'}"
+        shown.append(Prediction(f"{kind}: {text}", pixels, truth, guess))
     pictures.overlays(
         out.with_name(f"{out.stem}-overlays.png"), shown, benchmark.class_names, benchmark.palette
     )
@@ -230,8 +230,8 @@ def _table(result: Mapping[str, Any]) -> str:
     if result["protocol"] == "label_efficient":
         for name, value in result["figures"].items():
             spread = result["intervals"][name]
-            told = str(Interval(**spread)) if spread else f"{100 * value:.1f} (one choice)"
-            lines.append(f"  {name:16} {told}")
+            text = str(Interval(**spread)) if spread else f"{100 * value:.1f} (one choice)"
+            lines.append(f"  {name:16} {text}")
         if "seen_labels" in result:
             lines.append(f"note: this student was trained on {result['seen_labels']} labels before")
         return "\n".join(lines)

@@ -44,9 +44,9 @@ def extract(config: RunConfig) -> str:
     config = fit_batch(config, data, accelerator)
     trainer = Trainer(config, "distilled", data, accelerator)
     trainer.open_cache()
-    cache, plan = trainer.cache, trainer.plan
+    cache = trainer.cache
     assert cache is not None
-    assert plan is not None
+    plan = cache.plan
     print(cache, file=sys.stderr)
     found, device = len(cache), trainer.accelerator.device
     examples = cached_examples(config, data)  # those that are complete are checked

@@ -33,7 +33,7 @@ TABLES = ("predictions.csv", "predictions.json")
 MASKS = ("masks", "overlays")
 
 
-class Picture(NamedTuple):
+class InputImage(NamedTuple):
     """An image to predict, and the name of its results."""
 
     path: Path
@@ -116,7 +116,7 @@ def open_model(path: str, *, trust: bool = False) -> ModelFile:
     return load_predictor(Path(path), trust=trust)
 
 
-def find_pictures(images: Sequence[str], results: Sequence[Path] = ()) -> list[Picture]:
+def find_pictures(images: Sequence[str], results: Sequence[Path] = ()) -> list[InputImage]:
     """The image files among files and folders, each once.
 
     Args:
@@ -126,7 +126,7 @@ def find_pictures(images: Sequence[str], results: Sequence[Path] = ()) -> list[P
     Raises:
         UserError: A file is missing, a folder has no images, or two have the same name.
     """
-    found: dict[Path, Picture] = {}
+    found: dict[Path, InputImage] = {}
     own = {folder.resolve() for folder in results}
     for image in map(Path, images):
         if image.is_dir():
@@ -135,9 +135,9 @@ def find_pictures(images: Sequence[str], results: Sequence[Path] = ()) -> list[P
                 files = [f for f in files if own.isdisjoint(f.resolve().parents)]
             if not files:
                 raise UserError(f"{image} contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            pictures = [Picture(f, f.relative_to(image).with_suffix("")) for f in files]
+            pictures = [InputImage(f, f.relative_to(image).with_suffix("")) for f in files]
         elif image.is_file():
-            pictures = [Picture(image, Path(image.stem))]
+            pictures = [InputImage(image, Path(image.stem))]
         else:
             raise UserError(f"there is no image {image}")
         for picture in pictures:
@@ -166,12 +166,12 @@ def mask_of(logits: Tensor, size: tuple[int, ...]) -> np.ndarray[Any, np.dtype[n
     return predicted_classes(logits, size).to(torch.uint8).numpy()
 
 
-def _targets(folder: Path, picture: Picture) -> list[Path]:
+def _targets(folder: Path, picture: InputImage) -> list[Path]:
     file = picture.name.with_name(f"{picture.name.name}.png")  # a name may hold dots
     return [folder / kind / file for kind in MASKS]
 
 
-def _check_free(folder: Path, pictures: Sequence[Picture], what: str, force: bool) -> None:
+def _check_free(folder: Path, pictures: Sequence[InputImage], what: str, force: bool) -> None:
     """Refuse to replace results, unless that was asked for."""
     targets = [folder / table for table in TABLES]
     if what == "segmenter":
@@ -183,10 +183,10 @@ def _check_free(folder: Path, pictures: Sequence[Picture], what: str, force: boo
 
 
 def _groups(
-    pictures: Sequence[Picture], broken: list[Path], progress: Progress
-) -> Iterator[list[tuple[Picture, Tensor]]]:
+    pictures: Sequence[InputImage], broken: list[Path], progress: Progress
+) -> Iterator[list[tuple[InputImage, Tensor]]]:
     """Images in batches; those that cannot be read are named and left out."""
-    group: list[tuple[Picture, Tensor]] = []
+    group: list[tuple[InputImage, Tensor]] = []
     for picture in pictures:
         try:
             group.append((picture, read_image(picture.path, upright=True)))
@@ -202,7 +202,7 @@ def _groups(
 
 
 def _write_masks(
-    folder: Path, picture: Picture, pixels: Tensor, logits: Tensor, metadata: dict[str, Any]
+    folder: Path, picture: InputImage, pixels: Tensor, logits: Tensor, metadata: dict[str, Any]
 ) -> None:
     names, palette = metadata["class_names"], metadata["palette"]
     mask = mask_of(logits, tuple(pixels.shape[1:]))

@@ -24,7 +24,7 @@ from distill.config import RunConfig
 from distill.data import choose_labelled
 from distill.errors import Interrupted, UserError, blame
 from distill.matching.distiller import small_image
-from distill.probing.files import Columns, Images, write_map
+from distill.probing.files import Columns, ProbeImages, write_map
 from distill.probing.layer_map import WIDTH, Parts, measure
 from distill.probing.linear_probe import Batches, Logistic, Ridge
 from distill.probing.map_report import Column, LayerMap
@@ -159,7 +159,7 @@ def _settings(config: RunConfig, data: TrainingSet, teacher: Teacher) -> dict[st
     }
 
 
-def _images(config: RunConfig, most: int | None) -> tuple[TrainingSet, Images, Images]:
+def _images(config: RunConfig, most: int | None) -> tuple[TrainingSet, ProbeImages, ProbeImages]:
     """Labelled training images and val images, in an order that takes the classes in turn."""
     plain = dataclasses.replace(config.data, augment="none")
     data = build_training_set(plain)
@@ -180,8 +180,8 @@ def _images(config: RunConfig, most: int | None) -> tuple[TrainingSet, Images, I
     targets = getattr(val, "targets", None)
     return (
         data,
-        Images(data.labelled, chosen),
-        Images(
+        ProbeImages(data.labelled, chosen),
+        ProbeImages(
             training_examples(val, plain, data.benchmark, data.size),
             choose_labelled(len(val), count, plain.split_seed, targets),
         ),
@@ -228,8 +228,8 @@ def _measure_all(
     state: Columns,
     column: Callable[[Teacher, Parts, int, int, int], Column],
     teacher: Teacher,
-    train: Images,
-    val: Images,
+    train: ProbeImages,
+    val: ProbeImages,
 ) -> None:
     """Whatever columns are missing: of the teacher, then of those with random weights."""
     size, workers = config.evaluate.batch, config.data.workers
@@ -247,7 +247,7 @@ def _measure_all(
     built = ("trained", 0)
     with stop_on_signals() as stop, Progress("probe", total, total - left) as progress:
 
-        def watched(images: Images) -> Callable[[], Batches]:
+        def watched(images: ProbeImages) -> Callable[[], Batches]:
             def batches() -> Batches:
                 for batch in images.batches(size, workers):
                     if stop:
@@ -281,7 +281,7 @@ def _split(indices: list[int], seed: int) -> tuple[list[int], list[int]]:
     in turn, and the classes of every fifth place need not be those of all."""
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0)).tolist()
     turn = seed % HELD_OUT
-    fit = [indices[drawn] for place, drawn in enumerate(order) if place % HELD_OUT != turn]
+    fit = [indices[drawn] for index, drawn in enumerate(order) if index % HELD_OUT != turn]
     return fit, [indices[drawn] for drawn in order[turn::HELD_OUT]]
 
 

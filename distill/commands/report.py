@@ -39,7 +39,7 @@ COMPARED = ("options", "size", "labelled")
 """Keys of the data section that a probe's rewards depend on, besides the teacher section."""
 
 
-class Probe(NamedTuple):
+class ProbeRun(NamedTuple):
     """The content of a folder of `distill probe`."""
 
     folder: Path
@@ -85,8 +85,8 @@ def write_report(
         raise UserError(f"--html: {html} must be an HTML file, such as report.html")
     if out is not None:
         checkpoint.check_json("--out", Path(out))
-    for place in () if html is None else (Path(html).parent, _pictures(Path(html))):
-        checkpoint.check_folder("--html", place)
+    for target in () if html is None else (Path(html).parent, _pictures(Path(html))):
+        checkpoint.check_folder("--html", target)
     configs = {} if html is None else _opened(groups, overrides)
     known = None if probe is None else _read_probe(probe, groups)
     if html is not None:
@@ -101,9 +101,9 @@ def _opened(groups: Sequence[Group], overrides: Sequence[str]) -> dict[str, RunC
     """Each run's recipe with the overrides, by run folder."""
     runs = [run for group in groups for run in group.runs]
     known = {f"{key}={value}" for run in runs for key, value in flat(to_tree(run.config)).items()}
-    places = [override for override in overrides if override.startswith("data.")]
+    of_data = [override for override in overrides if override.startswith("data.")]
     for override in overrides:
-        if override not in places and override not in known:  # the known trust code of their own
+        if override not in of_data and override not in known:  # the known trust code of their own
             raise UserError(
                 f"report: {override!r}: the recipe of a finished run is fixed; only data.KEY=value "
                 "can be set, for data that moved"
@@ -111,7 +111,7 @@ def _opened(groups: Sequence[Group], overrides: Sequence[str]) -> dict[str, RunC
     configs = {}
     for run in runs:
         tree = to_tree(run.config)
-        for override in places:
+        for override in of_data:
             apply_override(tree, override)
         config = build_config(RunConfig, tree, where=str(run.folder))
         refuse_foreign(config, overrides, run.folder)
@@ -119,7 +119,7 @@ def _opened(groups: Sequence[Group], overrides: Sequence[str]) -> dict[str, RunC
     return configs
 
 
-def _read_probe(path: str, groups: Sequence[Group]) -> Probe:
+def _read_probe(path: str, groups: Sequence[Group]) -> ProbeRun:
     """Read a probe's folder. Raises UserError if it is not one, or of other images than the
     runs."""
     folder, run = Path(path), groups[0].first
@@ -134,7 +134,7 @@ def _read_probe(path: str, groups: Sequence[Group]) -> Probe:
         raise UserError(
             f"--probe: {folder} is for {theirs}, but {run.folder} was trained on {mine}"
         )
-    return Probe(folder, table, figures)
+    return ProbeRun(folder, table, figures)
 
 
 def _pictures(page: Path) -> Path:
@@ -143,7 +143,7 @@ def _pictures(page: Path) -> Path:
 
 
 def _write_page(
-    page: Path, groups: Sequence[Group], configs: dict[str, RunConfig], probe: Probe | None
+    page: Path, groups: Sequence[Group], configs: dict[str, RunConfig], probe: ProbeRun | None
 ) -> None:
     """The pictures, then the page that holds them."""
     pictures = _pictures(page)
@@ -168,7 +168,7 @@ def _write_page(
     checkpoint.write_text(page, render(title, lead, sections))
 
 
-def _regret(groups: Sequence[Group], probe: Probe | None) -> Section:
+def _regret(groups: Sequence[Group], probe: ProbeRun | None) -> Section:
     """Section on the policies' rewards on a probe's table, with fixed choices and the oracle."""
     section = Section("regret", "What there was to gain")
     if probe is None and not TASKS[groups[0].first.summary["task"]].classes:
@@ -204,7 +204,7 @@ def _regret(groups: Sequence[Group], probe: Probe | None) -> Section:
     return section
 
 
-def _earned(runs: Sequence[FinishedRun], probe: Probe) -> tuple[list[Block], str]:
+def _earned(runs: Sequence[FinishedRun], probe: ProbeRun) -> tuple[list[Block], str]:
     """The table of rewards of one recipe's policies, and what it comes to."""
     if mixes(runs[0].config):
         raise UserError(
@@ -266,13 +266,13 @@ def _sees_the_table(run: FinishedRun) -> bool:
     return policy.context == "image" and policy.image_size == SMALL
 
 
-def _probed_layer(probe: Probe) -> str:
+def _probed_layer(probe: ProbeRun) -> str:
     """The layer whose rewards the table holds."""
     layer: str = probe.figures["best"]["layer"]
     return layer
 
 
-def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
+def _cautions(run: FinishedRun, probe: ProbeRun) -> list[Block]:
     """Sentences about differences between the probe and what the policy was rewarded for."""
     assert run.taught is not None
     count = len(run.results[run.taught]["policy"]["timesteps"])
@@ -306,7 +306,7 @@ def _cautions(run: FinishedRun, probe: Probe) -> list[Block]:
     return [Text(" ".join(said))]
 
 
-def _honest(probe: Probe) -> list[Block]:
+def _honest(probe: ProbeRun) -> list[Block]:
     """The probe's own head-room, which separates an honest oracle from chance."""
     layer = _probed_layer(probe)
     room = probe.figures["head_room"].get(layer)

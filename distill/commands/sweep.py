@@ -82,11 +82,11 @@ def sweep(
         folder.mkdir(parents=True, exist_ok=True)
     failed = []
     with stop_on_signals() as stop:
-        for place, cell in enumerate(todo):
+        for index, cell in enumerate(todo):
             if stop:
                 raise Interrupted(f"stopped before {study.cells[cell].name}; {GOES_ON}")
-            number = len(runs) - len(todo) + place + 1
-            left = _time_left(todo[place:], tried, scores)
+            number = len(runs) - len(todo) + index + 1
+            left = _time_left(todo[index:], tried, scores)
             line = f"{study.config.name}: run {number} of {len(runs)}, {study.cells[cell].name}"
             print(f"{line}, ETA {left}", file=sys.stderr, flush=True)
             try:
@@ -202,25 +202,25 @@ def _plan(
         "|---|---|---|---|---|---|",
     ]
     for arm in study.config.arms:
-        mine = [cell for cell in chosen if cell.arm == arm.name]
+        cells = [cell for cell in chosen if cell.arm == arm.name]
         own = [cell for cell in runs if cell.arm == arm.name]
-        cells = [
-            *(arm.name, study.takes[arm.name], " ".join(str(cell.seed) for cell in mine)),
-            _to_train(study, mine, runs, scores),
+        columns = [
+            *(arm.name, study.takes[arm.name], " ".join(str(cell.seed) for cell in cells)),
+            _to_train(study, cells, runs, scores),
             f"{seconds[arm.name]:.0f}" if own else "",
             ", ".join(f"`{override}`" for override in arm.overrides),
         ]
-        if mine:
-            lines.append(f"| {' | '.join(cells)} |")
+        if cells:
+            lines.append(f"| {' | '.join(columns)} |")
     todo = [cell for cell in runs if cell not in scores]
-    told = f"{len(runs) - len(todo)} of {len(runs)} runs are done"
+    summary = f"{len(runs) - len(todo)} of {len(runs)} runs are done"
     if todo:
         left = _time_left(todo, tried, scores)
-        told += (
+        summary += (
             f"; the other {len(todo)} would be trained below {study.folder}, in about {left} "
             "altogether, evaluation not counted"
         )
-    return "\n".join([*lines, "", f"{told}; nothing was trained"])
+    return "\n".join([*lines, "", f"{summary}; nothing was trained"])
 
 
 def _to_train(study: Study, cells: Sequence[Cell], runs: Sequence[Cell], scores: Scores) -> str:

@@ -24,7 +24,7 @@ from distill.errors import Interrupted, UserError
 from distill.evaluation import pictures, scoring
 from distill.evaluation.backbones import predictor
 from distill.evaluation.counting import predicted
-from distill.evaluation.pictures import Shown
+from distill.evaluation.pictures import Prediction
 from distill.evaluation.scoring import held_out_examples
 from distill.precision import resolve_precision
 from distill.recipe import PLACES, check_recipe, load_config, refuse_changes, to_tree, to_yaml
@@ -206,7 +206,7 @@ def _finish_arm(
         },
         "teacher": trainer.teacher.fingerprint if trainer.teacher else None,
         "images_per_second": trainer.images / max(trainer.seconds, 1e-9),
-        "looked": trainer.looked,
+        "teacher_images": trainer.teacher_images,
         "seconds": trainer.seconds,
         "parts": parts,
         "flops": flops(student, trainer.teacher, trainer.data.size),
@@ -231,7 +231,7 @@ def _finish_arm(
     )
 
 
-def predict(student: Student, examples: Examples) -> list[Shown]:
+def predict(student: Student, examples: Examples) -> list[Prediction]:
     """A few examples with truth and prediction, evenly spread, as neighbouring frames are alike."""
     items = [examples[index] for index in spread(len(examples), SHOWN)]
     images = [as_float(image) for image, _ in items]
@@ -240,7 +240,7 @@ def predict(student: Student, examples: Examples) -> list[Shown]:
         logits = student(torch.stack(images).to(device))[0].cpu()
     truths = [torch.as_tensor(target) for _, target in items]
     return [
-        Shown("", image, truth, predicted(one, truth))
+        Prediction("", image, truth, predicted(one, truth))
         for image, truth, one in zip(images, truths, logits, strict=True)
     ]
 

@@ -42,5 +42,5 @@ def flops(
 
 def teacher_flops(teacher: Teacher | None, size: tuple[int, int]) -> Flops | None:
     """The teacher's operations for one image of (H, W); None if it does not count them."""
-    told = getattr(teacher, "flops", None)
-    return None if told is None else told(size)
+    count = getattr(teacher, "flops", None)
+    return None if count is None else count(size)

@@ -36,9 +36,9 @@ def scores(path: str | Path, rows: Mapping[str, Mapping[str, Sequence[float]]], 
         for number, name in enumerate(series):
             colour = ARM_COLOURS[number % len(ARM_COLOURS)]
             shift = 0.7 * ((number + 0.5) / len(series) - 0.5)
-            for place, row in enumerate(rows.values()):
+            for position, row in enumerate(rows.values()):
                 if name in row:
-                    _point(axes, place + shift, row[name], colour)
+                    _point(axes, position + shift, row[name], colour)
             axes.plot([], [], "o", color=colour, label=name)
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -67,9 +67,9 @@ def panels(
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         grid = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
         for axes, (title, panel) in zip(grid, rows.items(), strict=True):
-            for place, name in enumerate(names):
+            for position, name in enumerate(names):
                 if name in panel:
-                    _point(axes, place, panel[name], ARM_COLOURS[5 if name in baselines else 0])
+                    _point(axes, position, panel[name], ARM_COLOURS[5 if name in baselines else 0])
             axes.set(title=title, xlabel="points")
             axes.grid(axis="y", visible=False)
         for axes in grid[1:]:

@@ -200,8 +200,8 @@ def bars(path: str | Path, rows: Mapping[str, Mapping[str, float]], label: str) 
             colour = ARM_COLOURS[number % len(ARM_COLOURS)]
             axes.barh(list(rows), widths, left=starts, label=part, color=colour, height=0.65)
             starts += widths
-        for place, total in enumerate(starts):
-            axes.text(total, place, f" {total:,.0f}", va="center", color="0.3")
+        for row, total in enumerate(starts):
+            axes.text(total, row, f" {total:,.0f}", va="center", color="0.3")
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(label)

@@ -53,15 +53,15 @@ def parse_subject(text: str) -> Subject:
     Raises:
         UserError: An unknown or misplaced option.
     """
-    place, words = _divided(text)
+    source, words = _divided(text)
     kind: Literal["student", "file", "timm", "teacher"] = "student"
-    if place.startswith("timm:"):
-        kind, place = "timm", place.removeprefix("timm:")
-    elif place.startswith("teacher:"):
-        kind, place = "teacher", place.removeprefix("teacher:")
-    elif place.endswith(EXPORTED):
+    if source.startswith("timm:"):
+        kind, source = "timm", source.removeprefix("timm:")
+    elif source.startswith("teacher:"):
+        kind, source = "teacher", source.removeprefix("teacher:")
+    elif source.endswith(EXPORTED):
         kind = "file"
-    elif place.endswith(".ts"):
+    elif source.endswith(".ts"):
         raise UserError(
             f"{text}: a TorchScript file is a program and is not evaluated; name the run or the "
             f"exported student that it came from, or a {' or '.join(EXPORTED)} file"
@@ -77,19 +77,19 @@ def parse_subject(text: str) -> Subject:
             f"{text}: timestep={timestep} must be an index of the noise schedule, 0..T-1"
         )
     weights = ""
-    if kind == "timm" and place.endswith((f":{SCRATCH}", *WEIGHT_FILES)):
-        place, _, weights = place.rpartition(":")
+    if kind == "timm" and source.endswith((f":{SCRATCH}", *WEIGHT_FILES)):
+        source, _, weights = source.rpartition(":")
     layers = tuple(filter(None, options.get("layers", "").split("+")))
-    if not place:
+    if not source:
         raise UserError(f"{text}: a {kind} needs a name or a folder, as in timm:resnet18")
     if kind == "teacher" and not layers:
         raise UserError(
-            f"{text}: name the feature maps, for example teacher:{place},layers=up_blocks.1,"
+            f"{text}: name the feature maps, for example teacher:{source},layers=up_blocks.1,"
             "timestep=50 "
-            f"(`distill teacher layers {place}` lists them)"
+            f"(`distill teacher layers {source}` lists them)"
         )
     return Subject(
-        text, kind, place, weights, layers, int(timestep), options.get("family", "diffusers_unet")
+        text, kind, source, weights, layers, int(timestep), options.get("family", "diffusers_unet")
     )
 
 
@@ -97,9 +97,9 @@ def _divided(text: str) -> tuple[str, list[str]]:
     """A subject's place and its options; a file or folder that exists may have commas itself."""
     parts = text.split(",")
     for count in range(len(parts), 1, -1):
-        place = ",".join(parts[:count])
-        if os.path.exists(re.sub("^(teacher:|timm:[^:]*:)", "", place)):
-            return place, parts[count:]
+        source = ",".join(parts[:count])
+        if os.path.exists(re.sub("^(teacher:|timm:[^:]*:)", "", source)):
+            return source, parts[count:]
     return parts[0], parts[1:]
 
 
@@ -181,8 +181,8 @@ class TeacherBackbone:
 
     def flops(self, size: tuple[int, int]) -> int | None:
         """See `Backbone`."""
-        told = teacher_flops(self.teacher, size)
-        return told and told.used
+        flops = teacher_flops(self.teacher, size)
+        return flops and flops.used
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """See `Backbone`."""

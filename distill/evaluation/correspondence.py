@@ -65,10 +65,10 @@ def match(features: Tensor, maps: Maps, size: tuple[int, int]) -> Tensor:
     best = features.new_full((len(features),), -torch.inf)
     found = features.new_zeros(len(features), 2)
     for chunk in torch.split(pixels, CHUNK):
-        similarity, place = (features @ features_at(maps, chunk, size).T).max(dim=1)
+        similarity, nearest = (features @ features_at(maps, chunk, size).T).max(dim=1)
         better = similarity > best
         best = torch.where(better, similarity, best)
-        found[better] = chunk[place[better]]
+        found[better] = chunk[nearest[better]]
     return found
 
 

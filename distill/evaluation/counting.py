@@ -144,15 +144,17 @@ def count(
             items = next(batches, None)
         if items is None:
             return tallies
-        looked: dict[int, list[Tensor]] = {}
-        for places in _by_size(items):
+        predictions: dict[int, list[Tensor]] = {}
+        for indices in _by_size(items):
             with timed("predict"), torch.no_grad():
-                images = as_float(torch.stack([items[place][0] for place in places]).to(device))
+                images = as_float(torch.stack([items[index][0] for index in indices]).to(device))
                 answers = [logits.float().to(counted) for logits in predict(images)]
-                looked |= {place: [a[row] for a in answers] for row, place in enumerate(places)}
-        for place, (_, target) in enumerate(items):
+                predictions |= {
+                    index: [a[row] for a in answers] for row, index in enumerate(indices)
+                }
+        for index, (_, target) in enumerate(items):
             truth = torch.as_tensor(target).to(counted)
-            for tally, logits in zip(tallies, looked.pop(place), strict=True):
+            for tally, logits in zip(tallies, predictions.pop(index), strict=True):
                 with timed("predict"):
                     guess = predicted(logits, truth)
                 with timed("score"):
@@ -164,7 +166,7 @@ def _by_size(items: Sequence[Item]) -> Iterator[list[int]]:
     """Indices of the items, grouped by the size of their images."""
     sizes = [tuple(image.shape) for image, _ in items]
     for size in dict.fromkeys(sizes):
-        yield [place for place, other in enumerate(sizes) if other == size]
+        yield [index for index, other in enumerate(sizes) if other == size]
 
 
 def new_tally(benchmark: Benchmark, device: torch.device | str) -> Tally | LandmarkTally:

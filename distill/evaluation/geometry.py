@@ -168,13 +168,13 @@ def best_and_worst(ranked: Sequence[int]) -> list[tuple[str, int]]:
 
 
 def _draw_matches(pairs: KeypointPairs, matched: Sequence[Matched], out: Path) -> None:
-    def share(place: int) -> float:
-        return float(matched[place].in_box.double().mean())
+    def share(index: int) -> float:
+        return float(matched[index].in_box.double().mean())
 
     ranked = sorted(range(len(matched)), key=share, reverse=True)
     shown = []
-    for kind, place in best_and_worst(ranked):
-        one, pair = matched[place], pairs[matched[place].number]
+    for kind, index in best_and_worst(ranked):
+        one, pair = matched[index], pairs[matched[index].number]
         right = f"{int(one.in_box.sum())} of {len(one.in_box)}"
         shown.append(ShownPair(f"{kind}: {one.category}, {right}", pair, one.found, one.in_box))
     geometry_pictures.matches(out.with_name(f"{out.stem}-matches.png"), shown)

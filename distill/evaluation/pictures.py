@@ -58,7 +58,7 @@ def confusion(path: str | Path, counts: Tensor, class_names: Sequence[str]) -> N
         write_figure(figure, path)
 
 
-class Shown(NamedTuple):
+class Prediction(NamedTuple):
     """An image with its truth and prediction."""
 
     title: str
@@ -71,7 +71,7 @@ class Shown(NamedTuple):
 
 
 def overlays(
-    path: str | Path, shown: Sequence[Shown], class_names: Sequence[str], palette: ArrayLike
+    path: str | Path, shown: Sequence[Prediction], class_names: Sequence[str], palette: ArrayLike
 ) -> None:
     """Write images with truth and prediction: classes of pixels or points over them, or classes
     below.
@@ -98,7 +98,7 @@ def overlays(
 
 def _laid_over(
     pictures: Sequence[NDArray[Any]],
-    shown: Sequence[Shown],
+    shown: Sequence[Prediction],
     class_names: Sequence[str],
     colours: NDArray[np.uint8],
 ) -> Figure:
@@ -134,7 +134,7 @@ def _laid_over(
 
 
 def _named_below(
-    pictures: Sequence[NDArray[Any]], shown: Sequence[Shown], class_names: Sequence[str]
+    pictures: Sequence[NDArray[Any]], shown: Sequence[Prediction], class_names: Sequence[str]
 ) -> Figure:
     """Four images per row, with predicted and true class."""
     figure, panels = _panels(len(shown))
@@ -146,7 +146,7 @@ def _named_below(
     return figure
 
 
-def _dotted(pictures: Sequence[NDArray[Any]], shown: Sequence[Shown]) -> Figure:
+def _dotted(pictures: Sequence[NDArray[Any]], shown: Sequence[Prediction]) -> Figure:
     """Four images per row, with true and predicted points and their distances."""
     figure, panels = _panels(len(shown))
     for axes, picture, item in zip(panels, pictures, shown, strict=True):

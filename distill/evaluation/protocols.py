@@ -107,12 +107,12 @@ def own(
 def _exported(subject: Subject, config: RunConfig, benchmark: Benchmark) -> Fitted:
     """A file of `distill export`, run by its own runtime on the CPU."""
     file = load_predictor(Path(subject.path), torch.get_num_threads())
-    told = file.metadata
-    dense, other = told["what"] == "segmenter", "say with --benchmark what it is of"
-    _check_classes(benchmark, told["class_names"], dense=dense, remedy=other)
-    size = (told["image_size"][0], told["image_size"][1])
+    metadata = file.metadata
+    dense, remedy = metadata["what"] == "segmenter", "say with --benchmark what it is of"
+    _check_classes(benchmark, metadata["class_names"], dense=dense, remedy=remedy)
+    size = (metadata["image_size"][0], metadata["image_size"][1])
     _check_size(config, size)
-    if config.evaluate.scales != [1.0] and not told["any_size"]:
+    if config.evaluate.scales != [1.0] and not metadata["any_size"]:
         raise UserError(
             f"evaluate.scales: {subject.text} only accepts images of {size[0]}x{size[1]} px; leave "
             "it out"
@@ -255,7 +255,7 @@ def finetune(
     )
 
 
-class Choice(NamedTuple):
+class LabelSplit(NamedTuple):
     """One random choice of labelled images for `label_efficient`."""
 
     labels: int
@@ -267,7 +267,7 @@ class Choice(NamedTuple):
 
 def label_efficient(
     subject: Subject, config: RunConfig, data: TrainingSet, accelerator: Accelerator
-) -> Iterator[Choice]:
+) -> Iterator[LabelSplit]:
     """`linear` with few labelled images, several random choices of each number of them.
 
     The protocol of DDPM-seg (Baranchuk et al., ICLR 2022), with one linear classifier in place of
@@ -283,10 +283,15 @@ def label_efficient(
         seeds = range(config.evaluate.splits if labels < len(examples) else 1)
         for seed in seeds:
             chosen = choose_labelled(len(examples), labels, seed, targets)
-            told = None if labels == len(examples) else [names[index] for index in chosen]
+            labelled_names = None if labels == len(examples) else [names[index] for index in chosen]
             title = f"{labels} labels, choice {seed + 1} of {len(seeds)}"
-            few = data._replace(labelled_indices=chosen)
-            yield Choice(labels, seed, told, fit_linear(backbone, config, few, accelerator, title))
+            labelled = data._replace(labelled_indices=chosen)
+            yield LabelSplit(
+                labels,
+                seed,
+                labelled_names,
+                fit_linear(backbone, config, labelled, accelerator, title),
+            )
 
 
 def label_counts(labels: list[int | str], available: int) -> list[int]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.matching.lesson import Lesson
 from distill.matching.losses import FeatureLoss, class_shares, task_loss
+from distill.matching.targets import FeatureTargets
 from rl_policy.label_free import LabelFreeReward
 from rl_policy.reward import TeacherTaskReward
 from students.student import Student
@@ -126,7 +126,7 @@ class Distiller(nn.Module):
         self,
         images: Tensor,
         targets: Tensor,
-        teach: Callable[[Tensor], Lesson] | None,
+        teach: Callable[[Tensor], FeatureTargets] | None,
         task_weight: float = 1.0,
     ) -> Losses:
         """The losses of one step.
@@ -160,17 +160,17 @@ class Distiller(nn.Module):
                 floor=nothing,
             )
         context = self.contexts(images, maps)
-        lesson = teach(context)
+        features = teach(context)
         feature, floor = zero, []
         for match, loss in zip(self.matches, self.losses, strict=True):
             assert isinstance(loss, FeatureLoss)
-            students, target = [maps[name] for name in match.student], lesson.maps[match.teacher]
+            students, target = [maps[name] for name in match.student], features.maps[match.teacher]
             feature = (
-                feature + match.weight * loss(students, target, lesson.choice.timesteps).mean()
+                feature + match.weight * loss(students, target, features.choice.timesteps).mean()
             )
-            if lesson.again is not None:
-                floor.append(loss.noise_floor(students[0], target, lesson.again[match.teacher]))
-        heads, rewards = self._rewards(lesson, maps, targets)
+            if features.redrawn is not None:
+                floor.append(loss.noise_floor(students[0], target, features.redrawn[match.teacher]))
+        heads, rewards = self._rewards(features, maps, targets)
         total = task_weight * supervised + self.feature_weight * feature + heads
         return Losses(
             total=total,
@@ -179,12 +179,12 @@ class Distiller(nn.Module):
             reward_head=heads.detach(),
             rewards=rewards,
             context=context,
-            bins=lesson.choice.bins,
+            bins=features.choice.bins,
             floor=torch.stack(floor) if floor else images.new_zeros(0),
-            weights=lesson.choice.weights,
+            weights=features.choice.weights,
         )
 
-    def weights_by_aim(self) -> list[list[nn.Parameter]]:
+    def clip_groups(self) -> list[list[nn.Parameter]]:
         """The weights of student, projectors and second head together, and of each reward head
         apart: clipped together, the gradients of a head would slow the student down."""
         heads = [head for head in (self.reward_head, self.label_free) if head is not None]
@@ -222,23 +222,25 @@ class Distiller(nn.Module):
         return maps[self.student.layers[-1]].float().mean(dim=(2, 3))
 
     def _rewards(
-        self, lesson: Lesson, maps: Mapping[str, Tensor], targets: Tensor
+        self, features: FeatureTargets, maps: Mapping[str, Tensor], targets: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of what the rewards train, and what the choices earned, by reward."""
-        feature, bins = lesson.maps[self.reward_layer], lesson.choice.bins
+        feature, bins = features.maps[self.reward_layer], features.choice.bins
         loss, rewards = feature.new_zeros(()), {}
         if self.reward_head is not None:
             labelled = len(targets)
             logits = self.reward_head(feature[:labelled], bins[:labelled])
             loss = loss + self._task(logits, targets).mean()
-            rewards["teacher_task"] = self._told(self.reward_head, logits, targets, bins[:labelled])
+            rewards["teacher_task"] = self._teacher_task(
+                self.reward_head, logits, targets, bins[:labelled]
+            )
         if self.label_free is not None:
             losses, rewards["label_free"] = self.label_free(feature, bins, self._pooled(maps))
             loss = loss + losses.mean()
         return loss, rewards
 
     @torch.no_grad()
-    def _told(
+    def _teacher_task(
         self, head: TeacherTaskReward, logits: Tensor, targets: Tensor, bins: Tensor
     ) -> Tensor:
         """How well the teacher's feature tells the labels, or better than the bin alone: (L,)."""

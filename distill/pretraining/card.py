@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.pretraining.judge import Losses, Probe
+from distill.pretraining.judge import TeacherProbe, TimestepLosses
 from distill.recipe import to_yaml
 from distill.teacher_config import TeacherTrainConfig
 from distill.tracking import commit, read_metrics
@@ -80,8 +80,8 @@ def teacher_card(
     schedule: Mapping[str, Any],
     hardware: str,
     processes: int,
-    losses: Losses | str,
-    probe: Probe | str,
+    losses: TimestepLosses | str,
+    probe: TeacherProbe | str,
 ) -> str:
     """The card of a run's pipeline.
 
@@ -145,7 +145,7 @@ def means(values: Sequence[float]) -> list[float]:
     return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
 
 
-def _losses(losses: Losses | str, schedule: Mapping[str, Any]) -> str:
+def _losses(losses: TimestepLosses | str, schedule: Mapping[str, Any]) -> str:
     if isinstance(losses, str):
         return _missing(losses)
     parts = len(losses.values)

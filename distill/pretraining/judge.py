@@ -26,7 +26,7 @@ BATCH = 32
 SEED = 0  # of images, patches and noise; not the run's, so that the cards of two runs compare
 
 
-class Losses(NamedTuple):
+class TimestepLosses(NamedTuple):
     """Mean denoising loss in equal parts of the schedule, from little noise to much."""
 
     split: str
@@ -34,7 +34,7 @@ class Losses(NamedTuple):
     values: Sequence[float]
 
 
-class Probe(NamedTuple):
+class TeacherProbe(NamedTuple):
     """Scores in [0, 1] of a linear probe on this teacher, and on one with random weights."""
 
     metric: str
@@ -64,7 +64,7 @@ def judge_losses(
     benchmark: Benchmark,
     data: DataConfig,
     size: tuple[int, int],
-) -> Losses:
+) -> TimestepLosses:
     """The loss of a network at each noise level, on val images if there are any.
 
     Args:
@@ -83,7 +83,7 @@ def judge_losses(
         (images.to(unet.device) for images, _ in batches),
         torch.Generator().manual_seed(SEED),
     )
-    return Losses(split, min(LOSS_IMAGES, len(examples)), values)
+    return TimestepLosses(split, min(LOSS_IMAGES, len(examples)), values)
 
 
 def judge_features(
@@ -94,7 +94,7 @@ def judge_features(
     *,
     count: int,
     device: torch.device,
-) -> Probe | str:
+) -> TeacherProbe | str:
     """A linear probe on the middle up block at 2% of the schedule, or the reason for having none.
 
     Args:
@@ -133,7 +133,7 @@ def judge_features(
         scores.append(score)
     metric = "mIoU" if benchmark.task == "segmentation" else "top-1"
     counts = (min(count, len(train)), min(count, len(val)))
-    return Probe(metric, layer, timestep, *counts, *scores)
+    return TeacherProbe(metric, layer, timestep, *counts, *scores)
 
 
 def _batches(

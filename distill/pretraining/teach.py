@@ -22,7 +22,7 @@ from distill.precision import autocast, resolve_precision
 from distill.recipe import check_recipe, to_tree
 from distill.teacher import embedded
 from distill.teacher_config import DiffusionConfig, TeacherTrainConfig, UNetConfig
-from distill.training.late import Late
+from distill.training.deferred import DeferredFigures
 from distill.training.optim import lr_factor
 from teachers.ddpm import build_unet, denoising_loss, load_pipeline, sample_images
 from teachers.noise import ddpm_scheduler
@@ -80,7 +80,7 @@ class TeacherTraining:
         )
         self.step, self.loss = 0, math.nan
         self._sum, self._asked = torch.zeros((), device=accelerator.device), 0  # of `mean_loss`
-        self._late: Late | None = None
+        self._pending: DeferredFigures | None = None
 
     def train_step(self, images: Tensor) -> Tensor:
         """One optimiser step. images: (B, 3, H, W) in [0, 1] -> the loss, a scalar.
@@ -106,8 +106,8 @@ class TeacherTraining:
         self.optimizer.zero_grad()
         self.average.step(self.unet.parameters())
         self.settle()
-        self._late = Late(self.step, loss=loss, gradient=norm)
-        if self._late.arrived:
+        self._pending = DeferredFigures(self.step, loss=loss, gradient=norm)
+        if self._pending.arrived:
             self.settle()
         self.step += 1
         self._sum += loss
@@ -121,11 +121,11 @@ class TeacherTraining:
 
     def settle(self) -> None:
         """Read the newest step's loss into `loss`. Raises UserError if it is not finite."""
-        if self._late is not None:
-            late, self._late = self._late, None
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
             low = resolve_precision(self.config.precision, self.accelerator.device.type) == "bf16"
             also = ", or precision=no" if low else ""
-            self.loss = late.read_finite(lambda step: f"a smaller lr{also}")["loss"]
+            self.loss = pending.read_finite(lambda step: f"a smaller lr{also}")["loss"]
 
     def averaged(self) -> UNet2DModel:
         """The future teacher: a copy of the network with the averaged weights."""

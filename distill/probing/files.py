@@ -12,7 +12,7 @@ from distill.config import RunConfig
 from distill.data import Augmented, Draw, loader
 from distill.errors import UserError
 from distill.probing import map_picture
-from distill.probing.layer_map import Cell
+from distill.probing.layer_map import ProbeResult
 from distill.probing.linear_probe import Batches
 from distill.probing.map_report import Column, LayerMap
 from distill.recipe import to_yaml
@@ -25,7 +25,7 @@ def _short(value: object, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-class Images(NamedTuple):
+class ProbeImages(NamedTuple):
     """Examples with fixed augmentation: every read of an index gives the same view."""
 
     examples: Augmented
@@ -62,7 +62,7 @@ class Columns:
                     f"{_short(value)}; use the same, or choose another --out"
                 )
         self.columns = {
-            tuple(key): {layer: Cell(**cell) for layer, cell in column.items()}
+            tuple(key): {layer: ProbeResult(**cell) for layer, cell in column.items()}
             for key, column in state["columns"]
         }
 

@@ -34,7 +34,7 @@ class Parts(NamedTuple):
     """Images that are scored."""
 
 
-class Cell(NamedTuple):
+class ProbeResult(NamedTuple):
     """The results of a probe on one layer at one timestep."""
 
     score: float
@@ -64,7 +64,7 @@ def measure(
     seed: int = 0,
     draws: int = 1,
     probe: type[Ridge] = Ridge,
-) -> dict[str, Cell]:
+) -> dict[str, ProbeResult]:
     """Probe every layer of a teacher, each image seen once (val: once for each draw).
 
     The probe is fitted on one part of the training images, its penalty and temperature are chosen
@@ -102,7 +102,7 @@ def measure(
     if not all(int(matrix.counts.sum()) for matrix in matrices.values()):
         raise UserError("there are no labelled examples to score the probe on")
     return {
-        layer: Cell(
+        layer: ProbeResult(
             score=probe_score(matrices[layer].counts, dense),
             held_loss=fit.held_loss,
             penalty=fit.penalty,

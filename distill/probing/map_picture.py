@@ -82,14 +82,14 @@ def _heat(
 def _head_room(axes: Axes, found: LayerMap) -> None:
     """Rewards of the ways to choose, with their intervals."""
     room = found.rooms[found.best_layer]
-    for place, name in enumerate(WAYS):
+    for index, name in enumerate(WAYS):
         mean, low, high = room.estimates[name]
         axes.errorbar(
             mean,
-            place,
+            index,
             xerr=[[max(mean - low, 0.0)], [max(high - mean, 0.0)]],
             fmt="o",
-            color=ARM_COLOURS[place],
+            color=ARM_COLOURS[index],
             capsize=3,
         )
     labels = [

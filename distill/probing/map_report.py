@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from distill.probing.head_room import HeadRoom, head_room, written
-from distill.probing.layer_map import Cell
+from distill.probing.layer_map import ProbeResult
 from teachers.noise import NoiseSchedule
 
-Column = dict[str, Cell]
+Column = dict[str, ProbeResult]
 
 
 class LayerMap:
@@ -178,7 +178,7 @@ class LayerMap:
             f"head-room of {self.best_layer}, minus the cross-entropy in nats, mean of "
             f"{room.images} images (95%):"
         )
-        told = {
+        meanings = {
             "uniform": "every t alike",
             "fixed": f"t={int(self.timesteps[room.fixed])} for all, chosen on the training images",
             "constant": "the best t for all, chosen by the rewards of other images here",
@@ -189,9 +189,9 @@ class LayerMap:
             "learnt_gain": "over constant: what choosing by image brings, at least",
             "honest_gain": "over constant: the same, at most (up to the noise of its choice)",
         }
-        figures = written(room.estimates[name] for name in told)
+        figures = written(room.estimates[name] for name in meanings)
         lines += [
-            f"  {name:11} {figure}  {means}"
-            for (name, means), figure in zip(told.items(), figures, strict=True)
+            f"  {name:11} {figure}  {meaning}"
+            for (name, meaning), figure in zip(meanings.items(), figures, strict=True)
         ]
         return "\n".join(lines)

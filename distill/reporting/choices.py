@@ -146,7 +146,7 @@ def _examples(data: TrainingSet) -> tuple[str, Examples]:
         if not indices:
             examples, split = data.benchmark.dataset("train"), "labelled training images"
             indices = data.labelled_indices
-    chosen = [indices[place] for place in spread(len(indices), IMAGES)]
+    chosen = [indices[index] for index in spread(len(indices), IMAGES)]
     resized = Resized(examples, data.size, masks=data.benchmark.task == "segmentation")
     return f"{len(chosen)} {split}", torch.utils.data.Subset(resized, chosen)  # type: ignore[arg-type]
 

@@ -163,8 +163,8 @@ def _why_even(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _best(late: Mapping[str, Any]) -> str:
-    place = max(range(len(late["timesteps"])), key=lambda i: late["probabilities"][i])
-    return f"t={late['timesteps'][place]} (noise fraction {late['noise_fraction'][place]:.2f})"
+    best = max(range(len(late["timesteps"])), key=lambda i: late["probabilities"][i])
+    return f"t={late['timesteps'][best]} (noise fraction {late['noise_fraction'][best]:.2f})"
 
 
 def _preference(group: Group) -> str:
@@ -186,7 +186,7 @@ def _preference(group: Group) -> str:
 
 
 def _by_image(
-    run: FinishedRun, config: RunConfig, place: Callable[[str], Path]
+    run: FinishedRun, config: RunConfig, picture_path: Callable[[str], Path]
 ) -> tuple[list[Block], list[str]]:
     """The preferred timesteps by class and image, or why they cannot be shown."""
     assert run.taught is not None
@@ -202,8 +202,8 @@ def _by_image(
     if bool((everyone - everyone[0]).abs().max() < 1e-6):
         return [Text(f"Asked about {choices.split}, it chooses alike for all, whatever class.")], []
     summary = policy_summary(everyone)
-    told = summary.entropy - summary.image_entropy
-    share = told / max(summary.entropy, 1e-9)
+    by_image = summary.entropy - summary.image_entropy
+    share = by_image / max(summary.entropy, 1e-9)
     moved = _moved(run, choices.step, summary.mean)
     if share < TOLD:
         return [
@@ -216,12 +216,12 @@ def _by_image(
     blocks: list[Block] = [
         Text(
             f"Asked about {choices.split}, as the student of step {choices.step} sees them: the "
-            f"image decides {told:.3f} of the {summary.entropy:.2f} nats of the choice "
+            f"image decides {by_image:.3f} of the {summary.entropy:.2f} nats of the choice "
             f"({share:.0%}); mean timesteps of single images run from {choices.expected.min():.0f} "
             f"to {choices.expected.max():.0f}. {moved}"
         ),
-        *_classes(run, choices, place),
-        _extremes(choices, place("images.png")),
+        *_classes(run, choices, picture_path),
+        _extremes(choices, picture_path("images.png")),
     ]
     if moved:  # then these figures are not of the training
         return blocks, []
@@ -244,13 +244,15 @@ def _moved(run: FinishedRun, step: int, mean: torch.Tensor) -> str:
     )
 
 
-def _classes(run: FinishedRun, choices: Choices, place: Callable[[str], Path]) -> list[Block]:
+def _classes(
+    run: FinishedRun, choices: Choices, picture_path: Callable[[str], Path]
+) -> list[Block]:
     distribution = choices.by_class
     present = [i for i, row in enumerate(distribution) if not bool(row.isnan().any())]
     if not present:
         return [Text("No label of these images names a class.")]
     names = [choices.class_names[i] for i in present]
-    path = place("classes-policy.png")
+    path = picture_path("classes-policy.png")
     charts.by_class(
         path,
         distribution=distribution[present].numpy(),
@@ -277,16 +279,16 @@ def _classes(run: FinishedRun, choices: Choices, place: Callable[[str], Path]) -
     ]
 
 
-Shown = tuple[torch.Tensor, str]
+Captioned = tuple[torch.Tensor, str]
 """An image (3, H, W) and its caption."""
 
 
-def extremes(choices: Choices) -> tuple[list[Shown], list[Shown]]:
+def extremes(choices: Choices) -> tuple[list[Captioned], list[Captioned]]:
     """The images with the smallest mean timesteps, and those with the largest, outermost first."""
     order = choices.expected.argsort(stable=True).tolist()
     count = min(SHOWN, max(1, len(order) // 2))
 
-    def shown(index: int) -> Shown:
+    def shown(index: int) -> Captioned:
         caption = f"t = {choices.expected[index]:.0f}"
         if float(choices.shares[index].max()) == 1.0:  # of one class
             caption += f"\n{choices.class_names[int(choices.shares[index].argmax())]}"

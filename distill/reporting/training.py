@@ -175,7 +175,7 @@ def _operations(run: FinishedRun) -> Block:
         passes = 3 * result["images_per_second"] * result["seconds"]
         if arm != "scratch" and "student_progress" in run.config.policy.rewards:
             passes += 2 * (train.steps - train.finetune_steps) * train.batch
-        total = passes * flops["student"] + result["looked"] * (flops["teacher"] or 0)
+        total = passes * flops["student"] + result["teacher_images"] * (flops["teacher"] or 0)
         known = arm == "scratch" or flops["teacher"] is not None
         rows.append(
             [
@@ -183,7 +183,7 @@ def _operations(run: FinishedRun) -> Block:
                 f"{flops['student'] / 1e9:.3f}",
                 _giga(flops["teacher"]),
                 _giga(flops["teacher_whole"]),
-                f"{result['looked']:,}",
+                f"{result['teacher_images']:,}",
                 f"{total / 1e12:,.2f}" if known else "–",
             ]
         )

@@ -191,8 +191,8 @@ def _same_images(run: FinishedRun, other: FinishedRun, what: Literal["train", "s
 def _same_teacher(run: FinishedRun, other: FinishedRun) -> bool:
     """Whether both runs of one recipe used the same trained teacher, whose file may have changed;
     true where a run has no arm `distilled`."""
-    told = [x.results.get("distilled", {}).get("teacher") for x in (run, other)]
-    return None in told or told[0] == told[1]
+    teachers = [x.results.get("distilled", {}).get("teacher") for x in (run, other)]
+    return None in teachers or teachers[0] == teachers[1]
 
 
 def _check_equal(
@@ -295,15 +295,15 @@ def compare_groups(groups: Sequence[Group]) -> dict[str, Any]:
     """Several groups as plain numbers, each arm with its paired difference to the first group's."""
     described = []
     for group in groups:
-        mine: dict[str, Any] = {
+        row: dict[str, Any] = {
             "label": group.label,
             "runs": [str(run.folder) for run in group.runs],
             **figures(group, groups),
         }
         if group is not groups[0]:
-            for arm, row in mine["arms"].items():
+            for arm, arm_row in row["arms"].items():
                 if arm in groups[0].first.summary["metrics"]:
                     paired = gains(groups[0].metric, group.values(arm), groups[0].values(arm))
-                    row["difference_to_first"] = estimate(paired)
-        described.append(mine)
+                    arm_row["difference_to_first"] = estimate(paired)
+        described.append(row)
     return {"groups": described}

@@ -90,7 +90,7 @@ class Scores(BaseModel):
     accuracy: dict[str, FiniteFloat | None] = {}
 
 
-class Flops(BaseModel):
+class FlopsRecord(BaseModel):
     """Of one image forward, None where that cannot be counted."""
 
     student: int
@@ -113,9 +113,9 @@ class Result(BaseModel):
     images_per_second: Least
     commit: str
     hardware: str
-    looked: int
+    teacher_images: int
     parts: dict[str, Least]
-    flops: Flops
+    flops: FlopsRecord
     policy: Bins | None = None
     noise_floor: Floor | None = None
     data: Fingerprints

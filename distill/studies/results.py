@@ -129,15 +129,15 @@ def kept_scores(study: Study, file: str) -> Scores:
         for arm, row in results["arms"].items():
             before[f"arm {arm}"] = [row["take"], *row["overrides"]]
             made = {key: tuple(row[key]) for key in ("commits", "hardware")}
-            for place, seed in enumerate(row["seeds"]):
+            for index, seed in enumerate(row["seeds"]):
                 # older files lack some
-                mine = {of: row[name][place] for name, of in COLUMNS.items() if name in row}
-                if not is_score(about["metric"], mine["value"]):
+                fields = {of: row[name][index] for name, of in COLUMNS.items() if name in row}
+                if not is_score(about["metric"], fields["value"]):
                     raise ValueError(
-                        f"arm {arm}: {mine['value']!r} is not a valid {about['metric']}"
+                        f"arm {arm}: {fields['value']!r} is not a valid {about['metric']}"
                     )
-                mine |= about | made | {"run_seconds": mine["seconds"]}
-                scores[Cell(arm, seed)] = SCORE.validate_python(mine)
+                fields |= about | made | {"run_seconds": fields["seconds"]}
+                scores[Cell(arm, seed)] = SCORE.validate_python(fields)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"--keep: {file} is not the JSON of a sweep ({one_line(error)}); name the "

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     """(U, 3, H, W)."""
     tags: Tensor | None = None
     """(L + U, 3) of all these images (`data.Tagged`), on the CPU; needed where there is a cache."""
-    places: Tensor | None = None
+    positions: Tensor | None = None
     """(L,) int64, which of the run's labelled images each is; by it a policy's rewards find their
     image's baseline."""
 
@@ -31,15 +31,15 @@ class Batch(NamedTuple):
             return self.labelled
         return torch.cat([self.labelled, self.unlabelled])
 
-    def cut(self, parts: int) -> Iterator[Batch]:
-        """Equal parts, each with its share of the labelled and of the unlabelled images."""
-        nothing: list[Any] = [None] * parts
-        unlabelled = nothing if self.unlabelled is None else self.unlabelled.chunk(parts)
+    def micro_batches(self, count: int) -> Iterator[Batch]:
+        """Equal parts for gradient accumulation, each with its share of labelled images."""
+        nothing: list[Any] = [None] * count
+        unlabelled = nothing if self.unlabelled is None else self.unlabelled.chunk(count)
         tags = nothing
         if self.tags is not None:
             first, rest = self.tags.tensor_split([len(self.labelled)])
-            pairs = zip(first.tensor_split(parts), rest.tensor_split(parts), strict=True)
+            pairs = zip(first.tensor_split(count), rest.tensor_split(count), strict=True)
             tags = [torch.cat(pair) for pair in pairs]
-        places = nothing if self.places is None else self.places.chunk(parts)
-        labelled = self.labelled.chunk(parts), self.targets.chunk(parts)
-        return map(Batch, *labelled, unlabelled, tags, places)
+        positions = nothing if self.positions is None else self.positions.chunk(count)
+        labelled = self.labelled.chunk(count), self.targets.chunk(count)
+        return map(Batch, *labelled, unlabelled, tags, positions)

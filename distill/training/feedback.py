@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.matching.distiller import Losses
-from distill.training.late import Copied
+from distill.training.deferred import AsyncCopy
 from rl_policy.baseline import ImageBaseline
 from rl_policy.protocol import MixingPolicy, TimestepPolicy
 from rl_policy.reward import WeightedRewards, student_progress
@@ -32,14 +32,14 @@ class Rows:
 
     def __init__(self, gather: Gather) -> None:
         self._gather = gather
-        self._parts: list[Copied] = []
+        self._parts: list[AsyncCopy] = []
         self._widths: list[int] = []
 
     def add(self, *columns: Tensor) -> None:
         """Take in one part: columns (N, W) each."""
         self._widths = [column.shape[1] for column in columns]
         joined = torch.cat([column.float() for column in columns], dim=1)
-        self._parts.append(Copied(self._gather(joined)))
+        self._parts.append(AsyncCopy(self._gather(joined)))
 
     def take(self) -> tuple[Tensor, ...]:
         """The columns of all parts, (N, W) float32 each on the CPU; none are left."""
@@ -78,12 +78,12 @@ class Feedback:
         self.figures: dict[str, float] = {}
         self._rows, self._progress = Rows(gather), Rows(gather)
 
-    def add(self, losses: Losses, places: Tensor | None, labelled: int, *mixed: Tensor) -> None:
+    def add(self, losses: Losses, positions: Tensor | None, labelled: int, *mixed: Tensor) -> None:
         """The choices of a part of the step, and what is known by now of what they earned.
 
         Args:
             losses: Of that part.
-            places: (labelled,) int64, which of all labelled images these are; None: not known.
+            positions: (labelled,) int64, which of all labelled images these are; None: not known.
             labelled: How many of its images have labels; the first ones.
             *mixed: Of a mixture the weights (B, K), and the gradients (B, K) of each image's loss.
         """
@@ -93,12 +93,12 @@ class Feedback:
         image = torch.arange(count, device=losses.context.device)
         earned = [F.pad(reward, (0, count - len(reward))) for reward in rewards]
         known = [image < len(reward) for reward in rewards]
-        whose = image.new_full((labelled,), -1) if places is None else places
+        owners = image.new_full((labelled,), -1) if positions is None else positions
         chosen = mixed or (losses.bins[:, None],)
         self._rows.add(
             torch.stack(earned, dim=1),
             torch.stack(known, dim=1),
-            F.pad(whose, (0, count - labelled), value=-1)[:, None],
+            F.pad(owners, (0, count - labelled), value=-1)[:, None],
             *(x[:count] for x in (losses.context, *chosen)),
         )
 
@@ -119,12 +119,12 @@ class Feedback:
 
     def learn(self, progress: float) -> bool:
         """Let the policy learn from what was added. False if some of it is not finite."""
-        earned, flags, places, context, *chosen = self._rows.take()
+        earned, flags, positions, context, *chosen = self._rows.take()
         known = flags.bool()
         names = list(self.rewards.weights)
         if PROGRESS in names:
-            place = names.index(PROGRESS)
-            earned[known[:, place], place] = self._progress.take()[0][:, 0]
+            column = names.index(PROGRESS)
+            earned[known[:, column], column] = self._progress.take()[0][:, 0]
         if not all(bool(x.isfinite().all()) for x in (earned, context, *chosen)):
             return False
         means = {name: earned[known[:, i], i].mean().item() for i, name in enumerate(names)}
@@ -134,13 +134,13 @@ class Feedback:
         rewards = self.rewards(earned, known)
         if isinstance(self.policy, MixingPolicy):
             weights, gradients = chosen
-            told = self.policy.learn(context, weights, gradients, progress)
+            learnt = self.policy.learn(context, weights, gradients, progress)
         else:
             if self.baseline is not None:
-                rewards = self.baseline(places[:, 0].long(), rewards)
-            told = self.policy.learn(context, chosen[0][:, 0].long(), rewards, progress)
+                rewards = self.baseline(positions[:, 0].long(), rewards)
+            learnt = self.policy.learn(context, chosen[0][:, 0].long(), rewards, progress)
         self.figures |= {
-            f"learn/{name}": value for name, value in (told or {}).items() if math.isfinite(value)
+            f"learn/{name}": value for name, value in (learnt or {}).items() if math.isfinite(value)
         }
         return True
 

@@ -56,7 +56,7 @@ def train_arm(
     with closing(log) if log else nullcontext(), Progress(*told, show=main) as progress:
         while trainer.step < train.steps:
             began = time.monotonic()
-            trainer.clock = trainer.parts if trainer.step % TIMED == TIMED - 1 else untimed
+            trainer.clock = trainer.timings if trainer.step % TIMED == TIMED - 1 else untimed
             with trainer.clock("data"):
                 batch = next(stream)
             waited = time.monotonic() - began
@@ -83,8 +83,8 @@ def train_arm(
                     f"stopped at step {trainer.step} of {train.steps} ({trainer.arm})"
                 )
     trainer.accelerator.wait_for_everyone()
-    total = sum(trainer.parts.seconds.values())
-    return {part: seconds / total for part, seconds in trainer.parts.seconds.items()}
+    total = sum(trainer.timings.seconds.values())
+    return {part: seconds / total for part, seconds in trainer.timings.seconds.items()}
 
 
 def checkpoint_path(folder: Path, arm: str) -> Path:
@@ -124,9 +124,9 @@ def batches(trainer: Trainer) -> Iterator[Batch]:
             more, tags = more.to(device, non_blocking=True), [*tags, *more_tags]
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
-        places = torch.tensor([draw.place for draw in sampler.batch(step)])
-        places = places.to(device, non_blocking=True)
-        yield Batch(images, targets, more, torch.cat(tags) if tags else None, places)
+        positions = torch.tensor([draw.position for draw in sampler.batch(step)])
+        positions = positions.to(device, non_blocking=True)
+        yield Batch(images, targets, more, torch.cat(tags) if tags else None, positions)
 
 
 def _sampler(

@@ -17,23 +17,23 @@ from torch.nn import functional as F
 
 from distill import seeding
 from distill.build import TrainingSet, build_distiller
-from distill.caching.cache import FeatureCache, Plan, check_origin
-from distill.caching.plan import cache_folder, cache_origin, open_cache, plan_cache
+from distill.caching.cache import FeatureCache
+from distill.caching.plan import PlannedCache, plan_cache
 from distill.config import Arm, RunConfig
 from distill.deployment.folder import load_backbone
 from distill.errors import UserError, blame, one_line
 from distill.matching.distiller import Losses, merge
-from distill.matching.lesson import Choice, Lesson, check_maps, choose, mixture
+from distill.matching.targets import Choice, FeatureTargets, check_maps, choose, mixture
 from distill.policies import build_policy
 from distill.precision import autocast
 from distill.recipe import check_recipe, to_tree
 from distill.teacher import build_teacher
 from distill.training.batch import Batch
 from distill.training.clock import Clock, Timed, untimed
+from distill.training.deferred import DeferredFigures, not_finite
 from distill.training.feedback import Feedback
 from distill.training.floor import NoiseFloor, distinct
 from distill.training.labels import check_labels, check_task
-from distill.training.late import Late, not_finite
 from distill.training.optim import build_optimizer, freeze_backbone, stage, stage_lr_factor
 from distill.training.remedies import remedy
 from students.student import Student
@@ -58,9 +58,9 @@ class Trainer:
 
     Attributes:
         images: How many images the student has seen, over all processes.
-        looked: How many the teacher has, every timestep of a mixture and measurement of the floor
-            counted; none where features came from the cache.
-        parts: Seconds by part of a step, of the steps that were timed.
+        teacher_images: How many the teacher has, every timestep of a mixture and measurement of the
+            floor counted; none where features came from the cache.
+        timings: Seconds by part of a step, of the steps that were timed.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Trainer:
         self.config, self.arm, self.data, self.accelerator = config, arm, data, accelerator
         device = accelerator.device
         self.teacher = None
-        self.plan: Plan | None = None
+        self.planned_cache: PlannedCache | None = None
         self.cache: FeatureCache | None = None
         if arm != "scratch":
             check_task(config.teacher, data.benchmark)
@@ -91,7 +91,7 @@ class Trainer:
         self._prepare_student()
         self.model = accelerator.prepare_model(self.distiller)
         self.optimizer = build_optimizer(self.distiller, config.train)
-        self._weights = self.distiller.weights_by_aim()
+        self._clip_groups = self.distiller.clip_groups()
         # Of a short stage the plain mean of its weights, which with power 1 it begins as
         power = 1.0 if config.train.schedule == "distill_then_finetune" else 2 / 3
         decay = config.train.ema
@@ -109,15 +109,17 @@ class Trainer:
             )
             images = len(data.labelled_indices) if config.policy.image_baseline else None
             self.feedback = Feedback(self.policy, config.policy.rewards, accelerator.gather, images)
-            self.plan = plan_cache(config, data, self.distiller, maps, len(self.timesteps))
+            self.planned_cache = plan_cache(
+                config, arm, data, self.distiller, self.teacher, self.timesteps, maps, accelerator
+            )
         names = [str(match) for match in self.distiller.matches]
         losses = [pair.loss for pair in config.pairs[: len(names)]]  # `scratch` has no match
         self.floor = NoiseFloor(distinct(names, losses), len(self.timesteps))
-        self.step, self.images, self.looked, self.seconds = 0, 0, 0, 0.0
+        self.step, self.images, self.teacher_images, self.seconds = 0, 0, 0, 0.0
         self.clock: Timed = untimed
-        self.parts = Clock(device)
+        self.timings = Clock(device)
         self.figures: dict[str, float] = {}
-        self._late: Late | None = None
+        self._pending: DeferredFigures | None = None
 
     def _prepare_student(self) -> None:
         """Training mode, the weights that the recipe starts from, and what of them is frozen."""
@@ -128,24 +130,14 @@ class Trainer:
         if student.freeze:
             freeze_backbone(self.student)
 
-    def check_cache(self) -> None:
-        """Raises UserError if the recipe's feature cache is there and holds other features."""
-        if self.plan is not None:
-            assert self.teacher is not None
-            parts = self.config, self.data, self.teacher, self.timesteps, self.plan
-            origin = cache_origin(*parts, self.accelerator)
-            check_origin(cache_folder(self.config, self.arm), origin)
-
     def open_cache(self) -> None:
         """Find or make the folder of the feature cache that the recipe asks for, if it does.
 
         Raises:
             UserError: It holds other features, or there is no room for it.
         """
-        if self.plan is not None:
-            assert self.teacher is not None
-            parts = self.config, self.arm, self.data, self.teacher, self.timesteps, self.plan
-            self.cache = open_cache(*parts, self.accelerator)
+        if self.planned_cache is not None:
+            self.cache = self.planned_cache.open()
 
     @property
     def student(self) -> Student:
@@ -175,16 +167,17 @@ class Trainer:
             group["lr"] = train.lr * stage_lr_factor(train, self.step, self.teacher is not None)
         if not phase.teach:
             batch = Batch(batch.labelled, batch.targets)
-        parts = [
-            self._backward(place, part, phase)
-            for place, part in enumerate(batch.cut(train.accumulate))
-        ]
-        losses = merge(parts)
+        losses = merge(
+            [
+                self._backward(index, micro_batch, phase)
+                for index, micro_batch in enumerate(batch.micro_batches(train.accumulate))
+            ]
+        )
         with self.clock("optimizer"):
             most = math.inf if train.clip is None else train.clip
             norms = [
                 self.accelerator.clip_grad_norm_(weights, most)
-                for weights in self._weights
+                for weights in self._clip_groups
                 if any(weight.grad is not None for weight in weights)
             ]
             norm = torch.stack(norms).max()
@@ -204,21 +197,21 @@ class Trainer:
             self.floor.add(*(x.cpu() for x in measured))
         return losses
 
-    def _backward(self, place: int, batch: Batch, phase: Phase) -> Losses:
-        """Gradients of one of the parts that the step's images are cut into."""
+    def _backward(self, index: int, batch: Batch, phase: Phase) -> Losses:
+        """Gradients of a micro-batch, the step's `index`-th."""
         train, labelled = self.config.train, len(batch.targets)
         images = batch.images
         if train.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        teach = partial(self._lesson, place, images, batch) if phase.teach else None
-        last = place == train.accumulate - 1
+        teach = partial(self._teach, index, images, batch) if phase.teach else None
+        last = index == train.accumulate - 1
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.clock("student"), autocast(self.accelerator.device, train.precision):
                 losses: Losses = self.model(images, batch.targets, teach, phase.task_weight)
             weights = losses.weights
             if self.feedback and phase.teach and weights is None:
                 # Copied while the device computes gradients
-                self.feedback.add(losses, batch.places, labelled)
+                self.feedback.add(losses, batch.positions, labelled)
             with self.clock("backward"):
                 self.accelerator.backward(losses.total / train.accumulate)
             if self.feedback and weights is not None:
@@ -227,16 +220,16 @@ class Trainer:
                 self.feedback.add(losses, None, labelled, weights.detach(), each)
         return losses
 
-    def _lesson(self, place: int, images: Tensor, batch: Batch, context: Tensor) -> Lesson:
+    def _teach(self, index: int, images: Tensor, batch: Batch, context: Tensor) -> FeatureTargets:
         """Let the policy choose a timestep for each image, and the teacher show its features there.
 
         Args:
-            place: Which part of the step this is.
+            index: Which micro-batch of the step this is.
             images: (B, 3, H, W), those of the batch in the student's memory format.
-            batch: The part.
+            batch: The micro-batch.
             context: (B, D), what the policy sees.
         """
-        rank = self.accelerator.process_index * self.config.train.accumulate + place
+        rank = self.accelerator.process_index * self.config.train.accumulate + index
         choice = self._choose(context, rank)
         # Copied now, while the device is idle; after the teacher the copy would wait for it.
         chosen = choice.to(images.device)
@@ -248,8 +241,8 @@ class Trainer:
 
         with self.clock("teacher"):
             maps = look("noise")
-            again = look("floor") if self._measures_floor() else None
-        return Lesson(chosen, maps, again)
+            redrawn = look("floor") if self._measures_floor() else None
+        return FeatureTargets(chosen, maps, redrawn)
 
     def _choose(self, context: Tensor, rank: int) -> Choice:
         """What the policy chooses, on the CPU, where it computes in float32."""
@@ -270,17 +263,17 @@ class Trainer:
         assert self.teacher is not None
         if self.cache is not None:
             assert batch.tags is not None
-            before = self.cache.looked
+            before = self.cache.teacher_images
             maps: Mapping[str, Tensor] = self.cache.features(images, batch.tags, bins)
-            looked = self.cache.looked - before
+            seen = self.cache.teacher_images - before
         else:
             labels: tuple[Tensor, ...] = ()
             if self.config.teacher.labels:
                 missing = len(images) - len(batch.targets)
                 labels = (F.pad(batch.targets, (0, missing), value=-1),)
             maps = self.teacher.features(images, self.timesteps[bins], noise, *labels)
-            looked = len(images)
-        self.looked += looked * self.accelerator.num_processes  # as many as in this one
+            seen = len(images)
+        self.teacher_images += seen * self.accelerator.num_processes  # as many as in this one
         return maps
 
     def _measures_floor(self) -> bool:
@@ -297,8 +290,10 @@ class Trainer:
 
         def measure() -> list[Tensor]:
             with self.clock("policy"), autocast(self.accelerator.device, train.precision):
-                parts = batch.cut(train.accumulate)
-                return [self.distiller.task_losses(part.labelled, part.targets) for part in parts]
+                return [
+                    self.distiller.task_losses(micro_batch.labelled, micro_batch.targets)
+                    for micro_batch in batch.micro_batches(train.accumulate)
+                ]
 
         assert self.feedback is not None
         return self.feedback.watching(measure)
@@ -330,15 +325,15 @@ class Trainer:
             figures = {
                 name: self.accelerator.reduce(value, "mean") for name, value in figures.items()
             }
-        self._late = Late(self.step, **figures, gradient=norm)
-        if self._late.arrived:
+        self._pending = DeferredFigures(self.step, **figures, gradient=norm)
+        if self._pending.arrived:
             self.settle()
 
     def settle(self) -> None:
         """Read the newest step's `figures`. Raises UserError if one of them is not finite."""
-        if self._late is not None:
-            late, self._late = self._late, None
-            self.figures = late.read_finite(self._remedy, where=f"{self.arm}: ")
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.figures = pending.read_finite(self._remedy, where=f"{self.arm}: ")
             if self.feedback and "feature_loss" in self.figures:
                 self.figures |= self.feedback.figures
 
@@ -361,9 +356,9 @@ class Trainer:
             **self._origin,
             "step": self.step,
             "images": self.images,
-            "looked": self.looked,
+            "teacher_images": self.teacher_images,
             "seconds": self.seconds,
-            "parts": dict(self.parts.seconds),
+            "parts": dict(self.timings.seconds),
             "distiller": self.distiller.state_dict(),
             "average": self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -388,8 +383,8 @@ class Trainer:
                 self.feedback.load_state_dict(state)
             self.floor.load_state_dict(state["floor"])
             self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
-            self.looked = state["looked"]
-            self.parts.seconds.update(state["parts"])
+            self.teacher_images = state["teacher_images"]
+            self.timings.seconds.update(state["parts"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"{source} is of another architecture: {one_line(error, 200)}; resume with the "

@@ -72,12 +72,12 @@ def test_looks_of_the_teacher_are_counted(
     trainer.open_cache()
     batch = next(batches(trainer))
     trainer.train_step(batch)
-    assert trainer.looked == looks
+    assert trainer.teacher_images == looks
     trainer.train_step(batch)
-    assert trainer.looked == (looks if trainer.cache else 2 * looks)
+    assert trainer.teacher_images == (looks if trainer.cache else 2 * looks)
     resumed = build(load("train.floor_every=0", *words))
     resumed.load_state(trainer.state(), tmp_path)
-    assert resumed.looked == trainer.looked
+    assert resumed.teacher_images == trainer.teacher_images
 
 
 def test_label_free_rewards_the_unlabelled_images_too(

@@ -46,7 +46,7 @@ def test_without_noise_a_cached_run_equals_an_uncached_one(
     assert without.cache is None
     assert losses(trainer) == losses(without)
     assert trainer.cache is not None
-    assert 0 < len(trainer.cache) <= trainer.plan.rows < 12 * 8  # type: ignore[union-attr]
+    assert 0 < len(trainer.cache) <= trainer.planned_cache.plan.rows < 12 * 8  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("look", ["noised", "average"])
@@ -129,7 +129,7 @@ def test_labelled_and_unlabelled_streams_share_their_features(
     config = load(*cached, "data.labelled=8", "data.augment=none", "policy.bins=1")
     trainer = build(config)
     assert trainer.cache is not None
-    assert trainer.plan.rows == 8  # type: ignore[union-attr]
+    assert trainer.planned_cache.plan.rows == 8  # type: ignore[union-attr]
     labelled, _, unlabelled, tags, _ = next(batches(trainer))
     assert unlabelled is not None
     assert tags is not None
@@ -147,7 +147,7 @@ def test_a_layer_whose_average_alone_counts_is_kept_as_that(load: Load, cached: 
         "{student: layer4, teacher: mid_block, pooled: true}]"
     )
     trainer = build(load(*cached, pairs, "teacher.input=clean", "teacher.dtype=bfloat16"))
-    assert trainer.plan.layers == {  # type: ignore[union-attr]
+    assert trainer.planned_cache.plan.layers == {  # type: ignore[union-attr]
         "up_blocks.0": Stored((16, 32, 32), torch.bfloat16),
         "mid_block": Stored((16, 1, 1), torch.float32),
     }

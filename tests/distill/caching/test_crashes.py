@@ -53,8 +53,8 @@ def test_a_full_disk_is_one_line_before_the_start(
 def test_the_room_is_reserved_at_once(load: Load, cached: list[str], tmp_path: Path) -> None:
     trainer = build(load(*cached))
     status = (tmp_path / "cache" / "distilled" / "features.bin").stat()
-    assert trainer.plan is not None
-    assert status.st_size == trainer.plan.rows * trainer.plan.row_bytes
+    assert trainer.planned_cache is not None
+    assert status.st_size == trainer.planned_cache.plan.rows * trainer.planned_cache.plan.row_bytes
     assert status.st_blocks * 512 >= status.st_size
 
 

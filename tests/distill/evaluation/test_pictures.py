@@ -11,7 +11,7 @@ from PIL import Image
 
 from distill.evaluation import pictures
 from distill.evaluation.geometry import best_and_worst
-from distill.evaluation.pictures import Shown
+from distill.evaluation.pictures import Prediction
 
 
 def overlays(path: Path, size: tuple[int, int], count: int) -> np.ndarray:
@@ -21,7 +21,7 @@ def overlays(path: Path, size: tuple[int, int], count: int) -> np.ndarray:
     mask[:, size[1] // 2 :] = 1
     mask[0] = 255
     palette = [(30, 60, 200), (0, 150, 90), (200, 10, 10)]
-    shown = [Shown(f"best: {i}", image, mask, 1 - mask.clamp(max=1)) for i in range(count)]
+    shown = [Prediction(f"best: {i}", image, mask, 1 - mask.clamp(max=1)) for i in range(count)]
     pictures.overlays(path, shown, ("sky", "car", "tree"), palette)
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
@@ -53,7 +53,7 @@ def test_masks_of_any_sizes_are_drawn_in_the_palettes_colours(tmp_path: Path) ->
         torch.ones(12, 16),
     )
     void = torch.full((12, 16), 255)
-    shown = [Shown("", grey, large, large + 1), Shown("", grey, void, small.long())]
+    shown = [Prediction("", grey, large, large + 1), Prediction("", grey, void, small.long())]
     pictures.overlays(tmp_path / "a.png", shown, ("left", "right"), [(255, 0, 0), (0, 0, 255)])
     with Image.open(tmp_path / "a.png") as picture:
         pixels = np.asarray(picture.convert("RGB"), dtype=int)
@@ -66,7 +66,7 @@ def test_classes_are_written_below_in_the_colours_of_right_and_wrong(tmp_path: P
     images, truths = torch.rand(9, 3, 8, 8), torch.zeros(9).long()
 
     def red_text(name: str, guesses: torch.Tensor) -> bool:
-        shown = [Shown("", *item) for item in zip(images, truths, guesses, strict=True)]
+        shown = [Prediction("", *item) for item in zip(images, truths, guesses, strict=True)]
         pictures.overlays(tmp_path / name, shown, ("left", "right"), [])
         with Image.open(tmp_path / name) as picture:
             pixels = np.asarray(picture.convert("RGB"))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from distill.errors import UserError
 from distill.probing import layer_map
-from distill.probing.layer_map import TEMPERATURES, Cell, Parts, measure
+from distill.probing.layer_map import TEMPERATURES, Parts, ProbeResult, measure
 from distill.probing.linear_probe import Logistic, Ridge
 
 Batch = list[tuple[Tensor, Tensor]]
@@ -70,7 +70,7 @@ def test_a_class_255_counts_where_something_else_means_no_label() -> None:
 @pytest.mark.parametrize("probe", [Ridge, Logistic])
 def test_streamed_equals_all_at_once(masks: bool, probe: type[Ridge]) -> None:
     images, targets = columns(masks)
-    found: list[Cell] = []
+    found: list[ProbeResult] = []
     for size in (3, 40):
         cells = measure(
             teacher(a=pixels), 0, parts(images, targets, size), classes=3, dense=masks, probe=probe

@@ -104,7 +104,11 @@ def test_a_damaged_run_names_the_file(
         ),
         ("checkpoints/scratch/result.json", {"scores": {"iou": {"a": "x"}}}, "scores.iou.a: input"),
         ("checkpoints/scratch/result.json", {"parts": {"data": "x"}}, "parts.data: input should"),
-        ("checkpoints/scratch/result.json", {"looked": "x"}, "looked: input should be a valid int"),
+        (
+            "checkpoints/scratch/result.json",
+            {"teacher_images": "x"},
+            "teacher_images: input should be a valid int",
+        ),
         ("checkpoints/scratch/result.json", {"flops": []}, "flops: input should be a valid dict"),
         ("summary.json", {"seed": "x"}, "seed: input should be a valid integer"),
         ("summary.json", {"noise_floor": 1}, "noise_floor: input should be "),

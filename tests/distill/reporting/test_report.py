@@ -214,14 +214,14 @@ def test_operations_of_training_are_those_that_were_counted(
 ) -> None:
     run = read_run(finished_run)
     counted = {"student": 2 * 10**9, "teacher": 5 * 10**9, "teacher_whole": 9 * 10**9}
-    result = {"images_per_second": 10.0, "seconds": 10.0, "flops": counted, "looked": 70}
+    result = {"images_per_second": 10.0, "seconds": 10.0, "flops": counted, "teacher_images": 70}
     config = dataclasses.replace(
         run.config,
         policy=dataclasses.replace(run.config.policy, rewards=rewards),
         train=dataclasses.replace(run.config.train, finetune_steps=1),
     )
     without = counted | {"teacher": None, "teacher_whole": None}
-    results = {"distilled": result, "scratch": result | {"flops": without, "looked": 0}}
+    results = {"distilled": result, "scratch": result | {"flops": without, "teacher_images": 0}}
     table = _operations(dataclasses.replace(run, config=config, results=results))
     assert isinstance(table, Table)
     assert table.rows == [row, ["scratch", "2.000", "–", "–", "0", "0.60"]]

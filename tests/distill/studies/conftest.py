@@ -53,7 +53,7 @@ def fake_runs(study: Study, scores: dict[tuple[str, int], float]) -> None:
             "commit": "c0ffee",
             "hardware": "a machine",
             "policy": BINS if arm == "a2c" else None,
-            "looked": 0,
+            "teacher_images": 0,
             "parts": {},
             "flops": {"student": 1, "teacher": None, "teacher_whole": None},
             "data": {"train": "a", "scored": "b"},

@@ -11,7 +11,7 @@ from torch import Tensor
 from distill.errors import UserError
 
 
-class Copied:
+class AsyncCopy:
     """A tensor being copied to the CPU; reading it waits only for that copy."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -36,7 +36,7 @@ class Copied:
         return self._host
 
 
-class Late:
+class DeferredFigures:
     """The scalars of a step, by name, on their way to the CPU.
 
     Args:
@@ -46,16 +46,16 @@ class Late:
 
     def __init__(self, step: int, **values: Tensor) -> None:
         self.step, self._names = step, tuple(values)
-        self._copied = Copied(torch.stack([value.detach().float() for value in values.values()]))
+        self._copy = AsyncCopy(torch.stack([value.detach().float() for value in values.values()]))
 
     @property
     def arrived(self) -> bool:
         """Whether reading is possible without waiting; always true on the CPU."""
-        return self._copied.arrived
+        return self._copy.arrived
 
     def read(self) -> dict[str, float]:
         """The figures by name."""
-        return dict(zip(self._names, self._copied.read().tolist(), strict=True))
+        return dict(zip(self._names, self._copy.read().tolist(), strict=True))
 
     def read_finite(self, remedy: Callable[[int], str], where: str = "") -> dict[str, float]:
         """The figures by name. Raises UserError with the step's remedy if one is not finite."""

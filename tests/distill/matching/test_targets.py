@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.matching.lesson import choose, mixture
+from distill.matching.targets import choose, mixture
 from rl_policy.simple import Fixed
 from rl_policy.soft_mix import SoftMix
 

@@ -31,14 +31,14 @@ class Choice(NamedTuple):
         return Choice(bins, timesteps, weights)
 
 
-class Lesson(NamedTuple):
+class FeatureTargets(NamedTuple):
     """What the teacher shows for one batch."""
 
     choice: Choice
     """Of the policy, on the device."""
     maps: Mapping[str, Tensor]
     """Teacher layer -> (B, C, h, w); of a mixture with a gradient to its weights."""
-    again: Mapping[str, Tensor] | None = None
+    redrawn: Mapping[str, Tensor] | None = None
     """The same under another draw of the noise, in steps that measure the target-noise floor."""
 
 
