@@ -20,8 +20,8 @@ RECIPES = frozenset(
 LEAVES = frozenset(
     f"distill.{package}{name}"
     for package, names in {
-        "": "augmentation benchmarks checkpoint data errors intervals landmarks metrics registry "
-        "seeding tasks tracking",
+        "": "augmentation benchmarks checkpoint data errors intervals landmarks metrics progress "
+        "provenance registry run_folder seeding stopping tasks",
         "matching.": "distiller losses measures projectors targets",
         "training.": "feedback",
         "caching.": "cache",

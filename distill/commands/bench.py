@@ -31,8 +31,8 @@ from distill.costs.naive import WholeTeacher, write_cifar10_ddpm
 from distill.drawing import plots
 from distill.errors import UserError
 from distill.evaluation.footprint import part_memory
+from distill.provenance import commit, hardware
 from distill.teacher import build_teacher, teacher_dtype
-from distill.tracking import commit, hardware
 from distill.training.batch import Batch
 from distill.training.clock import Clock, Timed, untimed, wait
 from distill.training.loop import batches

@@ -23,9 +23,9 @@ from distill.evaluation.footprint import Footprint, measure
 from distill.evaluation.subjects import open_backbone, refuse_file
 from distill.intervals import Interval
 from distill.metrics import ERRORS, LOWER_IS_BETTER, TITLES, figure_text, in_points
+from distill.provenance import hardware
 from distill.recipe import build_config, refuse_foreign, to_tree
 from distill.studies.comparison import NOT_THE_RECIPE
-from distill.tracking import hardware
 
 COSTS = ("parameters (M)", "GFLOP", "images/s", "MiB")
 

@@ -38,8 +38,8 @@ from distill.evaluation.scoring import Scored, check_looks, held_out_examples, m
 from distill.evaluation.subjects import subject_config
 from distill.intervals import Interval, interval
 from distill.metrics import figure_text
+from distill.provenance import commit, hardware
 from distill.recipe import to_tree
-from distill.tracking import commit, hardware
 
 TRIED = 4  # images that are read before anything is fitted
 PLACES = {"correspondence": correspondence, "depth": depth}

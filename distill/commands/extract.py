@@ -17,7 +17,8 @@ from distill.caching.plan import cached_examples
 from distill.config import RunConfig
 from distill.data import Augmented, Draw, Tagged, loader
 from distill.errors import Interrupted, UserError
-from distill.tracking import Progress, stop_on_signals
+from distill.progress import Progress
+from distill.stopping import stop_on_signals
 from distill.training.fit import fit_batch
 from distill.training.trainer import Trainer
 

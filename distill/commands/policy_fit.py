@@ -18,9 +18,9 @@ from distill import checkpoint, seeding
 from distill.errors import UserError, blame
 from distill.intervals import interval
 from distill.matching.distiller import SMALL
+from distill.provenance import commit
 from distill.recipe import apply_override
 from distill.registry import resolve
-from distill.tracking import commit
 from rl_policy.baseline import ImageBaseline
 from rl_policy.options import create
 from rl_policy.protocol import MixingPolicy, TimestepPolicy

@@ -26,7 +26,7 @@ from distill.deployment.runtimes import ModelFile, load_predictor, torch_run
 from distill.drawing.overlays import indexed, overlay
 from distill.errors import UserError
 from distill.evaluation.counting import predicted_classes
-from distill.tracking import Progress
+from distill.progress import Progress
 
 BATCH = 8
 TABLES = ("predictions.csv", "predictions.json")

@@ -28,11 +28,14 @@ from distill.probing.files import Columns, ProbeImages, write_map
 from distill.probing.layer_map import WIDTH, Parts, measure
 from distill.probing.linear_probe import Batches, Logistic, Ridge
 from distill.probing.map_report import Column, LayerMap
+from distill.progress import Progress
+from distill.provenance import commit, hardware
 from distill.recipe import to_tree
 from distill.registry import resolve
+from distill.run_folder import open_run_folder
+from distill.stopping import stop_on_signals
 from distill.tasks import traits
 from distill.teacher import build_teacher, has_members, teacher_dtype, teacher_to_list
-from distill.tracking import Progress, commit, hardware, open_run_folder, stop_on_signals
 from teachers.noise import NoiseSchedule
 from teachers.protocol import Teacher
 

@@ -17,6 +17,7 @@ from distill.config import RunConfig
 from distill.errors import Interrupted, UserError, blame
 from distill.recipe import first_difference, load_config
 from distill.registry import own_error
+from distill.stopping import stop_on_signals
 from distill.studies.results import (
     Scores,
     check_teachers,
@@ -26,7 +27,6 @@ from distill.studies.results import (
     write_results,
 )
 from distill.studies.study import Cell, Study, load_study, run_folder
-from distill.tracking import stop_on_signals
 from distill.training.fit import with_batch
 
 GOES_ON = "rerun the command to continue"

@@ -27,19 +27,14 @@ from distill.evaluation.counting import predicted
 from distill.evaluation.pictures import Prediction
 from distill.evaluation.scoring import held_out_examples
 from distill.precision import resolve_precision
+from distill.provenance import commit, hardware
 from distill.recipe import PLACES, check_recipe, load_config, refuse_changes, to_tree, to_yaml
 from distill.reporting.summary import summarise
+from distill.run_folder import RunLog, open_run_folder, remove_if_bare
+from distill.stopping import stop_on_signals
 from distill.studies.comparison import main_arm
 from distill.tasks import traits
 from distill.teacher import teacher_dtype
-from distill.tracking import (
-    RunLog,
-    commit,
-    hardware,
-    open_run_folder,
-    remove_if_bare,
-    stop_on_signals,
-)
 from distill.training.fit import check_schedule, fit_batch, with_batch
 from distill.training.loop import checkpoint_path, train_arm
 from distill.training.trainer import Trainer

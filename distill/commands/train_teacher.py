@@ -19,17 +19,12 @@ from distill.pretraining.card import teacher_card
 from distill.pretraining.judge import judge_features, judge_losses
 from distill.pretraining.pipeline import save_pipeline
 from distill.pretraining.teach import TeacherTraining
+from distill.progress import Progress
+from distill.provenance import hardware
 from distill.recipe import PLACES, load_config, refuse_changes, to_yaml
+from distill.run_folder import RunLog, open_run_folder, remove_if_bare
+from distill.stopping import stop_of_any, stop_on_signals
 from distill.teacher_config import TeacherTrainConfig
-from distill.tracking import (
-    Progress,
-    RunLog,
-    hardware,
-    open_run_folder,
-    remove_if_bare,
-    stop_of_any,
-    stop_on_signals,
-)
 
 Judgement = TypeVar("Judgement")
 

@@ -36,7 +36,7 @@ from distill.evaluation.geometry_pictures import ShownDepth, ShownPair
 from distill.evaluation.linear import LinearProbe, fit
 from distill.evaluation.protocols import drawn
 from distill.evaluation.subjects import open_backbone
-from distill.tracking import Progress
+from distill.progress import Progress
 
 SHOWN = 4  # best and worst each, in the picture
 

@@ -39,8 +39,9 @@ from distill.evaluation.neighbours import NearestNeighbours
 from distill.evaluation.scoring import metric_of
 from distill.evaluation.subjects import open_backbone
 from distill.matching.losses import task_loss
+from distill.progress import Progress
+from distill.stopping import stop_on_signals
 from distill.tasks import traits
-from distill.tracking import Progress, stop_on_signals
 from distill.training.fit import check_schedule, fit_batch
 from distill.training.loop import checkpoint_path, train_arm
 from distill.training.trainer import Trainer

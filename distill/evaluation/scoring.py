@@ -16,8 +16,8 @@ from distill.errors import UserError
 from distill.evaluation.counting import Tally, count
 from distill.evaluation.inference import Predictor, several_looks
 from distill.landmarks import LandmarkTally
+from distill.progress import Progress
 from distill.tasks import traits
-from distill.tracking import Progress
 from distill.training.clock import Clock
 
 

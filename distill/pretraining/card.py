@@ -11,9 +11,10 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.pretraining.judge import TeacherProbe, TimestepLosses
+from distill.provenance import commit
 from distill.recipe import to_yaml
+from distill.run_folder import read_metrics
 from distill.teacher_config import TeacherTrainConfig
-from distill.tracking import commit, read_metrics
 
 WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
 

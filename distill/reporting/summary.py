@@ -18,6 +18,7 @@ from distill.deployment.folder import usage
 from distill.drawing import plots
 from distill.intervals import Interval
 from distill.metrics import TITLES, in_points, worth
+from distill.run_folder import read_metrics
 from distill.studies.comparison import (
     Group,
     compare_groups,
@@ -27,7 +28,6 @@ from distill.studies.comparison import (
     taught_arm,
 )
 from distill.studies.records import METRICS, read_result
-from distill.tracking import read_metrics
 from rl_policy.summary import policy_summary
 
 EVEN = 0.98  # this share of the timesteps is effective: a fifth above chance stays within it

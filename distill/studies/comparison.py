@@ -12,8 +12,8 @@ from distill.errors import UserError
 from distill.intervals import interval
 from distill.metrics import worth
 from distill.recipe import flat, load_config, to_tree
+from distill.run_folder import read_metrics
 from distill.studies.records import METRICS, read_result, read_summary
-from distill.tracking import read_metrics
 from distill.training.loop import checkpoint_path
 
 Name = TypeVar("Name", bound=str)

@@ -14,7 +14,10 @@ from distill import checkpoint, seeding
 from distill.data import Augmented, StepSampler, Tagged, loader
 from distill.errors import Interrupted, blame
 from distill.matching.distiller import Losses
-from distill.tracking import Progress, RunLog, StopSignal, memory, stop_of_any
+from distill.progress import Progress
+from distill.provenance import memory
+from distill.run_folder import RunLog
+from distill.stopping import StopSignal, stop_of_any
 from distill.training.batch import Batch
 from distill.training.clock import untimed
 from distill.training.trainer import Trainer

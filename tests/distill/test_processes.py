@@ -13,7 +13,7 @@ import torch
 
 from distill import checkpoint
 from distill.cli import main
-from distill.tracking import read_metrics
+from distill.run_folder import read_metrics
 from distill.training.loop import checkpoint_path
 from rl_policy.scaling import RunningScale
 

@@ -20,7 +20,7 @@ from distill import checkpoint
 from distill.cli import main
 from distill.config import RunConfig
 from distill.recipe import load_config
-from distill.tracking import read_metrics
+from distill.run_folder import read_metrics
 from distill.training import loop
 from distill.training.loop import checkpoint_path
 from distill.training.trainer import Trainer

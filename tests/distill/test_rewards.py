@@ -21,7 +21,7 @@ from distill.errors import UserError
 from distill.matching.distiller import Losses
 from distill.matching.losses import task_loss
 from distill.registry import TABLES
-from distill.tracking import read_metrics
+from distill.run_folder import read_metrics
 from distill.training.batch import Batch
 from distill.training.loop import batches
 from distill.training.trainer import Trainer

@@ -23,7 +23,7 @@ from distill.caching import cache as cache_module
 from distill.caching.cache import FeatureCache, Plan, Stored
 from distill.cli import main
 from distill.config import RunConfig
-from distill.tracking import read_metrics
+from distill.run_folder import read_metrics
 from distill.training.loop import checkpoint_path
 from tests.distill.caching.conftest import build, losses
 

@@ -62,7 +62,7 @@ def test_a_run_after_extract_equals_one_that_fills_the_cache_itself(
     assert main(["train", str(recipe), *cached, "name=before"]) == 0
     own = f"teacher.cache={tmp_path / 'own'}"
     assert main(["train", str(recipe), *cached, own, "name=own"]) == 0
-    from distill.tracking import read_metrics
+    from distill.run_folder import read_metrics
 
     rows = [
         [(row["loss/task"], row["loss/feature"]) for row in read_metrics(tmp_path / "runs" / name)]

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from distill import checkpoint
 from distill.cli import main
 from distill.reporting.summary import preferred
-from distill.tracking import read_metrics
+from distill.run_folder import read_metrics
 from distill.training.loop import checkpoint_path
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from distill.cli import main
 from distill.pretraining.card import means
 from distill.pretraining.judge import held_out
-from distill.tracking import read_metrics
+from distill.run_folder import read_metrics
 from tests.distill.pretraining.conftest import card_of, photos
 
 

@@ -27,8 +27,8 @@ from distill.cli import main
 from distill.data import choose_labelled
 from distill.pretraining.teach import TeacherTraining
 from distill.recipe import build_config, load_config, to_tree
+from distill.run_folder import read_metrics
 from distill.teacher_config import TeacherTrainConfig, UNetConfig
-from distill.tracking import read_metrics
 from teachers.ddpm import build_unet, sample_images
 from teachers.diffusers_unet import diffusers_unet
 from tests.distill.pretraining.conftest import card_of, interrupt, photos, write_recipe

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill.matching.losses import FeatureLoss
-from distill.tracking import read_metrics
+from distill.run_folder import read_metrics
 from distill.training.floor import NoiseFloor, distinct
 
 

@@ -18,7 +18,8 @@ from distill import checkpoint
 from distill.build import build_accelerator, build_training_set
 from distill.config import Arm, RunConfig
 from distill.errors import Interrupted, UserError
-from distill.tracking import StopSignal, read_metrics
+from distill.run_folder import read_metrics
+from distill.stopping import StopSignal
 from distill.training.loop import batches, checkpoint_path, train_arm
 from distill.training.trainer import Trainer
 
