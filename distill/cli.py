@@ -16,9 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     try:
         options = parse(arguments)
-        code = COMMANDS[options.command](options)
+        if text := COMMANDS[options.command](options):
+            print(text)
         _leave_processes()
-        return code
+        return 0
     except UserError as error:
         print(f"distill: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -51,7 +52,7 @@ def _leave_processes() -> None:
         distributed.destroy_process_group()
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace) -> str:
     from distill.config import RunConfig
     from distill.recipe import load_config
 
@@ -59,102 +60,84 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         from distill.commands.dry_run import dry_run
 
-        print(dry_run(config, resume=options.resume))
-        return 0
-    from distill.commands.train import run
+        return dry_run(config, resume=options.resume)
+    from distill.commands.train import train
     from distill.reporting.summary import report
 
-    summary = run(config, resume=options.resume)
-    if summary:
-        print(report(summary))
-    return 0
+    summary = train(config, resume=options.resume)
+    return report(summary) if summary else ""  # the other processes have none
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    from distill.commands.evaluate import rescore
+def _evaluate(options: argparse.Namespace) -> str:
+    from distill.commands.evaluate import evaluate
 
-    print(
-        rescore(
-            options.subject,
-            options.overrides,
-            protocol=options.protocol or "own",
-            benchmark=options.benchmark,
-            out=options.out,
-        )
+    return evaluate(
+        options.subject,
+        options.overrides,
+        protocol=options.protocol or "own",
+        benchmark=options.benchmark,
+        out=options.out,
     )
-    return 0
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace) -> str:
     from distill.commands.compare import compare
 
-    print(
-        compare(
-            options.words,
-            options.overrides,
-            protocol=options.protocol,
-            benchmark=options.benchmark,
-            out=options.out,
-            batch=options.batch,
-            rounds=options.rounds,
-        )
+    return compare(
+        options.words,
+        options.overrides,
+        protocol=options.protocol,
+        benchmark=options.benchmark,
+        out=options.out,
+        batch=options.batch,
+        rounds=options.rounds,
     )
-    return 0
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(options: argparse.Namespace) -> str:
     from distill.commands.export import export_run
 
-    print(
-        export_run(
-            options.run,
-            arm=options.arm,
-            out=options.out,
-            format=options.format,
-            what=options.what,
-            precision=options.precision,
-            push=options.push,
-            overrides=options.overrides,
-        )
+    return export_run(
+        options.run,
+        arm=options.arm,
+        out=options.out,
+        format=options.format,
+        what=options.what,
+        precision=options.precision,
+        push=options.push,
+        overrides=options.overrides,
     )
-    return 0
 
 
-def _predict(options: argparse.Namespace) -> int:
+def _predict(options: argparse.Namespace) -> str:
     from distill.commands.predict import predict
 
-    print(
-        predict(
-            options.model,
-            options.images,
-            out=options.out,
-            force=options.force,
-            trust=options.trust,
-        )
+    return predict(
+        options.model,
+        options.images,
+        out=options.out,
+        force=options.force,
+        trust=options.trust,
     )
-    return 0
 
 
-def _demo(options: argparse.Namespace) -> int:
+def _demo(options: argparse.Namespace) -> str:
     from distill.commands.demo import demo
 
     demo(options.model, port=options.port, trust=options.trust)
-    return 0
+    return ""
 
 
-def _report(options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> str:
     from distill.commands.report import write_report
 
-    print(
-        write_report(
-            options.runs,
-            options.overrides,
-            html=options.html,
-            probe=options.probe,
-            out=options.out,
-        )
+    return write_report(
+        options.runs,
+        options.overrides,
+        html=options.html,
+        probe=options.probe,
+        out=options.out,
     )
-    return 0
 
 
 def _seeds(seeds: Sequence[str], option: str) -> list[int]:
@@ -171,62 +154,53 @@ def _seeds(seeds: Sequence[str], option: str) -> list[int]:
     return numbers
 
 
-def _sweep(options: argparse.Namespace) -> int:
+def _sweep(options: argparse.Namespace) -> str:
     from distill.commands.sweep import sweep
 
-    print(
-        sweep(
-            options.study,
-            options.overrides,
-            only=options.only,
-            seeds=_seeds(options.seeds, "--seeds"),
-            out=options.out,
-            keep=options.keep,
-            dry_run=options.dry_run,
-        )
+    return sweep(
+        options.study,
+        options.overrides,
+        only=options.only,
+        seeds=_seeds(options.seeds, "--seeds"),
+        out=options.out,
+        keep=options.keep,
+        dry_run=options.dry_run,
     )
-    return 0
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench(options: argparse.Namespace) -> str:
     # Torch warns of tensors older than the trace of allocations, which are not to be counted.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from distill.commands.bench import bench
 
-    print(
-        bench(
-            batch=options.batch,
-            rounds=options.rounds,
-            layer=options.layer,
-            teacher=options.teacher,
-            compile=options.compile,
-            out=options.out,
-        )
+    return bench(
+        batch=options.batch,
+        rounds=options.rounds,
+        layer=options.layer,
+        teacher=options.teacher,
+        compile=options.compile,
+        out=options.out,
     )
-    return 0
 
 
-def _probe(options: argparse.Namespace) -> int:
-    from distill.commands.probe import survey
+def _probe(options: argparse.Namespace) -> str:
+    from distill.commands.probe import probe_teacher
     from distill.config import RunConfig
     from distill.recipe import load_config
 
-    print(
-        survey(
-            load_config(RunConfig, options.recipe, options.overrides),
-            layers=options.layers,
-            timesteps=options.timesteps,
-            images=options.images,
-            seeds=options.seeds,
-            probe=options.probe,
-            out=options.out,
-            resume=options.resume,
-        )
+    return probe_teacher(
+        load_config(RunConfig, options.recipe, options.overrides),
+        layers=options.layers,
+        timesteps=options.timesteps,
+        images=options.images,
+        seeds=options.seeds,
+        probe=options.probe,
+        out=options.out,
+        resume=options.resume,
     )
-    return 0
 
 
-def _teacher_train(options: argparse.Namespace) -> int:
+def _teacher_train(options: argparse.Namespace) -> str:
     from distill.recipe import load_config
     from distill.teacher_config import TeacherTrainConfig
 
@@ -234,63 +208,56 @@ def _teacher_train(options: argparse.Namespace) -> int:
     if options.dry_run:
         from distill.commands.dry_run import teacher_dry_run
 
-        print(teacher_dry_run(config))
-        return 0
+        return teacher_dry_run(config)
     from distill.commands.train_teacher import train_teacher
 
     folder = train_teacher(config, resume=options.resume)
-    print(
+    return (
         f"teacher written to {folder / 'pipeline'}; use it with teacher.path={folder / 'pipeline'}"
     )
-    return 0
 
 
-def _teacher_extract(options: argparse.Namespace) -> int:
+def _teacher_extract(options: argparse.Namespace) -> str:
     from distill.commands.extract import extract
     from distill.config import RunConfig
     from distill.recipe import load_config
 
-    print(extract(load_config(RunConfig, options.recipe, options.overrides)))
-    return 0
+    return extract(load_config(RunConfig, options.recipe, options.overrides))
 
 
-def _teacher_layers(options: argparse.Namespace) -> int:
+def _teacher_layers(options: argparse.Namespace) -> str:
     from distill.commands.dry_run import teacher_layers
 
-    print(teacher_layers(options.name, options.path, options.size, options.overrides))
-    return 0
+    return teacher_layers(options.name, options.path, options.size, options.overrides)
 
 
-def _policy_fit(options: argparse.Namespace) -> int:
-    from distill.commands.policy_fit import fit
+def _policy_fit(options: argparse.Namespace) -> str:
+    from distill.commands.policy_fit import fit_policy
 
-    print(
-        fit(
-            options.table,
-            policy=options.policy,
-            options=options.overrides,
-            steps=options.steps,
-            batch=options.batch,
-            seeds=_seeds(options.seed, "--seed"),
-            raw=options.raw,
-            out=options.out,
-        )
+    return fit_policy(
+        options.table,
+        policy=options.policy,
+        options=options.overrides,
+        steps=options.steps,
+        batch=options.batch,
+        seeds=_seeds(options.seed, "--seed"),
+        raw=options.raw,
+        out=options.out,
     )
-    return 0
 
 
-def _list(options: argparse.Namespace) -> int:
+def _list(options: argparse.Namespace) -> str:
+    lines = []
     for table in [options.table] if options.table else TABLES:
         if options.table is None:
-            print(f"{table}:")
-        for name, target in TABLES[table].items():
-            print(f"  {name:24} {target}")
+            lines.append(f"{table}:")
+        lines += [f"  {name:24} {target}" for name, target in TABLES[table].items()]
         if table == "students":
-            print("  (any timm model with feature maps; these are checked)")
-    return 0
+            lines.append("  (any timm model with feature maps; these are checked)")
+    return "\n".join(lines)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,

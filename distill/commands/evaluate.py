@@ -45,7 +45,7 @@ TRIED = 4  # images that are read before anything is fitted
 PLACES = {"correspondence": correspondence, "depth": depth}
 
 
-def rescore(
+def evaluate(
     text: str,
     overrides: Sequence[str],
     *,
@@ -125,8 +125,8 @@ def subject_recipe(
     benchmark: str | None,
     beside: Mapping[str, Any] | None = None,
 ) -> tuple[Subject, RunConfig]:
-    """A subject, and the recipe that it is evaluated with; the arguments are those of `rescore` and
-    of `subject_config`."""
+    """A subject, and the recipe that it is evaluated with; for the arguments see `evaluate` and
+    `subject_config`."""
     subject = parse_subject(text)
     chosen = [f"data.benchmark={benchmark}", *overrides] if benchmark else overrides
     given = FINETUNE if protocol == "finetune" else {}

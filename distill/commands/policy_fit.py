@@ -28,7 +28,7 @@ from rl_policy.summary import policy_summary
 from rl_policy.table import ReplayTable
 
 
-def fit(
+def fit_policy(
     table: str,
     *,
     policy: str = "a2c",

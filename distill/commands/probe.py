@@ -45,7 +45,7 @@ WEIGHTS = ("trained", "random")
 PROBES: dict[str, type[Ridge]] = {"ridge": Ridge, "logistic": Logistic}
 
 
-def survey(
+def probe_teacher(
     config: RunConfig,
     *,
     layers: Sequence[str] = (),

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from distill import checkpoint
 from distill.build import single_process
 from distill.commands.dry_run import try_recipe
-from distill.commands.train import run
+from distill.commands.train import train
 from distill.config import RunConfig
 from distill.errors import Interrupted, UserError, blame
 from distill.recipe import first_difference, load_config
@@ -142,7 +142,7 @@ def _train(config: RunConfig) -> None:
     """Train a run, or go on with it."""
     folder = run_folder(config)
     try:
-        run(config, resume=(folder / "config.yaml").exists())
+        train(config, resume=(folder / "config.yaml").exists())
     except Interrupted:
         raise Interrupted(f"stopped in {folder}, which is saved; {GOES_ON}") from None
     except UserError as error:

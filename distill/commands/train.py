@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from distill.provenance import commit, hardware
 from distill.recipe import PLACES, check_recipe, load_config, refuse_changes, to_tree, to_yaml
 from distill.reporting.summary import summarise
 from distill.run_folder import RunLog, open_run_folder, remove_if_bare
-from distill.stopping import stop_on_signals
+from distill.stopping import StopSignal, stop_on_signals
 from distill.studies.comparison import main_arm
 from distill.tasks import traits
 from distill.teacher import teacher_dtype
@@ -43,7 +44,7 @@ from students.student import Student
 SHOWN = 8  # images in predictions.png
 
 
-def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
+def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     """Train and score every arm of the recipe, export the distilled student.
 
     Returns:
@@ -55,7 +56,8 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     """
     folder = Path(config.output) / config.name
     accelerator, written = build_accelerator(config.device), folder / "config.yaml"
-    if resume and written.exists():
+    begun = written.exists()
+    if resume and begun:
         config = resumed(config, written)
     data = build_training_set(config.data)
     config = fit_batch(config, data, accelerator)
@@ -64,12 +66,10 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     validation = held_out
     if config.train.evaluate_every:
         validation = held_out_examples(config, data.benchmark, data.size, "val")
-    results = {arm: folder / "checkpoints" / arm / "result.json" for arm in config.train.arms}
-    left = [arm for arm in config.train.arms if not (resume and results[arm].exists())]
-    for arm in config.train.arms:
-        path = checkpoint_path(folder, arm)
-        if resume and path.exists():
-            check_recipe(config, checkpoint.load(path, "config")["config"], path)
+    arms = config.train.arms
+    left = [arm for arm in arms if not (resume and _result_path(folder, arm).exists())]
+    if resume:
+        _check_checkpoints(config, folder)
     # The first is built before there is a folder: its mistakes leave none behind. So are, one at a
     # time, those whose feature caches may be stale or find no room.
     for arm in left[1:]:
@@ -77,46 +77,39 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             _trainer(config, arm, data, accelerator)
             accelerator.free_memory()
     trainers = {arm: _trainer(config, arm, data, accelerator) for arm in left[:1]}
-    begun = written.exists()
     if accelerator.is_main_process:
         open_run_folder(folder, resume)
         checkpoint.write_text(written, to_yaml(config))
     accelerator.wait_for_everyone()
-
-    def observe(trainer: Trainer, log: RunLog | None) -> None:
-        _observe(trainer, log, validation)
-
     with stop_on_signals() as stop:
         for arm in left:
             trainer = trainers.pop(arm, None) or _trainer(config, arm, data, accelerator)
-            if trainer.cache is not None and accelerator.is_main_process:
-                print(f"{arm}: {trainer.cache}", file=sys.stderr)
-            path = checkpoint_path(folder, arm)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if resume and path.exists():
-                trainer.load_state(checkpoint.load(path), path)
             try:
-                parts = train_arm(trainer, folder, stop, observe)
+                parts = _train_arm(trainer, folder, validation, stop, resume=resume)
             except Interrupted as error:
                 raise Interrupted(f"{error}; continue with --resume") from None
             except Exception:  # code of one's own may raise anything
                 if accelerator.is_main_process and not begun:
                     remove_if_bare(folder)
                 raise
-            finally:
-                if trainer.cache is not None:
-                    trainer.cache.flush()
-            student = trainer.average.module
-            try:
-                scores = score(student, held_out, data.benchmark, config, accelerator)
-            except UserError as error:
-                raise UserError(f"{error}; {arm} is trained, --resume scores it") from error
-            if accelerator.is_main_process:
-                _finish_arm(trainer, folder, held_out, scores, parts)
+            _finish_arm(trainer, folder, held_out, parts)
             del trainer
             accelerator.free_memory()  # for the next arm
     accelerator.wait_for_everyone()
     return summarise(config, folder, data.benchmark) if accelerator.is_main_process else {}
+
+
+def _result_path(folder: Path, arm: Arm) -> Path:
+    """Of a finished arm."""
+    return checkpoint_path(folder, arm).with_name("result.json")
+
+
+def _check_checkpoints(config: RunConfig, folder: Path) -> None:
+    """Raises UserError if an arm was begun with another recipe."""
+    for arm in config.train.arms:
+        path = checkpoint_path(folder, arm)
+        if path.exists():
+            check_recipe(config, checkpoint.load(path, "config")["config"], path)
 
 
 def _trainer(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accelerator) -> Trainer:
@@ -125,6 +118,23 @@ def _trainer(config: RunConfig, arm: Arm, data: TrainingSet, accelerator: Accele
     with accelerator.main_process_first():  # one makes the folder, the others find it
         trainer.open_cache()
     return trainer
+
+
+def _train_arm(
+    trainer: Trainer, folder: Path, validation: Examples, stop: StopSignal, *, resume: bool
+) -> dict[str, float]:
+    """Train an arm from where it is. Returns the share of the time by part, see `train_arm`."""
+    cache, path = trainer.cache, checkpoint_path(folder, trainer.arm)
+    if cache is not None and trainer.accelerator.is_main_process:
+        print(f"{trainer.arm}: {cache}", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if resume and path.exists():
+        trainer.load_state(checkpoint.load(path), path)
+    try:
+        return train_arm(trainer, folder, stop, partial(_observe, examples=validation))
+    finally:
+        if cache is not None:
+            cache.flush()
 
 
 def score(
@@ -142,7 +152,7 @@ def score(
     return scoring.score(look, size, examples, benchmark, config, accelerator).scores
 
 
-def _observe(trainer: Trainer, log: RunLog | None, examples: Examples) -> None:
+def _observe(trainer: Trainer, log: RunLog | None, *, examples: Examples) -> None:
     """Score the student during training, and write predictions to TensorBoard."""
     benchmark, student = trainer.data.benchmark, trainer.average.module
     if trainer.step < trainer.config.train.steps:
@@ -170,6 +180,24 @@ def resumed(config: RunConfig, path: Path) -> RunConfig:
 
 
 def _finish_arm(
+    trainer: Trainer, folder: Path, examples: Examples, parts: Mapping[str, float]
+) -> None:
+    """Score an arm, over all processes, and write its files.
+
+    Raises:
+        UserError: An image cannot be read; the arm is trained, and resuming scores it.
+    """
+    config, benchmark = trainer.config, trainer.data.benchmark
+    student = trainer.average.module
+    try:
+        scores = score(student, examples, benchmark, config, trainer.accelerator)
+    except UserError as error:
+        raise UserError(f"{error}; {trainer.arm} is trained, --resume scores it") from error
+    if trainer.accelerator.is_main_process:
+        _write_arm(trainer, folder, examples, scores, parts)
+
+
+def _write_arm(
     trainer: Trainer,
     folder: Path,
     examples: Examples,
@@ -221,9 +249,7 @@ def _finish_arm(
             ).tolist(),
         }
         result["noise_floor"] = {"mean": trainer.floor.means(), "bins": trainer.floor.by_bin()}
-    checkpoint.write_text(
-        checkpoint_path(folder, trainer.arm).with_name("result.json"), json.dumps(result)
-    )
+    checkpoint.write_text(_result_path(folder, trainer.arm), json.dumps(result))
 
 
 def predict(student: Student, examples: Examples) -> list[Prediction]:
