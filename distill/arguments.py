@@ -257,7 +257,7 @@ def _probe(commands: Commands) -> None:
     )
     probe.add_argument("--timesteps", type=int, default=12, help="how many (default: 12)")
     probe.add_argument("--images", type=int, help="of train and of val at most (default: all)")
-    probe.add_argument("--seeds", type=int, default=1, help="repetitions (default: 1)")
+    probe.add_argument("--repeats", type=int, default=1, help="repetitions (default: 1)")
     probe.add_argument(
         "--probe", choices=("ridge", "logistic"), default="ridge", help="kind (default: ridge)"
     )
@@ -306,7 +306,7 @@ def _policy(commands: Commands) -> None:
     fit.add_argument("--policy", default="a2c", help="its policy.name (default: a2c)")
     fit.add_argument("--steps", type=int, default=300, help="steps of training (default: 300)")
     fit.add_argument("--batch", type=int, default=64, help="images a step (default: 64)")
-    fit.add_argument("--seed", nargs="+", default=["0"], help="a training each (default: 0)")
+    fit.add_argument("--seeds", nargs="+", default=["0"], help="a training each (default: 0)")
     fit.add_argument(
         "--raw", action="store_true", help="rewards as they come, without each image's baseline"
     )

@@ -140,17 +140,17 @@ def _report(options: argparse.Namespace) -> str:
     )
 
 
-def _seeds(seeds: Sequence[str], option: str) -> list[int]:
+def _seeds(seeds: Sequence[str]) -> list[int]:
     """Seeds as numbers, each once."""
     for seed in seeds:
         if not seed.isdecimal():
-            raise UserError(f"{option}: a seed must be a whole number, got {seed!r}")
+            raise UserError(f"--seeds: a seed must be a whole number, got {seed!r}")
         if int(seed) >= 2**31:
-            raise UserError(f"{option}: {seed} is too large; seeds are below 2**31")
+            raise UserError(f"--seeds: {seed} is too large; seeds are below 2**31")
     numbers = [int(seed) for seed in seeds]
     for number in numbers:
         if numbers.count(number) > 1:
-            raise UserError(f"{option}: {number} is given twice in {' '.join(seeds)}")
+            raise UserError(f"--seeds: {number} is given twice in {' '.join(seeds)}")
     return numbers
 
 
@@ -161,7 +161,7 @@ def _sweep(options: argparse.Namespace) -> str:
         options.study,
         options.overrides,
         only=options.only,
-        seeds=_seeds(options.seeds, "--seeds"),
+        seeds=_seeds(options.seeds),
         out=options.out,
         keep=options.keep,
         dry_run=options.dry_run,
@@ -193,7 +193,7 @@ def _probe(options: argparse.Namespace) -> str:
         layers=options.layers,
         timesteps=options.timesteps,
         images=options.images,
-        seeds=options.seeds,
+        repeats=options.repeats,
         probe=options.probe,
         out=options.out,
         resume=options.resume,
@@ -240,7 +240,7 @@ def _policy_fit(options: argparse.Namespace) -> str:
         options=options.overrides,
         steps=options.steps,
         batch=options.batch,
-        seeds=_seeds(options.seed, "--seed"),
+        seeds=_seeds(options.seeds),
         raw=options.raw,
         out=options.out,
     )

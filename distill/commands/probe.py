@@ -51,7 +51,7 @@ def probe_teacher(
     layers: Sequence[str] = (),
     timesteps: int = 12,
     images: int | None = None,
-    seeds: int = 1,
+    repeats: int = 1,
     probe: Literal["ridge", "logistic"] = "ridge",
     out: str | None = None,
     resume: bool = False,
@@ -64,7 +64,7 @@ def probe_teacher(
             table those of the recipe's pairs.
         timesteps: How many, evenly spaced in the noise fraction; equal ones count once.
         images: Largest number of training images, and of val images; by default all labelled ones.
-        seeds: Repetitions with another noise, another part held out, and other random weights.
+        repeats: Repetitions with another noise, another part held out, and other random weights.
         probe: Of images also `logistic`, which keeps their pooled features in memory.
         out: The folder; by default `output`/`name`-probe.
         resume: Go on with what is in the folder.
@@ -76,7 +76,7 @@ def probe_teacher(
         UserError: A mistake in the recipe, an option or the data.
         Interrupted: The user stopped it; `resume=True` goes on.
     """
-    for option, value in (("timesteps", timesteps), ("seeds", seeds), ("images", images)):
+    for option, value in (("timesteps", timesteps), ("repeats", repeats), ("images", images)):
         if value is not None and value < 1:
             raise UserError(f"--{option}: must be at least 1, got {value}")
     device = single_process(config.device, "probe").device
@@ -92,7 +92,7 @@ def probe_teacher(
     settings = _settings(config, data, teacher) | {
         "timesteps": grid.tolist(),
         "images": [len(train.indices), len(val.indices)],
-        "seeds": seeds,
+        "seeds": repeats,
         "probe": probe,
     }
     folder = Path(out) if out else Path(config.output) / f"{config.name}-probe"
@@ -115,7 +115,7 @@ def probe_teacher(
 
     _measure_all(config, state, column, teacher, train, val)
     columns = {
-        weights: [[state.columns[weights, s, t] for t in grid.tolist()] for s in range(seeds)]
+        weights: [[state.columns[weights, s, t] for t in grid.tolist()] for s in range(repeats)]
         for weights in WEIGHTS
     }
     shown = val.batches(config.evaluate.batch, config.data.workers)

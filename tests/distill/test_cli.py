@@ -85,8 +85,8 @@ def test_overrides_among_the_words_of_a_list_keep_their_order() -> None:
     options = parse(["report", "a", "data.root=1", "b", "--out", "x.json", "data.root=2"])
     assert options.runs == ["a", "b"]
     assert options.overrides == ["data.root=1", "data.root=2"]
-    options = parse(["policy", "fit", "--table", "t", "--seed", "1", "2", "rate=3"])
-    assert (options.seed, options.overrides) == (["1", "2"], ["rate=3"])
+    options = parse(["policy", "fit", "--table", "t", "--seeds", "1", "2", "rate=3"])
+    assert (options.seeds, options.overrides) == (["1", "2"], ["rate=3"])
 
 
 def test_near_names_are_suggested_for_files_and_parts(

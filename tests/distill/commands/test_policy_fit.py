@@ -212,8 +212,8 @@ def test_grid_is_the_best_timestep_of_another_table(
 
 def test_seeds_are_trainings_of_their_own_and_repeat(fit: Fit, planted: Path) -> None:
     short = ["--steps", "40", "--policy", "thompson", "discount=0.9"]
-    both, again = (fit(planted, *short, "--seed", "0", "1") for _ in range(2))
-    alone = fit(planted, *short, "--seed", "1")
+    both, again = (fit(planted, *short, "--seeds", "0", "1") for _ in range(2))
+    alone = fit(planted, *short, "--seeds", "1")
     assert both["by_seed"] == again["by_seed"]
     assert both["by_seed"][1] == alone["by_seed"][0] != both["by_seed"][0]
     assert both["options"] == {"discount": 0.9}
@@ -285,16 +285,16 @@ def test_what_is_wrong_is_one_line(refuse: Refuse, planted: Path, tmp_path: Path
             ["--table", planted, "--steps", "0"],
             "--steps and --batch: must be at least 1, got 0 and 64",
         ),
-        (["--table", planted, "--seed", "x"], "--seed: a seed must be a whole number, got 'x'"),
-        (["--table", planted, "--seed", "-1"], "--seed: a seed must be a whole number, got '-1'"),
-        (["--table", planted, "--seed", str(2**64)], "is too large; seeds are below 2**31"),
-        (["--table", planted, "--seed", "0", "00"], "--seed: 0 is given twice in 0 00"),
+        (["--table", planted, "--seeds", "x"], "--seeds: a seed must be a whole number, got 'x'"),
+        (["--table", planted, "--seeds", "-1"], "--seeds: a seed must be a whole number, got '-1'"),
+        (["--table", planted, "--seeds", str(2**64)], "is too large; seeds are below 2**31"),
+        (["--table", planted, "--seeds", "0", "00"], "--seeds: 0 is given twice in 0 00"),
         (["--table", planted, "--policy", "thompson", "prior=1e-200"], "prior must be a number at"),
         (
             ["--table", planted, "--policy", "json:loads"],
             "cannot be called with context_size, bins, batch and seed",
         ),
-        (["--table", planted, "--seed", "0", "bins=3"], "--policy: bins is not an option"),
+        (["--table", planted, "--seeds", "0", "bins=3"], "--policy: bins is not an option"),
         ([], "the following arguments are required: --table"),
     ):
         assert words in refuse("policy", "fit", *arguments), words

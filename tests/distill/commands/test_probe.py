@@ -157,6 +157,18 @@ def test_a_teacher_that_knows_nothing_leaves_no_head_room(planted: Path) -> None
         assert room["oracle_gain"][1] > 0 < room["chance"][1]
 
 
+def test_repetitions_have_their_own_noise_and_random_weights(planted: Path, tmp_path: Path) -> None:
+    once = probe(planted, "--timesteps", 3, "--out", tmp_path / "once")
+    twice = probe(planted, "--timesteps", 3, "--repeats", 2)
+    first, second = np.array(twice["score_by_seed"])
+    assert first.tolist() == once["score"]
+    assert (first != second).any()
+    np.testing.assert_allclose(twice["score"], (first + second) / 2)
+    control = 2 * np.array(twice["random"]) - once["random"]  # of the second repetition
+    assert (control != np.array(once["random"])).any()
+    np.testing.assert_allclose(40 * control, (40 * control).round(), atol=1e-9)  # 40 val images
+
+
 def test_the_best_cell_trains(planted: Path) -> None:
     found = probe(planted, "--timesteps", 3)
     best = planted.parent / "runs" / "planted-probe" / "best.yaml"
@@ -260,6 +272,7 @@ def test_the_best_recipe_fits_the_channels_of_its_layer(load: Load) -> None:
     ("words", "part"),
     [
         (["--timesteps", "0"], "--timesteps: must be at least 1, got 0"),
+        (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["--timesteps", "few"], "argument --timesteps: invalid int value: 'few'"),
         (["--images", "4"], "data.labelled, or --images: must be at least 5"),
         (["--layers", "mid_blok"], "--layers: no layer 'mid_blok'; did you mean 'mid_block'?"),
