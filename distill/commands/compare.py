@@ -73,7 +73,7 @@ def compare(
     planned = [given[word] if word in given else _plan(word, *how) for word in subjects]
     _check(planned, subjects)
     results = [
-        given[word] if word in given else evaluate_subject(word, *how)[0] for word in subjects
+        given[word] if word in given else evaluate_subject(word, *how).result for word in subjects
     ]
     _check(results, subjects)
     costs, machine = _measure(results, batch, rounds)

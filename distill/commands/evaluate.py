@@ -23,7 +23,7 @@ from distill.deployment.folder import read_card, student_folder
 from distill.evaluation import pictures
 from distill.evaluation.backbones import Subject, parse_subject
 from distill.evaluation.counting import Tally, predicted
-from distill.evaluation.geometry import best_and_worst, correspondence, depth, setting
+from distill.evaluation.geometry import Outcome, best_and_worst, correspondence, depth, setting
 from distill.evaluation.pictures import Prediction
 from distill.evaluation.protocols import (
     FINETUNE,
@@ -42,7 +42,6 @@ from distill.provenance import commit, hardware
 from distill.recipe import to_tree
 
 TRIED = 4  # images that are read before anything is fitted
-PLACES = {"correspondence": correspondence, "depth": depth}
 
 
 def evaluate(
@@ -82,40 +81,23 @@ def evaluate_subject(
     protocol: str,
     benchmark: str | None = None,
     beside: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, Any], Callable[[Path], None] | None]:
-    """The result of one subject as JSON takes it, and what writes the pictures beside a JSON file;
-    the arguments are those of `subject_recipe`. Of `label_efficient`, which fits many, the latter
-    is None."""
+) -> Outcome:
+    """The outcome of one subject; for the arguments see `subject_recipe`."""
     began = time.monotonic()
     subject, config = subject_recipe(text, overrides, protocol, benchmark, beside)
     accelerator = single_process(config.device, "evaluate")
-    result: dict[str, Any] = {"subject": text, "protocol": protocol}
-    draw: Callable[[Path], None] | None = None
-    if protocol == "label_efficient":
-        result |= _few_labels(subject, config, accelerator)
-    elif protocol in PLACES:
-        found, draw = PLACES[protocol](subject, config, accelerator)
-        result |= found
-    else:
-        fitted, kind, labelled = _fit(subject, config, protocol, accelerator)
-        scored = _score(fitted, config, kind, accelerator)
-        draw, metric = partial(_write_pictures, scored), metric_of(kind)
-        result |= {
-            **setting(config, metric, fitted.size, labelled, fitted.layers),
-            "details": fitted.details,
-            "images": fingerprint(scored.benchmark.dataset(config.evaluate.split)),
-            "figures": {metric: scored.scores[metric]},
-            "scores": scored.scores,
-            "scoring_seconds": dict(scored.seconds),
-        }
-    return {
-        **result,
+    outcome = PROTOCOLS[protocol](subject, config, accelerator)
+    result = {
+        "subject": text,
+        "protocol": protocol,
+        **outcome.result,
         "timestep": subject.timestep if subject.kind == "teacher" else None,
         "recipe": to_tree(config),
         "seconds": time.monotonic() - began,
         "commit": commit(),
         "hardware": hardware(accelerator.device),
-    }, draw
+    }
+    return outcome._replace(result=result)
 
 
 def subject_recipe(
@@ -133,20 +115,45 @@ def subject_recipe(
     return subject, subject_config(subject, chosen, given, beside)
 
 
-def _fit(
-    subject: Subject, config: RunConfig, protocol: str, accelerator: Accelerator
-) -> tuple[Fitted, Benchmark, int | None]:
-    """The predictor of a protocol, its benchmark, and how many labelled images it has seen."""
-    if protocol == "own":
-        benchmark = build_benchmark(config.data)
-        check_looks(config.evaluate, benchmark)
-        return own(subject, config, benchmark, accelerator), benchmark, None
+def _own(subject: Subject, config: RunConfig, accelerator: Accelerator) -> Outcome:
+    """A head that is there already."""
+    benchmark = build_benchmark(config.data)
+    check_looks(config.evaluate, benchmark)
+    fitted = own(subject, config, benchmark, accelerator)
+    return _evaluated(fitted, config, benchmark, None, accelerator)
+
+
+def _with_head(
+    fit: Callable[[Subject, RunConfig, TrainingSet, Accelerator], Fitted],
+    subject: Subject,
+    config: RunConfig,
+    accelerator: Accelerator,
+) -> Outcome:
+    """A head that `fit` makes from labelled images."""
     data = build_training_set(dataclasses.replace(config.data, unlabelled=0))
     _try_held_out(config, data)
-    fitted = {"linear": linear, "knn": knn, "finetune": finetune}[protocol](
-        subject, config, data, accelerator
-    )
-    return fitted, data.benchmark, len(data.labelled_indices)
+    fitted = fit(subject, config, data, accelerator)
+    return _evaluated(fitted, config, data.benchmark, len(data.labelled_indices), accelerator)
+
+
+def _evaluated(
+    fitted: Fitted,
+    config: RunConfig,
+    benchmark: Benchmark,
+    labelled: int | None,
+    accelerator: Accelerator,
+) -> Outcome:
+    """The scores of a predictor that has seen so many labelled images."""
+    scored, metric = _score(fitted, config, benchmark, accelerator), metric_of(benchmark)
+    result = {
+        **setting(config, metric, fitted.size, labelled, fitted.layers),
+        "details": fitted.details,
+        "images": fingerprint(benchmark.dataset(config.evaluate.split)),
+        "figures": {metric: scored.scores[metric]},
+        "scores": scored.scores,
+        "scoring_seconds": dict(scored.seconds),
+    }
+    return Outcome(result, partial(_write_pictures, scored))
 
 
 def _try_held_out(config: RunConfig, data: TrainingSet) -> None:
@@ -163,7 +170,7 @@ def _score(
     return score(fitted.predict, fitted.size, examples, benchmark, config, accelerator)
 
 
-def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
+def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -> Outcome:
     """Scores by number of labels, each with its choices of images."""
     data = build_training_set(dataclasses.replace(config.data, labelled=None, unlabelled=0))
     benchmark = data.benchmark
@@ -192,7 +199,19 @@ def _few_labels(subject: Subject, config: RunConfig, accelerator: Accelerator) -
     if subject.kind == "student":  # these may be among the labels that are scored here
         seen = read_card(student_folder(subject.path)).recipe["data"]["labelled"]
         result["seen_labels"] = "all" if seen is None else seen
-    return {**result, "figures": figures, "intervals": intervals, "choices": by_labels}
+    result |= {"figures": figures, "intervals": intervals, "choices": by_labels}
+    return Outcome(result, None)
+
+
+PROTOCOLS: Mapping[str, Callable[[Subject, RunConfig, Accelerator], Outcome]] = {
+    "own": _own,
+    "linear": partial(_with_head, linear),
+    "finetune": partial(_with_head, finetune),
+    "knn": partial(_with_head, knn),
+    "label_efficient": _few_labels,
+    "correspondence": correspondence,
+    "depth": depth,
+}
 
 
 def _write_pictures(scored: Scored, out: Path) -> None:

@@ -46,8 +46,8 @@ class Outcome(NamedTuple):
 
     result: dict[str, Any]
     """Setting, figures and scores, for JSON."""
-    draw: Callable[[Path], None]
-    """Writes the picture beside a JSON file."""
+    draw: Callable[[Path], None] | None
+    """Writes the pictures beside a JSON file; none of `label_efficient`, which fits many."""
 
 
 def correspondence(subject: Subject, config: RunConfig, accelerator: Accelerator) -> Outcome:
