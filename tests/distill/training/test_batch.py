@@ -24,7 +24,7 @@ def numbered(labelled: int, unlabelled: int, tagged: bool) -> Batch:
 def test_every_part_has_its_share_and_the_tags_stay_with_their_images(
     unlabelled: int, tagged: bool, parts: int
 ) -> None:
-    cut = list(numbered(4, unlabelled, tagged).cut(parts))
+    cut = list(numbered(4, unlabelled, tagged).micro_batches(parts))
     assert len(cut) == parts
     for part in cut:
         assert len(part.labelled) == 4 // parts
