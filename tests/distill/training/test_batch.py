@@ -29,8 +29,8 @@ def test_every_part_has_its_share_and_the_tags_stay_with_their_images(
     for part in cut:
         assert len(part.labelled) == 4 // parts
         assert torch.equal(part.labelled.flatten().long(), part.targets)
-        assert part.places is not None
-        assert torch.equal(part.places, part.targets)
+        assert part.positions is not None
+        assert torch.equal(part.positions, part.targets)
         assert (part.unlabelled is None) == (unlabelled == 0)
         assert len(part.images) == (4 + unlabelled) // parts
         if part.tags is not None:
