@@ -54,6 +54,16 @@ def test_published_head_is_a_plain_perceptron_on_the_pooled_feature() -> None:
     assert [tuple(p.shape) for p in single.head.parameters()] == [(CLASSES, CHANNELS), (CLASSES,)]
 
 
+def test_channels_are_standardised_each_by_itself_over_images_and_positions() -> None:
+    head = TeacherTaskReward(CHANNELS, BINS, CLASSES, dense=True)
+    channels = torch.arange(1.0, 1 + CHANNELS).view(-1, 1, 1)
+    feature = channels * torch.randn(4, CHANNELS, 3, 5) + 10 * channels
+    head(feature, torch.arange(4))
+    assert head.standardise is not None
+    torch.testing.assert_close(head.standardise.mean, feature.mean((0, 2, 3)))
+    torch.testing.assert_close(head.standardise.variance, feature.var((0, 2, 3), correction=0))
+
+
 def test_logits_of_an_image_do_not_depend_on_the_others_when_evaluated() -> None:
     head = TeacherTaskReward(CHANNELS, BINS, CLASSES, dense=False)
     feature, bins = torch.randn(8, CHANNELS, 2, 2), torch.arange(8)

@@ -165,6 +165,23 @@ def test_mse_at_is_zero_for_the_whitened_map_and_adds_up():
     torch.testing.assert_close(weighted, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("at", {"power": 2.0}),
+        ("rkd", {"angle_weight": 2.0}),
+        ("mse_at", {"attention_weight": 10.0}),
+        ("infonce", {"temperature": 0.1}),
+    ],
+)
+def test_options_are_by_default_as_published(name, published):
+    student, teacher = maps(4, 3, 4, 4), maps(4, 3, 4, 4, seed=1)
+    default = loss_of(name, student, teacher)
+    assert torch.equal(default, loss_of(name, student, teacher, options=published))
+    other = {option: 1.5 * value for option, value in published.items()}
+    assert not torch.allclose(default, loss_of(name, student, teacher, options=other))
+
+
 @pytest.mark.parametrize(("name", "batch", "needed"), [("rkd", 2, 3), ("infonce", 1, 2)])
 def test_batch_too_small_to_compare_images_is_named(name, batch, needed):
     x = maps(batch, 3, 2, 2)
