@@ -79,3 +79,5 @@ def test_log_snr_spacing_needs_a_finite_falling_curve() -> None:
     assert timestep_bins(zero_terminal, count=2, spacing="log_snr", highest=7).tolist() == [0, 7]
     with pytest.raises(ValueError, match="finite and falls"):
         timestep_bins(FALLING[::-1], count=2, spacing="log_snr")
+    with pytest.raises(ValueError, match="finite and falls"):
+        timestep_bins([*FALLING, FALLING[-1]], count=2, spacing="log_snr")  # twice the same

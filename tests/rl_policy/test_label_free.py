@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from rl_policy.label_free import LabelFreeReward
 
@@ -63,17 +63,25 @@ def test_a_bin_of_noise_earns_less_than_one_that_tells_the_images_apart(
     assert not rewards.requires_grad
 
 
-def test_the_pseudo_label_does_not_tell_the_bin(
+def test_pseudo_labels_are_distributions_in_which_a_cluster_stands_out(
     trained: LabelFreeReward,
 ) -> None:
-    _, bins, student = images(Generator().manual_seed(2), 2000)
+    _, _, student = images(Generator().manual_seed(2), 2000)
     predicted = trained.regression(trained.student_scale(student))
     codes = trained.codes(predicted)
     torch.testing.assert_close(codes.sum(dim=1), torch.ones(2000))
     assert codes.max(dim=1).values.mean() > 0.5  # two clusters may share a kind
-    # Which bin it was cannot be read off the clusters
-    share = torch.stack([codes[bins == k].mean(dim=0) for k in range(BINS)])
-    assert (share - codes.mean(dim=0)).abs().max() < 0.1
+
+
+def test_what_is_predicted_does_not_tell_the_bin(trained: LabelFreeReward) -> None:
+    feature, bins, _ = images(Generator().manual_seed(2), 2000)
+    pooled = feature.mean(dim=(2, 3))
+    scaled, centred = trained.scale(pooled), trained._centred(pooled, bins)
+    means = [
+        torch.stack([x[bins == k].mean(dim=0) for k in range(BINS)]) for x in (scaled, centred)
+    ]
+    assert means[0].abs().max() > 1  # every bin has a mean of its own
+    assert means[1].abs().max() < 0.1
 
 
 def test_images_are_spread_over_the_clusters(trained: LabelFreeReward) -> None:
@@ -127,8 +135,15 @@ def test_evaluation_changes_nothing_and_a_copy_goes_on_to_the_bit(
 
 
 def test_it_computes_in_float32_whatever_autocast_says(trained: LabelFreeReward) -> None:
-    seen = images(Generator().manual_seed(4))
+    seen, dtypes = images(Generator().manual_seed(4)), []
+    products = [trained.regression, *(x for x in trained.head.head if isinstance(x, nn.Linear))]
+    hooks = [
+        product.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+        for product in products
+    ]
     with torch.autocast("cpu", torch.bfloat16):
         losses, rewards = trained(*seen)
-    assert (losses.dtype, rewards.dtype) == (torch.float32, torch.float32)
+    for hook in hooks:
+        hook.remove()
+    assert dtypes == [torch.float32] * len(products)
     torch.testing.assert_close((losses, rewards), trained(*seen), rtol=0, atol=0)
