@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import pytest
@@ -38,6 +39,37 @@ def test_none_changes_nothing_and_flip_only_flips() -> None:
     assert any(flipped)
     assert any(same)
     assert all(a or b for a, b in zip(flipped, same, strict=True))
+
+
+def test_classification_is_shifted_by_up_to_an_eighth_at_its_own_scale() -> None:
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(48), indexing="ij")
+    image = torch.stack([rows, columns, rows]).to(torch.uint8)
+    change = augmentation("crop", "classification", (32, 48))
+    shifts = []
+    torch.manual_seed(0)
+    for _ in range(200):
+        middle = change(image, 1)[0][:2, 12:20, 12:36].long()
+        if middle[1, 0, 1] < middle[1, 0, 0]:  # mirrored
+            middle = middle.flip(-1)
+        assert (middle[0].diff(dim=0) == 1).all()
+        assert (middle[1].diff(dim=1) == 1).all()
+        shifts.append((int(middle[0, 0, 0]) - 12, int(middle[1, 0, 0]) - 12))
+    assert [(min(x), max(x)) for x in zip(*shifts, strict=True)] == [(-4, 4), (-6, 6)]
+
+
+def test_faces_are_turned_and_scaled_around_the_middle() -> None:
+    change = augmentation("crop", "landmarks", (32, 32), mirrored=(0, 1))
+    points = torch.tensor([[0.5, 0.5], [0.7, 0.5]])
+    angles, scales = [], []
+    torch.manual_seed(0)
+    for _ in range(300):
+        middle, right = change(torch.zeros(3, 32, 32, dtype=torch.uint8), points)[1]
+        torch.testing.assert_close(middle, points[0])
+        across, down = (right - middle).tolist()
+        scales.append(math.hypot(across, down) / 0.2)
+        angles.append(math.degrees(math.atan2(down, abs(across))))
+    assert 0.75 <= min(scales) < 0.77 < 1.23 < max(scales) <= 1.25
+    assert -30 <= min(angles) < -28 < 28 < max(angles) <= 30
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
