@@ -58,16 +58,19 @@ def test_classification_is_shifted_by_up_to_an_eighth_at_its_own_scale() -> None
 
 
 def test_faces_are_turned_and_scaled_around_the_middle() -> None:
-    change = augmentation("crop", "landmarks", (32, 32), mirrored=(0, 1))
-    points = torch.tensor([[0.5, 0.5], [0.7, 0.5]])
+    change = augmentation("crop", "landmarks", (32, 48), mirrored=(0, 1, 2))
+    points = torch.tensor([[0.5, 0.5], [0.7, 0.5], [0.5, 0.8]])
     angles, scales = [], []
     torch.manual_seed(0)
     for _ in range(300):
-        middle, right = change(torch.zeros(3, 32, 32, dtype=torch.uint8), points)[1]
+        middle, right, below = change(torch.zeros(3, 32, 48, dtype=torch.uint8), points)[1]
         torch.testing.assert_close(middle, points[0])
-        across, down = (right - middle).tolist()
-        scales.append(math.hypot(across, down) / 0.2)
-        angles.append(math.degrees(math.atan2(down, abs(across))))
+        px = torch.tensor([48.0, 32.0])
+        across, down = (right - middle) * px, (below - middle) * px
+        assert across @ down == pytest.approx(0, abs=1e-3)  # no part is sheared
+        assert across.norm() / 9.6 == pytest.approx(down.norm().item() / 9.6)
+        scales.append(across.norm().item() / 9.6)
+        angles.append(math.degrees(math.atan2(across[1], abs(across[0]))))
     assert 0.75 <= min(scales) < 0.77 < 1.23 < max(scales) <= 1.25
     assert -30 <= min(angles) < -28 < 28 < max(angles) <= 30
 
