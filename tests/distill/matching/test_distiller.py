@@ -126,8 +126,11 @@ def test_the_total_is_the_weighted_sum(load: Load) -> None:
         "pairs=[{student: layer3, teacher: mid_block, weight: 3}]",
     )
     single = load("pairs=[{student: layer3, teacher: mid_block}]")
-    weighted, plain = steps(build(config))[0], steps(build(single))[0]
-    assert weighted.feature.item() == pytest.approx(3 * plain.feature.item(), rel=1e-6)
+    trainer, each = build(config), []
+    trainer.distiller.losses[0].register_forward_hook(lambda *seen: each.append(seen[-1]))
+    weighted, plain = steps(trainer)[0], steps(build(single))[0]
+    assert weighted.feature.item() == pytest.approx(3 * each[0].mean().item(), rel=1e-6)
+    assert plain.feature.item() == pytest.approx(each[0].mean().item(), rel=1e-6)
     expected = weighted.task + 0.5 * weighted.feature + weighted.reward_head
     assert weighted.total.item() == pytest.approx(expected.item(), rel=1e-6)
 
