@@ -16,7 +16,9 @@ from distill.metrics import (
     boundaries,
     boundary_iou,
     classification_scores,
+    figure_text,
     segmentation_scores,
+    worth,
 )
 
 
@@ -235,3 +237,9 @@ def test_iou_of_each_class_agrees_with_scikit_learn() -> None:
         targets[seen], predictions[seen], labels=range(4), average=None, zero_division=0
     )
     assert segmentation_scores(matrix.counts).iou[:4] == pytest.approx(list(expected), abs=1e-6)
+
+
+def test_errors_are_better_when_lower_and_shares_are_given_in_points():
+    names = ("miou", "nme", "rmse")
+    assert [worth(name, 0.25) for name in names] == [0.25, -0.25, -0.25]
+    assert [figure_text(name, 0.25) for name in names] == ["25.0", "25.0", "0.250"]

@@ -11,7 +11,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from teachers.noise import NoiseSchedule, draw_noise
+from teachers.noise import NoiseSchedule, ddpm_scheduler, draw_noise
 
 
 def schedule(*alphas_cumprod: float) -> NoiseSchedule:
@@ -172,3 +172,17 @@ def test_scheduler_of_another_kind_is_refused():
 def test_alphas_outside_the_unit_interval_are_refused():
     with pytest.raises(ValueError, match=r"leaves \[0, 1\]"):
         schedule(0.9, 1.1)
+
+
+@pytest.mark.parametrize("timesteps", [21, 200, 1000])
+def test_linear_betas_are_those_of_ddpm_in_proportion_to_the_length(timesteps):
+    betas = ddpm_scheduler("linear", timesteps).betas
+    expected = torch.linspace(1e-4, 0.02, timesteps) * 1000 / timesteps
+    torch.testing.assert_close(betas, expected)
+    assert betas.max() < 1
+
+
+@pytest.mark.parametrize(("schedule", "few"), [("linear", 20), ("squaredcos_cap_v2", 1)])
+def test_schedules_too_short_for_a_signal_are_refused(schedule, few):
+    with pytest.raises(ValueError, match=f"timesteps must be at least {few + 1} .*got {few}"):
+        ddpm_scheduler(schedule, few)

@@ -33,6 +33,18 @@ def test_windows_cover_an_image_once_averaged(window: tuple[int, int]) -> None:
     assert set(seen) == {window}
 
 
+@pytest.mark.parametrize(("height", "count"), [(8, 1), (13, 2), (14, 3), (20, 4), (23, 4)])
+def test_windows_are_as_few_as_overlap_by_a_third(height: int, count: int) -> None:
+    seen: list[Tensor] = []
+
+    def predict(images: Tensor) -> Tensor:
+        seen.append(images)
+        return images[:, :2]
+
+    several_looks(predict, size=(8, 8), window=(8, 8))(torch.rand(1, 3, height, 8))
+    assert len(seen) == count
+
+
 def test_windows_are_resized_to_what_the_predictor_takes() -> None:
     def predict(images: Tensor) -> Tensor:
         assert images.shape[-2:] == (16, 16)

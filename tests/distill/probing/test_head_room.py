@@ -45,6 +45,8 @@ def test_what_images_differ_in_is_gained_honestly() -> None:
     rewards = own + 0.1 * torch.randn(2, 3000, 8, generator=generator)
     told = head_room(rewards, torch.zeros(8), own[:, :2]).estimates
     assert told["learnt_gain"].low > 0.3  # two of the eight stand in the context
+    moved = head_room(rewards, torch.zeros(8), 100 + 10 * own[:, :2]).estimates  # whatever the unit
+    assert moved["learnt"].mean == pytest.approx(told["learnt"].mean, abs=1e-3)
     assert told["learnt_gain"].high < 0.8
     assert told["honest_gain"].mean == pytest.approx(1.42, abs=0.1)
     assert 0 <= told["chance"].mean < 0.05

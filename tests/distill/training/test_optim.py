@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from distill.config import TrainConfig
-from distill.training.optim import build_optimizer, lr_factor
+from distill.training.optim import (
+    build_optimizer,
+    freeze_backbone,
+    lr_factor,
+    stage,
+    stage_lr_factor,
+)
+from students.student import Student
 
 
 def test_warm_up_is_linear_and_ends_at_the_largest_rate() -> None:
@@ -87,3 +96,22 @@ def test_frozen_parameters_are_left_out(model: nn.Module) -> None:
     model[0].requires_grad_(False)  # type: ignore[index]
     optimizer = build_optimizer(model, TrainConfig())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+
+
+def test_every_stage_of_an_arm_with_a_teacher_has_its_own_learning_rate() -> None:
+    train = TrainConfig(
+        schedule="distill_then_finetune", steps=10, finetune_steps=3, lr_schedule="cosine", warmup=1
+    )
+    assert [stage(train, step, True) for step in (0, 6, 7, 9)] == [(0, 7)] * 2 + [(7, 10)] * 2
+    assert stage_lr_factor(train, 6, True) == lr_factor("cosine", 6, 7, 1)
+    assert stage_lr_factor(train, 9, True) == lr_factor("cosine", 2, 3, 1)
+    assert stage(train, 8, False) == (0, 10)
+    assert stage(dataclasses.replace(train, schedule="joint"), 8, True) == (0, 10)
+
+
+def test_of_a_frozen_student_of_whole_images_the_classifier_is_trained() -> None:
+    student = Student("test_resnet", classes=3, dense=False, image_size=(32, 32))
+    freeze_backbone(student)
+    trained = {name for name, weight in student.named_parameters() if weight.requires_grad}
+    assert trained == {"backbone.fc.weight", "backbone.fc.bias"}
+    assert not student.backbone.training
