@@ -73,15 +73,16 @@ def plan_cache(
     """
     if config.teacher.cache is None:
         return None
-    plan = _plan(config, data, distiller, maps, len(timesteps))
+    examples = np.array(cached_examples(config, data))
+    plan = _plan(config, data, distiller, maps, len(examples), len(timesteps))
     batch = (config.train.batch + config.train.unlabelled_batch) // accelerator.num_processes
     return PlannedCache(
         _cache_folder(config, arm),
         teacher,
         plan,
-        examples=np.array(cached_examples(config, data)),
+        examples=examples,
         timesteps=timesteps,
-        origin=_origin(config, data, teacher, timesteps, plan, accelerator),
+        origin=_origin(config, data, teacher, examples, timesteps, plan, accelerator),
         chunk=min(8 if accelerator.device.type == "cpu" else 64, batch),
     )
 
@@ -91,6 +92,7 @@ def _plan(
     data: TrainingSet,
     distiller: Distiller,
     maps: Mapping[str, Tensor],
+    images: int,
     bins: int,
 ) -> Plan:
     """What the cache is to hold. Raises UserError as `plan_cache` does."""
@@ -116,7 +118,7 @@ def _plan(
         }
 
     dtype, flips = getattr(torch, teacher_dtype(config)), 1 if strength == "none" else 2
-    plan = Plan(len(cached_examples(config, data)), flips, bins, stored(dtype, could=False))
+    plan = Plan(images, flips, bins, stored(dtype, could=False))
     pooled = [
         f"pairs.{index}.pooled=true"
         for index, pair in enumerate(config.pairs)
@@ -184,12 +186,12 @@ def _origin(
     config: RunConfig,
     data: TrainingSet,
     teacher: Teacher,
+    examples: NDArray[np.int64],
     timesteps: Tensor,
     plan: Plan,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Everything that decides the features, in readable form."""
-    examples = np.array(cached_examples(config, data))
     return {
         "features": FEATURES,
         "torch": torch.__version__,
