@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -39,7 +40,9 @@ def confusion(path: str | Path, counts: Tensor, class_names: Sequence[str]) -> N
         side = 2.2 + min(0.42, 12 / count) * count
         figure = Figure(figsize=(side + 0.9, side), dpi=150, layout="compressed")
         axes = figure.subplots()
-        image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+        # Errors spread over many classes are faint, and no number tells them
+        norm = PowerNorm(1.0 if count <= NUMBERED else 0.5, vmin=0.0, vmax=1.0)
+        image = axes.imshow(shares, cmap="Blues", norm=norm)
         step = max(1, -(-count // 40))
         ticks, labels = range(0, count, step), list(class_names)[::step]
         axes.set_xticks(ticks, labels, rotation=90)

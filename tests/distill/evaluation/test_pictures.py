@@ -91,3 +91,15 @@ def test_a_confusion_of_many_classes_ends_within_the_picture(tmp_path: Path) -> 
         pixels = np.asarray(picture.convert("L"))
     for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
         assert (edge > 200).all()
+
+
+def test_rare_confusions_of_many_classes_can_be_seen(tmp_path: Path) -> None:
+    names = [f"class {index}" for index in range(40)]
+    counts = 95 * torch.eye(40, dtype=torch.int64)
+    counts[:, 5] += 5  # one in twenty of each class is taken for this one
+    pictures.confusion(tmp_path / "a.png", counts, names)
+    drawn = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    height, width = drawn.shape[:2]
+    column = drawn[:, int(0.05 * width) : int(0.85 * width)].min(axis=2)
+    faint = ((column > 150) & (column < 225)).mean(axis=0)
+    assert faint.max() > 0.5  # of a column of the picture
