@@ -60,6 +60,14 @@ def is_override(word: str) -> bool:
     return bool(re.match(r"[A-Za-z_]\w*(\.\w+)*=", word)) and not os.path.exists(word)
 
 
+def _image_size(word: str) -> tuple[int, int]:
+    """Height and width in px, of `64` or `96x128`."""
+    if not re.fullmatch(r"\d+(x\d+)?", word):
+        raise argparse.ArgumentTypeError(f"must be a side or HEIGHTxWIDTH, got {word!r}")
+    sides = [int(side) for side in word.split("x")]
+    return sides[0], sides[-1]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = _Parser(
@@ -283,7 +291,12 @@ def _teacher(commands: Commands) -> None:
     layers.add_argument(
         "--name", default="diffusers_unet", help="its teacher.name (default: diffusers_unet)"
     )
-    layers.add_argument("--size", type=int, help="side of the images (default: its own)")
+    layers.add_argument(
+        "--size",
+        type=_image_size,
+        metavar="SIDE|HEIGHTxWIDTH",
+        help="of the images (default: the teacher's own)",
+    )
     layers.add_argument(
         "overrides",
         metavar="option=value",

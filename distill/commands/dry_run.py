@@ -148,12 +148,14 @@ def teacher_dry_run(config: TeacherTrainConfig) -> str:
     )
 
 
-def teacher_layers(name: str, path: str, size: int | None, options: Sequence[str] = ()) -> str:
+def teacher_layers(
+    name: str, path: str, size: tuple[int, int] | None, options: Sequence[str] = ()
+) -> str:
     """A table of a network's blocks: channels, reduction, share of the forward pass done by then.
 
     Args:
         name, path: As in a recipe's `teacher`.
-        size: Side of the images; None for the network's own.
+        size: Height and width of the images; None for the network's own.
         options: `name=value` of its `teacher.options`.
     """
     factory = resolve("teachers", name, "--name")
@@ -168,10 +170,10 @@ def teacher_layers(name: str, path: str, size: int | None, options: Sequence[str
     with blame("teacher"):
         if not hasattr(teacher, "layer_table"):
             raise UserError(f"--name: teacher {name} cannot list its layers")
-        side = teacher.family.image_size if size is None else size
-        if side is None:
+        seen = size or teacher.family.image_size
+        if seen is None:
             raise UserError(f"{path} does not state its image size; give --size")
-        table = teacher.layer_table(side)
+        table = teacher.layer_table(seen)
     if not table:
         raise UserError(
             f"{path} has no blocks with the usual names; name layers by their module names"
@@ -181,7 +183,7 @@ def teacher_layers(name: str, path: str, size: int | None, options: Sequence[str
     lines += [
         f"{row.name:{width}} {row.channels:8} {row.reduction:9} {row.cost:15.0%}" for row in table
     ]
-    pixels = "x".join(str(x) for x in anatomy.height_width(side))
+    pixels = "x".join(str(x) for x in anatomy.height_width(seen))
     last = len(teacher.noise_schedule) - 1
     return "\n".join([*lines, f"images of {pixels} px, timesteps 0 to {last}"])
 

@@ -271,7 +271,12 @@ def test_teacher_layers_are_a_table(
     assert rows["mid_block"][:2] == ["16", "2"]
     assert rows["conv_in"][:2] == ["8", "1"]
     assert lines[-1] == "images of 32x32 px, timesteps 0 to 999"
+    assert main(["teacher", "layers", str(teacher_folder), "--size", "16x64"]) == 0
+    assert "images of 16x64 px" in capsys.readouterr().out
     assert main(["teacher", "layers", str(teacher_folder), "--size", "33"]) == 2
+    for wrong in ("16x", "1x2x3", "a"):
+        assert main(["teacher", "layers", str(teacher_folder), "--size", wrong]) == 2
+        assert f"--size: must be a side or HEIGHTxWIDTH, got '{wrong}'" in capsys.readouterr().err
     assert main(["teacher", "layers", "x", "--name", f"{__name__}:own_teacher"]) == 2
     assert "own_teacher cannot list its layers" in capsys.readouterr().err
 
