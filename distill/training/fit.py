@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -26,13 +26,17 @@ def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) ->
     optimiser's state.
 
     Raises:
-        UserError: There is no GPU, or not even two labelled images fit.
+        UserError: There is no GPU, those of several processes have not the same memory, or not
+            even two labelled images fit.
     """
     if config.train.batch:
         return config
     device, processes = accelerator.device, accelerator.num_processes
     if device.type != "cuda":
         raise UserError("train.batch: auto needs a GPU to measure; give a number on the CPU")
+    if processes > 1:
+        free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)
+        check_equal_memory(accelerator.gather(free).tolist())
     arms = config.train.arms
     arm = next((arm for arm in arms if arm != "scratch"), arms[0])
     most = len(data.labelled_indices)
@@ -56,6 +60,22 @@ def fit_batch(config: RunConfig, data: TrainingSet, accelerator: Accelerator) ->
     largest = parts * largest_batch(lambda size: trial(parts * size), most // parts)
     fitting = torch.tensor(largest, device=device)
     return with_batch(config, int(accelerator.gather(fitting).min()))
+
+
+def check_equal_memory(free: Sequence[int]) -> None:
+    """Refuse GPUs that would run out at different batches, and so wait for each other for ever.
+
+    free: Bytes that are free on the GPU of each process.
+
+    Raises:
+        UserError: One has more than a twentieth less than another.
+    """
+    if min(free) < 0.95 * max(free):
+        each = ", ".join(f"{count / 2**30:.1f}" for count in free)
+        raise UserError(
+            f"train.batch: auto needs GPUs with equally much free memory, got {each} GiB; give a "
+            "number"
+        )
 
 
 def check_schedule(config: RunConfig, processes: int, dense: bool) -> None:

@@ -13,7 +13,7 @@ from distill.build import build_accelerator, build_training_set
 from distill.cli import main
 from distill.config import RunConfig
 from distill.errors import UserError
-from distill.training.fit import fit_batch, largest_batch
+from distill.training.fit import check_equal_memory, fit_batch, largest_batch
 
 Load = Callable[..., RunConfig]
 Refuse = Callable[..., str]
@@ -55,6 +55,12 @@ def test_another_error_of_the_step_is_not_taken_for_too_little_memory() -> None:
 
     with pytest.raises(RuntimeError, match="shapes cannot"):
         largest_batch(broken, 64)
+
+
+def test_gpus_that_would_run_out_at_different_batches_are_refused() -> None:
+    check_equal_memory([80 * 2**30, 78 * 2**30])
+    with pytest.raises(UserError, match=r"equally much free memory, got 80\.0, 24\.0 GiB; give a"):
+        check_equal_memory([80 * 2**30, 24 * 2**30])
 
 
 @pytest.mark.parametrize("auto", ["auto", "0"])
