@@ -15,10 +15,10 @@ TITLES = {"miou": "mIoU", "top1": "top-1", "nme": "NME"}
 ERRORS = frozenset({"rmse", "abs_rel"})
 """Errors that have a unit; all other figures are shares."""
 LOWER_IS_BETTER = ERRORS | {"nme", "failure_rate"}
-"""Scores that are better when lower; all code that compares uses this or `worth`."""
+"""Scores that are better when lower; all code that compares uses this or `more_is_better`."""
 
 
-def worth(metric: str, value: float) -> float:
+def more_is_better(metric: str, value: float) -> float:
     """The figure, or of one that is better when it is lower its negative: more is better."""
     return -value if metric in LOWER_IS_BETTER else value
 

@@ -193,7 +193,7 @@ def _pairs(trainer: Trainer) -> list[str]:
     student, teacher = trainer.student, trainer.teacher
     assert teacher is not None
     lines = [f"# {trainer.arm}: teacher {teacher.name}, feature pairs"]
-    lines += _said_of_size(teacher, trainer.data.size)
+    lines += _size_notes(teacher, trainer.data.size)
     image = torch.zeros(1, 3, *trainer.data.size, device=trainer.accelerator.device)
     with torch.no_grad():
         student.eval()
@@ -253,7 +253,7 @@ def _data(data: TrainingSet, batch: int) -> list[str]:
     return lines
 
 
-def _said_of_size(teacher: Teacher, size: tuple[int, int]) -> list[str]:
+def _size_notes(teacher: Teacher, size: tuple[int, int]) -> list[str]:
     """A line where the teacher sees images of another size than it was trained on."""
     own = getattr(getattr(teacher, "family", None), "image_size", None)
     if own is None or getattr(teacher, "image_size", None) is not None:

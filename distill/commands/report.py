@@ -22,7 +22,7 @@ from distill.recipe import apply_override, build_config, flat, refuse_foreign, t
 from distill.reporting.choices import load_policy, load_state
 from distill.reporting.page import Block, Code, Picture, Section, Table, Text, render
 from distill.reporting.policy import policy
-from distill.reporting.results import heading, making, results, said_of
+from distill.reporting.results import finding_of, heading, making, results
 from distill.reporting.summary import compare, report
 from distill.reporting.training import cost, losses
 from distill.studies.comparison import FinishedRun, Group, group_runs, read_run
@@ -200,7 +200,7 @@ def _regret(groups: Sequence[Group], probe: ProbeRun | None) -> Section:
             continue
         section.blocks += blocks
         if _probed_layer(probe) == reward_layer(group.first.config):
-            section.findings.append(said_of(groups, group, f"on the probe's table: {finding}"))
+            section.findings.append(finding_of(groups, group, f"on the probe's table: {finding}"))
     return section
 
 

@@ -136,8 +136,8 @@ def _finish(training: TeacherTraining, folder: Path, log: RunLog) -> None:
         schedule=training.scheduler.config,
         hardware=hardware(device),
         processes=training.accelerator.num_processes,
-        losses=_tried(lambda: judge_losses(unet, training.scheduler, benchmark, data, size)),
-        probe=_tried(
+        losses=_or_reason(lambda: judge_losses(unet, training.scheduler, benchmark, data, size)),
+        probe=_or_reason(
             lambda: judge_features(
                 folder / "pipeline", benchmark, data, size, count=config.probe, device=device
             )
@@ -146,7 +146,7 @@ def _finish(training: TeacherTraining, folder: Path, log: RunLog) -> None:
     checkpoint.write_text(folder / "pipeline" / "README.md", card)
 
 
-def _tried(judge: Callable[[], Judgement]) -> Judgement | str:
+def _or_reason(judge: Callable[[], Judgement]) -> Judgement | str:
     """The result of `judge`, or why it failed: unreadable files must not cost the teacher."""
     try:
         return judge()

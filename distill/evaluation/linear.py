@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill import seeding
 from distill.evaluation.backbones import Backbone
-from distill.metrics import worth
+from distill.metrics import more_is_better
 from distill.training.optim import lr_factor
 from students.heads import LinearHead
 
@@ -56,7 +56,7 @@ class LinearProbe(nn.Module):
 
     def keep_best(self, metric: str, found: Sequence[float]) -> dict[str, Any]:
         """Drop all heads but that of the best figure on val; the rate, and how it was chosen."""
-        best = max(range(len(found)), key=lambda index: worth(metric, found[index]))
+        best = max(range(len(found)), key=lambda index: more_is_better(metric, found[index]))
         chosen = {
             "lr": self.rates[best],
             "chosen_on": "val",

@@ -15,7 +15,7 @@ from distill.drawing import charts, plots
 from distill.errors import UserError
 from distill.reporting.choices import Choices, recall_choices
 from distill.reporting.page import Block, Picture, Section, Table, Text
-from distill.reporting.results import heading, picture_path, said_of
+from distill.reporting.results import finding_of, heading, picture_path
 from distill.reporting.summary import is_even, preferred
 from distill.studies.comparison import FinishedRun, Group
 from rl_policy.summary import policy_summary
@@ -53,12 +53,12 @@ def policy(groups: Sequence[Group], configs: Mapping[str, RunConfig], pictures: 
             section.blocks.append(Text("The log has no row of it."))
             continue
         section.blocks += _over_training(groups, group, pictures)
-        section.findings.append(said_of(groups, group, _preference(group)))
+        section.findings.append(finding_of(groups, group, _preference(group)))
         blocks, findings = _by_image(
             run, configs[str(run.folder)], partial(picture_path, pictures, groups, group)
         )
         section.blocks += blocks
-        section.findings.extend(said_of(groups, group, text) for text in findings)
+        section.findings.extend(finding_of(groups, group, text) for text in findings)
     return section
 
 

@@ -11,7 +11,7 @@ from distill.intervals import Interval, interval
 from distill.metrics import LOWER_IS_BETTER, TITLES, in_points
 from distill.recipe import to_yaml
 from distill.reporting.page import Block, Code, Finding, Heading, Picture, Section, Table, Text
-from distill.studies.comparison import Group, baselines, differences, gains, spoken
+from distill.studies.comparison import Group, arm_label, baselines, differences, gains
 
 DRAWN = 200  # classes at most: browsers show no picture as tall as a thousand need
 ONE_SEED = (
@@ -30,7 +30,7 @@ def heading(groups: Sequence[Group], group: Group) -> list[Block]:
     return [Heading(group.label)] if len(groups) > 1 else []
 
 
-def said_of(groups: Sequence[Group], group: Group, sentence: str) -> Finding:
+def finding_of(groups: Sequence[Group], group: Group, sentence: str) -> Finding:
     """A sentence for the top of the page, about one of several recipes if there are several."""
     about = group.label if len(groups) > 1 else ""
     return Finding(about, f"{sentence[0].upper()}{sentence[1:]}.")
@@ -57,15 +57,17 @@ def results(groups: Sequence[Group], pictures: Path) -> Section:
         predictions = group.first.folder / "predictions.png"
         if predictions.is_file():
             alt = "Held-out images beside their labels and the student's predictions"
-            caption = f"What the {spoken(group.first.arm)} student of seed {group.first.seed} "
+            caption = f"What the {arm_label(group.first.arm)} student of seed {group.first.seed} "
             section.blocks.append(Picture(predictions, alt, f"{caption}predicts."))
-        section.findings.extend(said_of(groups, group, text) for text in _findings(groups, group))
+        section.findings.extend(
+            finding_of(groups, group, text) for text in _findings(groups, group)
+        )
     return section
 
 
 def _points(group: Group) -> dict[str, list[float]]:
     return {
-        spoken(arm): [100 * x for x in group.values(arm).values()]
+        arm_label(arm): [100 * x for x in group.values(arm).values()]
         for arm in group.first.summary["metrics"]
     }
 
@@ -93,13 +95,13 @@ def _arms(groups: Sequence[Group], group: Group, caption: str) -> Table:
     bases = {name: base for name, base in baselines(group, groups).items() if arms != [name]}
     head = ["arm", "score" if len(group.runs) == 1 else "each seed"]
     head += ["mean (95% interval)"] if len(group.runs) > 1 else []
-    head += [f"over {spoken(base)}, paired" for base in bases]
+    head += [f"over {arm_label(base)}, paired" for base in bases]
     compared = group is not groups[0]
     head += ["over the first recipe, paired by seed"] if compared else []
     rows = []
     for arm in arms:
         values = group.values(arm)
-        row = [spoken(arm), ", ".join(f"{100 * value:.1f}" for value in values.values())]
+        row = [arm_label(arm), ", ".join(f"{100 * value:.1f}" for value in values.values())]
         row += [str(interval(list(values.values())))] if len(group.runs) > 1 else []
         row += [
             "" if arm == name else _gain(group.metric, values, base) for name, base in bases.items()
@@ -130,15 +132,15 @@ def _classes(groups: Sequence[Group], group: Group, pictures: Path) -> list[Bloc
             found = [run.by_class(arm).get(name) for run in group.runs]
             values = [100 * x for x in found if x is not None]
             if values:
-                rows[name][spoken(arm)] = values
+                rows[name][arm_label(arm)] = values
     rows = {name: row for name, row in rows.items() if row}
     if not rows:
         return []
     table = [
-        [name, *(_mean(row.get(spoken(arm), [])) for arm in arms)] for name, row in rows.items()
+        [name, *(_mean(row.get(arm_label(arm), [])) for arm in arms)] for name, row in rows.items()
     ]
     caption = f"{measure} by class, in points"
-    blocks: list[Block] = [Table(caption, ["class", *map(spoken, arms)], table)]
+    blocks: list[Block] = [Table(caption, ["class", *map(arm_label, arms)], table)]
     if len(rows) <= DRAWN:
         path = picture_path(pictures, groups, group, "classes.png")
         charts.scores(path, rows, f"{measure}, points")
@@ -159,12 +161,12 @@ def _findings(groups: Sequence[Group], group: Group) -> list[str]:
 
     def compared(other: str, base: Mapping[int, float]) -> list[str]:
         paired = gains(group.metric, group.values(main), base)
-        return [_compared(group.metric, spoken(main), other, paired)] if paired else []
+        return [_compared(group.metric, arm_label(main), other, paired)] if paired else []
 
     found: list[str] = []
     for name, base in baselines(group, groups).items():
         if name != main:
-            found += compared(spoken(name), base)
+            found += compared(arm_label(name), base)
     if group is not groups[0] and main in groups[0].first.summary["metrics"]:
         found += compared(f"that of {groups[0].label}", groups[0].values(main))
     return found

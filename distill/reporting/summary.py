@@ -17,14 +17,14 @@ from distill.config import Arm, RunConfig
 from distill.deployment.folder import usage
 from distill.drawing import plots
 from distill.intervals import Interval
-from distill.metrics import TITLES, in_points, worth
+from distill.metrics import TITLES, in_points, more_is_better
 from distill.run_folder import read_metrics
 from distill.studies.comparison import (
     Group,
+    arm_label,
     compare_groups,
     figures,
     main_arm,
-    spoken,
     taught_arm,
 )
 from distill.studies.records import METRICS, read_result
@@ -109,9 +109,11 @@ def report(summary: Mapping[str, Any]) -> str:
     metric = METRICS[summary["task"]]
     title = TITLES[metric]
     scores = {arm: scores[metric] for arm, scores in summary["metrics"].items()}
-    rows = [(f"{title} {spoken(arm)}", f"{100 * x:.1f}") for arm, x in scores.items()]
+    rows = [(f"{title} {arm_label(arm)}", f"{100 * x:.1f}") for arm, x in scores.items()]
     if {"distilled", "scratch"} <= scores.keys():
-        gain = 100 * (worth(metric, scores["distilled"]) - worth(metric, scores["scratch"]))
+        gain = 100 * (
+            more_is_better(metric, scores["distilled"]) - more_is_better(metric, scores["scratch"])
+        )
         rows.append(("gain over scratch", f"{gain:+.1f} points"))
     if policy := summary["policy"]:
         arms = f"{policy['effective_arms']:.1f} effective of {len(policy['timesteps'])}"
@@ -183,7 +185,7 @@ def _rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Arm, each seed, mean, gain over scratch."""
     return [
         [
-            spoken(arm),
+            arm_label(arm),
             ", ".join(f"{100 * value:.1f}" for value in row["values"]),
             _text(row[result["metric"]]),
             _text(row.get("gain_over_scratch")),

@@ -10,8 +10,8 @@ from typing import Any
 from distill.drawing import charts, plots
 from distill.policies import mixes
 from distill.reporting.page import Block, Picture, Section, Table, Text
-from distill.reporting.results import heading, picture_path, said_of
-from distill.studies.comparison import FinishedRun, Group, spoken
+from distill.reporting.results import finding_of, heading, picture_path
+from distill.studies.comparison import FinishedRun, Group, arm_label
 from distill.training.loop import TIMED
 
 
@@ -28,7 +28,7 @@ def losses(groups: Sequence[Group], pictures: Path) -> Section:
         path = picture_path(pictures, groups, group, "floor.png")
         blocks, finding = _floor(run, path)
         section.blocks += blocks
-        section.findings.extend(said_of(groups, group, text) for text in finding)
+        section.findings.extend(finding_of(groups, group, text) for text in finding)
     return section
 
 
@@ -117,7 +117,7 @@ def cost(groups: Sequence[Group], pictures: Path) -> Section:
     section = Section("cost", "Cost")
     rows = [
         [
-            f"{run.folder.name}, {spoken(arm)}",
+            f"{run.folder.name}, {arm_label(arm)}",
             str(run.config.train.steps),
             f"{result['seconds']:.0f} s",
             f"{result['images_per_second'] * result['seconds']:,.0f}",
@@ -144,7 +144,7 @@ def _waiting(result: dict[str, Any]) -> float:
 def _parts(run: FinishedRun, path: Path) -> list[Block]:
     """The share of a step's time by part."""
     shares = {
-        spoken(arm): {part: 100 * share for part, share in result["parts"].items()}
+        arm_label(arm): {part: 100 * share for part, share in result["parts"].items()}
         for arm, result in run.results.items()
         if result["parts"]
     }
@@ -179,7 +179,7 @@ def _operations(run: FinishedRun) -> Block:
         known = arm == "scratch" or flops["teacher"] is not None
         rows.append(
             [
-                spoken(arm),
+                arm_label(arm),
                 f"{flops['student'] / 1e9:.3f}",
                 _giga(flops["teacher"]),
                 _giga(flops["teacher_whole"]),

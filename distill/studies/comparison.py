@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from distill.config import RunConfig
 from distill.errors import UserError
 from distill.intervals import interval
-from distill.metrics import worth
+from distill.metrics import more_is_better
 from distill.recipe import flat, load_config, to_tree
 from distill.run_folder import read_metrics
 from distill.studies.records import METRICS, read_result, read_summary
@@ -85,7 +85,7 @@ def taught_arm(results: Mapping[Name, Mapping[str, Any]]) -> Name | None:
     return main_arm(arms) if arms else None
 
 
-def spoken(arm: str) -> str:
+def arm_label(arm: str) -> str:
     """An arm's name in a sentence."""
     return arm.replace("_", " ")
 
@@ -237,7 +237,7 @@ def _labels(groups: Sequence[Sequence[FinishedRun]]) -> list[str]:
 def gains(metric: str, values: Mapping[int, float], base: Mapping[int, float]) -> dict[int, float]:
     """By how much scores are better than `base`, of the seeds that both have, by seed."""
     return {
-        seed: worth(metric, values[seed]) - worth(metric, base[seed])
+        seed: more_is_better(metric, values[seed]) - more_is_better(metric, base[seed])
         for seed in values
         if seed in base
     }

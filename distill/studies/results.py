@@ -19,7 +19,7 @@ from distill.errors import UserError, one_line
 from distill.intervals import Interval
 from distill.metrics import LOWER_IS_BETTER, TITLES, in_points
 from distill.recipe import differs
-from distill.studies.comparison import estimate, gains, main_arm, spoken
+from distill.studies.comparison import arm_label, estimate, gains, main_arm
 from distill.studies.records import METRICS, is_score, read_result, read_summary
 from distill.studies.study import Cell, Study, run_folder
 from distill.training.loop import checkpoint_path
@@ -227,14 +227,14 @@ def _draw(path: Path, results: Mapping[str, Any]) -> None:
     for baseline in results["baselines"]:
         key = f"gain_over_{baseline}"
         if over := {arm: row[key] for arm, row in arms.items() if key in row}:
-            found[f"gain over {spoken(baseline)}, paired"] = over
+            found[f"gain over {arm_label(baseline)}, paired"] = over
     charts.panels(
         path,
         {
-            title: {spoken(arm): [100 * x for x in row["values"]] for arm, row in rows.items()}
+            title: {arm_label(arm): [100 * x for x in row["values"]] for arm, row in rows.items()}
             for title, rows in found.items()
         },
-        [spoken(baseline) for baseline in results["baselines"]],
+        [arm_label(baseline) for baseline in results["baselines"]],
     )
 
 
@@ -305,7 +305,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     metric, baselines, arms = results["metric"], results["baselines"], results["arms"]
     heads = [
         *("arm", "each seed", "mean"),
-        *(f"gain over {spoken(baseline)}" for baseline in baselines),
+        *(f"gain over {arm_label(baseline)}" for baseline in baselines),
         *("mean t", "seconds", "images/s"),
     ]
     lines = [
@@ -318,7 +318,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     others = [arm for arm in arms if _made_otherwise(arms, arm, baselines)]
     for arm, row in arms.items():
         cells = [
-            spoken(arm) + " †" * (arm in others),
+            arm_label(arm) + " †" * (arm in others),
             ", ".join(f"{100 * value:.1f}" for value in row["values"]),
             _in_points(row[metric]),
             *(_in_points(row.get(f"gain_over_{baseline}")) for baseline in baselines),
@@ -333,9 +333,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     unfinished = runs["planned"] - runs["finished"]
     lines += ["", f"* runs: {runs['planned']}" + (f", {unfinished} unfinished" * bool(unfinished))]
     if len(results["seeds"]) > 1:
-        lines.append(f"* seeds: {_said_of_seeds(results)}")
+        lines.append(f"* seeds: {_about_seeds(results)}")
     changed = {"all arms": results["overrides"]}
-    changed |= {spoken(arm): row["overrides"] for arm, row in arms.items()}
+    changed |= {arm_label(arm): row["overrides"] for arm, row in arms.items()}
     lines += [
         f"* {name}: {', '.join(f'`{override}`' for override in overrides)}"
         for name, overrides in changed.items()
@@ -353,7 +353,7 @@ def _made_otherwise(arms: Mapping[str, Any], arm: str, baselines: Sequence[str])
     return any(base[key] != arms[arm][key] for base in compared for key in ("commits", "hardware"))
 
 
-def _said_of_seeds(results: Mapping[str, Any]) -> str:
+def _about_seeds(results: Mapping[str, Any]) -> str:
     """Say what varies between seeds, which the intervals cover."""
     drawn = "weights, order of the data, noise and policy"
     if len(results["split_seeds"]) > 1:

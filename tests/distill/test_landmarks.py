@@ -22,7 +22,7 @@ from distill.cli import main
 from distill.errors import UserError
 from distill.landmarks import LandmarkTally, heat_maps, landmark_loss, peaks
 from distill.matching.losses import task_loss
-from distill.metrics import in_points, worth
+from distill.metrics import in_points, more_is_better
 from distill.studies.comparison import gains
 from distill.studies.results import markdown, read_scores, study_results
 from distill.studies.study import Cell, load_study, run_folder
@@ -165,7 +165,7 @@ def test_a_split_without_faces_is_refused() -> None:
 def test_a_lower_error_is_a_gain() -> None:
     assert gains("nme", {0: 0.05, 1: 0.07}, {0: 0.08}) == pytest.approx({0: 0.03})
     assert gains("miou", {0: 0.5}, {0: 0.3}) == pytest.approx({0: 0.2})
-    assert max([0.3, 0.1, 0.2], key=lambda value: worth("nme", value)) == 0.1
+    assert max([0.3, 0.1, 0.2], key=lambda value: more_is_better("nme", value)) == 0.1
     assert in_points("nme") == "in points (lower is better)"
     assert in_points("miou") == "in points"
 

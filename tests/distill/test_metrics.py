@@ -17,8 +17,8 @@ from distill.metrics import (
     boundary_iou,
     classification_scores,
     figure_text,
+    more_is_better,
     segmentation_scores,
-    worth,
 )
 
 
@@ -241,5 +241,5 @@ def test_iou_of_each_class_agrees_with_scikit_learn() -> None:
 
 def test_errors_are_better_when_lower_and_shares_are_given_in_points():
     names = ("miou", "nme", "rmse")
-    assert [worth(name, 0.25) for name in names] == [0.25, -0.25, -0.25]
+    assert [more_is_better(name, 0.25) for name in names] == [0.25, -0.25, -0.25]
     assert [figure_text(name, 0.25) for name in names] == ["25.0", "25.0", "0.250"]
