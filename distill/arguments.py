@@ -242,11 +242,18 @@ def _sweep(commands: Commands) -> None:
 def _bench(commands: Commands) -> None:
     bench = commands.add_parser("bench", help="time a distillation step against the naive one")
     bench.add_argument(
+        "recipe",
+        metavar="RECIPE.yaml",
+        nargs="?",
+        help="whose step (default: a resnet18 and a UNet at 32 px, which the options below change)",
+    )
+    _add_overrides(bench)
+    bench.add_argument(
         "--out", metavar="JSON", help="where the figures go, with a chart beside (default: none)"
     )
-    bench.add_argument("--batch", type=int, default=64, help="images a step (default: 64)")
     bench.add_argument("--rounds", type=int, default=5, help="rounds, in turn (default: 5)")
-    bench.add_argument("--layer", default="mid_block", help="teacher layer (default: mid_block)")
+    bench.add_argument("--batch", type=int, help="images a step (default: 64)")
+    bench.add_argument("--layer", help="teacher layer (default: mid_block)")
     bench.add_argument(
         "--teacher", metavar="PATH", help="a UNet (default: CIFAR-10's DDPM, random weights)"
     )

@@ -172,8 +172,14 @@ def _bench(options: argparse.Namespace) -> str:
     # Torch warns of tensors older than the trace of allocations, which are not to be counted.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from distill.commands.bench import bench
+    from distill.config import RunConfig
+    from distill.recipe import load_config
 
+    config = None
+    if options.recipe is not None:
+        config = load_config(RunConfig, options.recipe, options.overrides)
     return bench(
+        config,
         batch=options.batch,
         rounds=options.rounds,
         layer=options.layer,

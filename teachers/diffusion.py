@@ -129,6 +129,8 @@ class DiffusionTeacher:
         reductions: side of the image over the side of each layer's map.
         noise_schedule: the model's own.
         parts: the modules, in eval mode and without gradients.
+        early_exit: whether `features` ends after the last requested layer. To see what that saves,
+            set it to False: the maps stay the same.
 
     Raises:
         ValueError: an unknown layer, an unsuitable image size, broken weights or configs.
@@ -155,7 +157,7 @@ class DiffusionTeacher:
             raise ValueError(f"layers {list(layers)} names a layer twice")
         self.family, self.layers, self.input = family, tuple(layers), input
         self.draws = draws if input == "average" and family.noise_schedule.has_noise else 1
-        self.noise_schedule = family.noise_schedule
+        self.noise_schedule, self.early_exit = family.noise_schedule, True
         self.image_size = None if image_size is None else anatomy.height_width(image_size)
         if self.image_size is not None:
             anatomy.check_image_size(self.image_size, family.multiple)
@@ -215,7 +217,7 @@ class DiffusionTeacher:
         generator: Randomness = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The requested layers' maps; computation stops after the last of them.
+        """The requested layers' maps; computation stops after the last of them (`early_exit`).
 
         Args:
             images: (B, 3, H, W) RGB float in [0, 1], on the teacher's device.
@@ -271,8 +273,10 @@ class DiffusionTeacher:
         return x.to(self.dtype, memory_format=self.memory_format)
 
     def _run(self, x: Tensor, times: Tensor, labels: Tensor | None) -> list[Tensor]:
-        """The forward pass, ended after the last requested layer."""
-        outputs = self._tap(lambda: self.family.forward(self.parts, x, times, labels))
+        """The forward pass, ended after the last requested layer if `early_exit`."""
+        outputs = self._tap(
+            lambda: self.family.forward(self.parts, x, times, labels), self.early_exit
+        )
         return [self.family.feature_map(output, x) for output in outputs]
 
     def _check(self, images: Tensor, timesteps: Tensor) -> None:

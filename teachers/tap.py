@@ -33,15 +33,16 @@ class Tap:
     def __init__(self, network: nn.Module, layers: Sequence[str], last: str) -> None:
         self._layers = tuple(layers)
         self._outputs: dict[str, Any] = {}
-        self._running = False
+        self._running = self._early = False
         # Such a module may write over the output of the layer before it.
         self._copies = any(getattr(module, "inplace", False) for module in network.modules())
         for name in layers:
             network.get_submodule(name).register_forward_hook(self._keep(name, name == last))
 
-    def __call__(self, forward: Callable[[], Any]) -> list[Any]:
-        """The layers' raw outputs, in their order, from a `forward` that runs the network once."""
-        self._outputs, self._running = {}, True
+    def __call__(self, forward: Callable[[], Any], early_exit: bool = True) -> list[Any]:
+        """The layers' raw outputs, in their order, from a `forward` that runs the network once, to
+        its end without `early_exit`."""
+        self._outputs, self._running, self._early = {}, True, early_exit
         try:
             forward()
         except LastLayerReached:
@@ -55,7 +56,7 @@ class Tap:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._running:
                 self._outputs[name] = output
-                if last:
+                if last and self._early:
                     raise LastLayerReached
                 if self._copies:
                     self._outputs[name] = _copied(output)

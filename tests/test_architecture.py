@@ -31,7 +31,7 @@ LEAVES = frozenset(
         "inference linear neighbours parity pictures",
         "deployment.": "folder formats hub runtimes",
         "reporting.": "page",
-        "costs.": "flops",
+        "costs.": "flops memory",
     }.items()
     for name in names.split()
 )
@@ -172,7 +172,7 @@ def test_only_training_loops_and_policies_compute_gradients():
     assert {name for name in callers if not name.startswith("rl_policy.")} == {
         "distill.training.trainer",
         "distill.pretraining.teach",
-        "distill.commands.bench",
+        "distill.costs.step",
         "distill.evaluation.linear",  # all learning rates at once, on frozen features
     }
 

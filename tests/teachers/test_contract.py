@@ -77,10 +77,15 @@ def test_nothing_runs_after_the_last_asked_layer(case: Any, path: str) -> None:
             module.register_forward_hook(
                 lambda module, args, output, name=name, done=done: done.append(name)
             )
-        teacher.features(case.images(), timesteps_of(teacher), seeded())
+        expected = teacher.features(case.images(), timesteps_of(teacher), seeded())
         inside = [name for name in done if not name.startswith(f"{teacher.last_layer}.")]
         assert inside
         assert "" not in done  # the network itself never came to its end
+        teacher.early_exit = False
+        complete = teacher.features(case.images(), timesteps_of(teacher), seeded())
+        assert "" in done
+        for name, feature in complete.items():
+            assert torch.equal(feature, expected[name])
     flops = whole.flops(case.size)
     assert 0 < flops.used < flops.whole
 

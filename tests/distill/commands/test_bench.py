@@ -16,10 +16,12 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from distill.cli import main
-from distill.commands import bench
-from distill.costs.naive import CIFAR10_DDPM, WholeTeacher
+from distill.config import RunConfig
+from distill.costs import step
+from distill.costs.published import CIFAR10_DDPM
+from distill.recipe import load_config
 from distill.training.clock import Clock
-from teachers.diffusers_unet import diffusers_unet
+from teachers.ensemble import Ensemble
 
 PARTS = {"data", "policy", "teacher", "student", "backward", "optimizer"}
 
@@ -40,14 +42,14 @@ def figures(
     short = shutil.copytree(teacher_folder, out.with_name("short"))
     DDPMScheduler(num_train_timesteps=100).save_pretrained(short / "scheduler")
     words = ["bench", "--teacher", str(short), "--out", str(out)]
-    given, measure = [9.0, 9.0, 9.0, 0.5, 0.25, 2.0], bench._seconds
+    given, measure = [9.0, 9.0, 9.0, 0.5, 0.25, 2.0], step.seconds_of
 
     def seconds(*step: Any) -> float:
         measured = measure(*step)
         return given.pop(0) if given else measured
 
     with redirect_stdout(told), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "_seconds", seconds)
+        patch.setattr(step, "seconds_of", seconds)
         assert main([*words, "--batch", "4", "--rounds", "1", "--layer", "down_blocks.1"]) == 0
     with Image.open(out.with_suffix(".png")) as chart:
         assert chart.width > 2 * chart.height > 0
@@ -107,16 +109,6 @@ def test_our_features_are_near_those_of_the_naive_way(figures: dict[str, float])
     assert 0 < error < 0.02 if figures["dtype"] == "bfloat16" else error < 1e-4
 
 
-def test_the_naive_way_gives_the_same_features(teacher_folder: Path) -> None:
-    teacher = diffusers_unet(str(teacher_folder), layers=("mid_block",))
-    images, timesteps = torch.rand(2, 3, 32, 32), torch.tensor([3, 900])
-    ours, naive = (
-        way.features(images, timesteps, torch.Generator().manual_seed(1))["mid_block"]
-        for way in (teacher, WholeTeacher(teacher))
-    )
-    assert torch.equal(ours, naive)
-
-
 def test_the_network_is_the_published_one() -> None:
     """35.7 million weights (Ho et al. 2020), one attention head."""
     from diffusers import UNet2DModel
@@ -140,6 +132,93 @@ def test_the_network_is_the_published_one() -> None:
 )
 def test_mistakes_are_one_line(refuse: Callable[..., str], arguments: list[str], told: str) -> None:
     assert told in refuse("bench", *arguments)
+
+
+def bench_recipe(recipe: Path, tmp_path: Path, *words: str) -> dict[str, Any]:
+    out = tmp_path / "bench.json"
+    assert main(["bench", str(recipe), "--rounds", "1", "--out", str(out), *words]) == 0
+    read: dict[str, Any] = json.loads(out.read_text())
+    return read
+
+
+def test_a_recipe_is_timed_as_it_trains(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With unlabelled images, several pairs and augmentation."""
+    words = ["train.batch=4", "train.unlabelled_batch=6", "data.augment=crop", "data.size=48"]
+    pairs = (
+        "pairs=[{student: layer2, teacher: mid_block}, {student: layer3, teacher: down_blocks.0}]"
+    )
+    figures = bench_recipe(recipe, tmp_path, *words, pairs)
+    assert figures["batch"] == 4 + 6
+    assert figures["image_size"] == [48, 48]
+    assert figures["layers"] == ["mid_block", "down_blocks.0"]
+    assert figures["student"] == "test_resnet"
+    assert figures["ratios"] == [
+        pytest.approx(figures["images_per_second"] / figures["naive_images_per_second"])
+    ]
+    table = capsys.readouterr().out
+    assert "one step: 10 images of 48x48 px, mid_block and down_blocks.0 of " in table
+    # The cached images are not augmented
+    assert figures["ratio_cached"] > 0
+    assert "cached" in table
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_naive_step_computes_all_members_of_an_ensemble_to_their_end(
+    recipe: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = {"name": "diffusers_unet", "path": str(teacher_folder)}
+    config = load_config(
+        RunConfig,
+        recipe,
+        [
+            "teacher.name=ensemble",
+            "teacher.path=''",
+            f"teacher.options={{members: {{a: {member}, b: {member}}}}}",
+            "pairs=[{student: layer2, teacher: a/mid_block+b/mid_block}]",
+        ],
+    )
+    for whole in (False, True):
+        teacher = step.prepare(config, whole).trainer.teacher
+        assert isinstance(teacher, Ensemble)
+        assert [member.early_exit for member in teacher.members.values()] == [not whole] * 2
+
+
+def test_a_teacher_without_timesteps_is_timed(recipe: Path, tmp_path: Path) -> None:
+    words = ["teacher.name=timm", "teacher.path=test_vit", "teacher.random_weights=0"]
+    words += ["pairs=[{student: layer2, teacher: blocks.0}]", "policy.name=fixed"]
+    figures = bench_recipe(recipe, tmp_path, *words, "policy.bins=1")
+    assert figures["layers"] == ["blocks.0"]
+    assert 0 < figures["teacher_gflop"] < figures["naive_teacher_gflop"]
+
+
+def test_features_without_room_leave_no_cached_step(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = bench_recipe(recipe, tmp_path, "teacher.cache_gb=1.0e-6")
+    assert not [key for key in figures if "cached" in key]
+    assert "no step with cached features: teacher.cache: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--batch", "8"], "--batch: with a recipe, give train.batch=N instead"),
+        (["--compile"], "--compile: with a recipe, give teacher.compile=true student.compile=true"),
+        (["train.batch=auto"], "train.batch: bench needs a number, not auto"),
+        (["train.batch=1"], "train.batch: 1 is too small"),
+        (["pairs.0.teacher=mid_blok"], "pairs.0.teacher: no layer 'mid_blok'; did you mean"),
+    ],
+)
+def test_mistakes_with_a_recipe_are_one_line(
+    refuse: Callable[..., str], recipe: Path, arguments: list[str], told: str
+) -> None:
+    assert told in refuse("bench", str(recipe), *arguments)
+
+
+def test_an_override_needs_a_recipe(refuse: Callable[..., str]) -> None:
+    assert "train.batch=8" in refuse("bench", "train.batch=8")
 
 
 def test_the_time_of_a_part_inside_another_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.evaluation.footprint import part_memory
+from distill.costs.memory import part_memory
 from distill.training.clock import Timed
 
 MIB = 2**20
