@@ -1,9 +1,9 @@
 """The teacher's features, computed once: a folder with one row for each (image, flip, timestep).
 
 `manifest.json` says what the features are of, `features.bin` holds the rows (the layers' maps one
-after the other, in the precision that the teacher computes in), and `marks.bin` a uint32
-per row: 0 while it is missing, otherwise the checksum of the image it is of. Rows are read and
-written, not mapped: the pages of a map would count as memory of this process.
+after the other, in the precision that the teacher computes in, and their CRC-32), and `marks.bin` a
+uint32 per row: 0 while it is missing, otherwise the checksum of the image it is of. Rows are read
+and written, not mapped: the pages of a map would count as memory of this process.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import weakref
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +34,8 @@ from teachers.protocol import Teacher
 BLOCK = 256
 """Number of rows between two syncs to the disk: the most that a crash can lose."""
 ALIGNMENT = 64
+CHECKSUM = 4
+"""Bytes at the end of a row: in the row, so that one of several writers cannot contradict it."""
 CHUNK = "images at once"
 """Key of the manifest, needed because kernels round differently for every number of images."""
 
@@ -74,8 +77,8 @@ class Plan(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Size of a row, over all layers, in bytes."""
-        return sum(_aligned(stored.bytes) for stored in self.layers.values())
+        """Size of a row in bytes: all layers, and the checksum."""
+        return sum(_aligned(stored.bytes) for stored in self.layers.values()) + CHECKSUM
 
     @property
     def gb(self) -> float:
@@ -112,7 +115,8 @@ class FeatureCache:
 
     Attributes:
         chunk: Images per look in this folder, which keeps the number it was made with.
-        looked: How many images the teacher has looked at so far, those that filled a chunk too.
+        teacher_images: How many images the teacher has looked at so far, those that filled a chunk
+            too.
 
     Raises:
         UserError: The folder holds other features than these, is damaged, or cannot be made as
@@ -170,7 +174,8 @@ class FeatureCache:
             bins: (B,) int64 on the CPU, their timesteps.
 
         Raises:
-            UserError: An image is not the one that its row was filled with, or the disk fails.
+            UserError: An image is not the one that its row was filled with, a row is not as it was
+                written, or the disk fails.
         """
         missing = self.missing(tags, bins)
         if len(missing):
@@ -179,7 +184,8 @@ class FeatureCache:
         read = np.empty((len(rows), self.plan.row_bytes), np.uint8)
         with blame("teacher.cache"):
             for row, out in zip(rows.tolist(), read, strict=True):
-                if os.preadv(self._file, [out.data], row * out.nbytes) != out.nbytes:
+                whole = os.preadv(self._file, [out.data], row * out.nbytes) == out.nbytes
+                if not whole or not np.array_equal(out[-CHECKSUM:], _checksum(out)):
                     raise self._damaged()
         moved = torch.from_numpy(read).to(images.device)
         maps = {}
@@ -257,6 +263,7 @@ class FeatureCache:
         rows = self._rows(tags, bins)
         with blame("teacher.cache"):
             for row, data in zip(rows.tolist(), written.numpy(), strict=True):
+                data[-CHECKSUM:] = _checksum(data)
                 if os.pwrite(self._file, data, row * data.nbytes) != data.nbytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
         self._marks[rows] = tags[:, 2].numpy()
@@ -266,6 +273,12 @@ class FeatureCache:
 
     def _damaged(self) -> UserError:
         return UserError(f"teacher.cache: {self.folder} is damaged; delete it")
+
+
+def _checksum(row: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The bytes at the end of a row that go with those before them."""
+    crc = zlib.crc32(row[:-CHECKSUM].data)
+    return np.frombuffer(crc.to_bytes(CHECKSUM, "little"), np.uint8)
 
 
 @contextmanager

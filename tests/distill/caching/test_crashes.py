@@ -77,6 +77,27 @@ def test_a_cache_that_lacks_a_file_is_one_line(
     assert "is damaged; delete it" in refuse("train", recipe, *cached)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.999])
+def test_one_changed_bit_of_a_feature_is_noticed(
+    recipe: Path,
+    load: Load,
+    cached: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    share: float,
+) -> None:
+    planned = build(load(*cached)).planned_cache
+    assert planned is not None
+    assert main(["teacher", "extract", str(recipe), *cached]) == 0
+    file = tmp_path / "cache" / "distilled" / "features.bin"
+    rows = np.memmap(file, np.uint8, "r+").reshape(planned.plan.rows, -1)
+    rows[:, int(share * planned.plan.row_bytes)] ^= 1
+    rows.flush()
+    assert main(["train", str(recipe), *cached]) == 2
+    assert capsys.readouterr().err.endswith("/cache/distilled is damaged; delete it\n")
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
 KILLED = """
 import os, signal, sys
 from distill.caching import cache

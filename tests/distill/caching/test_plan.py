@@ -37,8 +37,9 @@ def test_what_cannot_be_cached_is_refused(
 def test_the_plan_says_what_a_cache_takes() -> None:
     layers = {"a": Stored((256, 8, 8), torch.bfloat16), "b": Stored((5, 1, 1), torch.float32)}
     plan = Plan(20000, 2, 20, layers)
-    assert plan.row_bytes == 256 * 8 * 8 * 2 + 64  # every layer begins at a multiple of 64 bytes
-    assert plan.gb == pytest.approx(20000 * 2 * 20 * (32768 + 64 + 4) / 1e9)
+    # Every layer begins at a multiple of 64 bytes, and a checksum follows
+    assert plan.row_bytes == 256 * 8 * 8 * 2 + 64 + 4
+    assert plan.gb == pytest.approx(20000 * 2 * 20 * (32768 + 64 + 4 + 4) / 1e9)
     text = "20000 images x 2 flips x 20 bins x 2 layers, bfloat16 and float32: 26.3 GB"
     assert str(plan) == text
     check_budget(plan, 27, {})
@@ -103,7 +104,7 @@ def test_pooled_pairs_are_suggested_where_the_reward_reads_no_dense_map(
         changes += ["policy.reward_layer=mid_block", "teacher.cache_gb=0.00001"]
         with pytest.raises(UserError) as caught:
             build(load(*cached, *changes))
-        assert "what fits: pairs.0.pooled=true (4.22e-06 GB), " in str(caught.value)
+        assert "what fits: pairs.0.pooled=true (4.35e-06 GB), " in str(caught.value)
         trainer = build(load(*cached, *changes, "pairs.0.pooled=true"))
         losses(trainer)
 
