@@ -88,7 +88,7 @@ def test_command_in_a_document_is_understood(words, tmp_path):
     overrides = [*getattr(options, "overrides", ()), *rest]
     for override in overrides:
         apply_override({"pairs": [{}]}, override)
-    if hasattr(options, "recipe") and options.recipe.startswith("experiments/"):
+    if (getattr(options, "recipe", None) or "").startswith("experiments/"):
         recipe = CHECKOUT / options.recipe
         load_config(kind_of(recipe), recipe, overrides)
     if hasattr(options, "study"):
