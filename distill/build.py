@@ -36,7 +36,9 @@ def build_accelerator(device: str) -> Accelerator:
         raise UserError("device: cuda was asked for, but torch sees no GPU; use device=cpu or auto")
     # Some parameters rest in some phases: projectors while fine-tuning, the head while distilling.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[unused])
+    # Unless it is told to use the CPU, accelerate joins no processes where there is nothing else
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[unused])
 
 
 def single_process(device: str, command: str) -> Accelerator:
