@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from distill.arguments import parse
 from distill.errors import Interrupted, UserError, one_line
@@ -16,7 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     try:
         options = parse(arguments)
-        if text := COMMANDS[options.command](options):
+        with _ended_like_interrupted():
+            text = COMMANDS[options.command](options)
+        if text:
             print(text)
         _leave_processes()
         return 0
@@ -42,6 +47,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"distill: error: {line}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _ended_like_interrupted() -> Iterator[None]:
+    """What a scheduler ends (SIGTERM) removes its temporary files, as after Ctrl-C."""
+    mine = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == mine:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a process that reads data
+        os.kill(os.getpid(), number)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _leave_processes() -> None:

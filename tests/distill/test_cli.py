@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -292,3 +295,20 @@ def test_teacher_layers_take_the_options_of_the_teacher(
     assert "unknown key 'teacher.options.random_weights'" in capsys.readouterr().err
     assert main([*words, "kwargs=3"]) == 2
     assert "teacher.options.kwargs: input should be" in capsys.readouterr().err
+
+
+def test_a_command_that_a_scheduler_ends_leaves_no_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(options: object) -> str:
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return "not reached"
+
+    monkeypatch.setitem(cli.COMMANDS, "list", ended)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["list", "teachers"]) == 130
+    assert capsys.readouterr().err == "distill: stopped\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
