@@ -336,12 +336,20 @@ def check_origin(folder: Path, origin: Mapping[str, Any]) -> dict[str, Any] | No
             "folder"
         ) from error
     if differing:
-        changes = [f"{key} {_short(was.get(key))}, now {_short(now[key])}" for key in differing]
+        changes = [change for key in differing for change in _changes(key, was.get(key), now[key])]
         raise UserError(
             f"teacher.cache: {folder} has other features ({'; '.join(changes)}); delete it, or "
             "choose another folder"
         )
     return was
+
+
+def _changes(key: str, was: Any, now: Any) -> list[str]:
+    """What differs, down to the parts of mappings."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        parts = {f"{key}.{part}": (was.get(part), now.get(part)) for part in was | now}
+        return [x for part, of in parts.items() if of[0] != of[1] for x in _changes(part, *of)]
+    return [f"{key} {_short(was)}, now {_short(now)}"]
 
 
 def _short(value: Any) -> str:

@@ -169,10 +169,10 @@ def test_no_floor_is_measured_of_targets_that_do_not_change(load: Load, cached: 
     [
         ("teacher.input=clean", 'teacher.input "noised", now "clean"'),
         ("teacher.dtype=bfloat16", 'teacher.dtype "float32", now "bfloat16"'),
-        ("pairs.0.teacher=mid_block", "layers "),
+        ("pairs.0.teacher=mid_block", "layers."),
         ("policy.bins=3", "timesteps [0, 999], now [0, 500, 999]"),
         ("data.augment=none", 'data.augment "flip", now "none"'),
-        ("data.options.seed=1", "data.options "),
+        ("data.options.seed=1", "data.options.seed "),
         ("data.unlabelled=7", "images "),
         ("teacher.random_weights=3", "teacher "),
         # One of one's own around a built-in one has its fingerprint
