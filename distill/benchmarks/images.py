@@ -66,6 +66,11 @@ class UnlabelledImages(Dataset[tuple[Tensor, int]]):
                     self._leave_out({index: str(error)})
             index = (index + 1) % len(self)
 
+    @property
+    def unreadable(self) -> frozenset[int]:
+        """The indices of the files that could not be read so far."""
+        return frozenset(self._unreadable.nonzero().flatten().tolist())
+
     def check_headers(self) -> None:
         """Leave out files that are not images by their first bytes; nothing is decoded. Raises
         UserError."""

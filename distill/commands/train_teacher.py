@@ -130,7 +130,7 @@ def _finish(training: TeacherTraining, folder: Path, log: RunLog) -> None:
     card = teacher_card(
         config,
         folder,
-        images=len(training.indices),
+        images=training.readable,
         size=size,
         parameters=sum(p.numel() for p in unet.parameters()),
         schedule=training.scheduler.config,

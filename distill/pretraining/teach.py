@@ -42,6 +42,7 @@ class TeacherTraining:
             )
         self.benchmark = build_benchmark(config.data)
         train, data = self.benchmark.dataset("train"), config.data
+        self._train = train
         if data.labelled is not None:
             raise UserError(
                 "data.labelled: teachers are trained without labels; limit their images with "
@@ -81,6 +82,12 @@ class TeacherTraining:
         self.step, self.loss = 0, math.nan
         self._sum, self._asked = torch.zeros((), device=accelerator.device), 0  # of `mean_loss`
         self._pending: DeferredFigures | None = None
+
+    @property
+    def readable(self) -> int:
+        """How many images it is trained on, less those that could not be read so far."""
+        unreadable: frozenset[int] = getattr(self._train, "unreadable", frozenset())
+        return len(self.indices) - len(unreadable.intersection(self.indices))
 
     def train_step(self, images: Tensor) -> Tensor:
         """One optimiser step. images: (B, 3, H, W) in [0, 1] -> the loss, a scalar.

@@ -122,6 +122,9 @@ def test_damaged_images_are_skipped_up_to_a_limit(
     skipped = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
     assert len(skipped) == 1
     assert skipped[0].startswith(f"distill: skipped {damaged}: cannot be decoded (")
+    card = (tmp_path / "runs" / "b" / "pipeline" / "README.md").read_text()
+    count = len([*(tmp_path / "photos").rglob("*.png")])
+    assert f", train split, {count - 1} images" in card
 
 
 def test_a_teacher_stopped_by_damaged_images_goes_on_with_a_higher_limit(
