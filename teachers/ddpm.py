@@ -44,7 +44,10 @@ def build_unet(
         raise ValueError(f"layers_per_block must be at least 1, got {layers_per_block}")
     for level in attention_levels:
         if not 0 <= level < levels:
-            raise ValueError(f"attention level {level} is outside 0..{levels - 1}")
+            raise ValueError(
+                f"attention level {level} is outside 0..{levels - 1}; give attention_levels for "
+                f"the {levels} block_out_channels"
+            )
     height, width = anatomy.height_width(image_size)
     anatomy.check_image_size((height, width), 2 ** (levels - 1))
     attends = [level in attention_levels for level in range(levels)]

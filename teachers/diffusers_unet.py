@@ -127,7 +127,9 @@ def _of_latents(index: Path) -> str:
         "a UNet2DModel that works on pixels"
     )
     family = loading.FAMILIES.get(network, "diffusers_unet")
-    return problem if family == "diffusers_unet" else f"{problem}; use teacher.name={family}"
+    if family == "diffusers_unet":
+        return problem
+    return f"{problem}; a recipe reads it with teacher.name={family}"
 
 
 def _scheduler_folder(unet: Path) -> Path:

@@ -166,10 +166,10 @@ def read_config(
     name, found = architecture.__name__, content.get("_class_name")
     if found not in (name, *former_names):
         family = FAMILIES.get(str(found))
-        hint = f", or use teacher.name={family}" if family else ""
+        hint = f"; a recipe reads it with teacher.name={family}" if family else ""
         if found is None and "architecture" in content:
             found = f"{content['architecture']} of timm"
-            hint = f", or use teacher.name=timm teacher.path=local-dir:{folder}"
+            hint = f"; a recipe reads it with teacher.name=timm teacher.path=local-dir:{folder}"
         raise ValueError(f"{path} describes a {found}; it must describe a {name}{hint}")
     try:
         with quiet(), torch.device("meta"):

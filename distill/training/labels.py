@@ -53,12 +53,13 @@ def check_labels(config: TeacherConfig, teacher: Teacher, classes: int, image: T
     if other := known - {classes}:
         raise UserError(
             f"teacher.labels: the teacher is conditioned on {other.pop()} classes, but the data "
-            f"have {classes}; make them equal (teacher.options.class_prompts), or leave it false"
+            f"have {classes}; leave it false, or (stable_diffusion) give as many "
+            "teacher.options.class_prompts"
         )
     if not known and None not in families:
         raise UserError(
-            f"teacher.labels: {teacher.name} is not class-conditional "
-            "(stable_diffusion: teacher.options.class_prompts); leave it false"
+            f"teacher.labels: {teacher.name} is not class-conditional; leave it false, or "
+            "(stable_diffusion) give teacher.options.class_prompts, (dit) class_labels=true"
         )
     with blame("teacher.labels"):  # a class that it knows nothing of shows here
         last = torch.tensor([classes - 1])

@@ -342,14 +342,22 @@ def test_a_unet_of_latents_is_no_teacher_of_pixels(tmp_path):
 @pytest.mark.parametrize(("name", "family"), [("sd1", "stable_diffusion"), ("sd3", "flow")])
 def test_a_pipeline_of_another_family_names_its_teacher(tmp_path, name, family):
     getattr(pipelines, f"save_{name}")(tmp_path / name)
-    fails(tmp_path / name, ValueError, rf"works on the latents .*; use teacher\.name={family}$")
+    fails(
+        tmp_path / name,
+        ValueError,
+        rf"works on the latents .*; a recipe reads it with teacher\.name={family}$",
+    )
 
 
 def test_files_that_are_no_folders_say_what_to_do(pipeline):
     file = pipeline / "unet" / WEIGHTS
     fails(file, FileNotFoundError, "is a single file; convert it to a folder")
     (pipeline / "unet" / "config.json").write_text('{"architecture": "vit_tiny"}')
-    fails(pipeline, ValueError, "describes a vit_tiny of timm; .* use teacher.name=timm teacher.pa")
+    fails(
+        pipeline,
+        ValueError,
+        "describes a vit_tiny of timm; .*with teacher.name=timm teacher.pa",
+    )
 
 
 def test_config_that_is_no_json_names_the_file(pipeline):
