@@ -184,6 +184,12 @@ def infer(shapes: Shapes) -> Architecture:
     """
     if "label_emb.weight" in shapes:
         raise ValueError("the network is class-conditional (label_emb); it must be unconditional")
+    inputs = _indices(r"input_blocks\.(\d+)\.", shapes)
+    if missing := {*range(max(inputs, default=0))} - inputs:
+        raise ValueError(
+            f"input_blocks.{min(missing)} has no weights; networks that resample by pooling alone "
+            "(conv_resample=False) are not supported"
+        )
     ups = r"output_blocks\.(\d+)\.(?:\d\.conv|[12]\.in_layers\.0)\.weight"
     levels = 1 + len(_indices(ups, shapes))
     outputs = len(_indices(r"output_blocks\.(\d+)\.", shapes))

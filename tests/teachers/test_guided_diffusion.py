@@ -291,6 +291,8 @@ def test_conditional_and_foreign_networks_are_refused(state, guided, tmp_path):
     refused(
         r"channels must be multiples of 32, got \(16, 32\)", guided.state(guided.shapes((16, 32)))
     )
+    pooled = {name: x for name, x in state.items() if not name.startswith("input_blocks.2.")}
+    refused(r"input_blocks\.2 has no weights; .* \(conv_resample=False\) are not", pooled)
     refused("is not a state dict; save only the weights", {"step": 3, "model": state})
 
 
