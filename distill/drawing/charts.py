@@ -18,6 +18,7 @@ from distill.drawing.plots import ARM_COLOURS, STYLE, shades, write_figure
 from distill.intervals import interval
 
 COLUMNS = 8
+ACROSS = 4  # panels in a row: of more, a page shows too little
 
 
 def scores(path: str | Path, rows: Mapping[str, Mapping[str, Sequence[float]]], label: str) -> None:
@@ -53,7 +54,8 @@ def panels(
     rows: Mapping[str, Mapping[str, Sequence[float]]],
     baselines: Container[str] = (),
 ) -> None:
-    """Write panels side by side that share their rows, with rows as in `scores`.
+    """Write panels side by side, or below each other, that share their rows, with rows as in
+    `scores`.
 
     Args:
         path: A PNG.
@@ -62,10 +64,15 @@ def panels(
         baselines: Rows that are grey.
     """
     names = list(next(iter(rows.values())))
+    down = -(-len(rows) // ACROSS)
+    across = -(-len(rows) // down)
     with rc_context(STYLE):
-        size = (3.4 * len(rows) + 1.2, 0.34 * len(names) + 1.0)
+        size = (3.4 * across + 1.2, (0.34 * len(names) + 1.0) * down)
         figure = Figure(figsize=size, dpi=150, layout="constrained")
-        grid = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
+        grid = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+        for axes in grid[len(rows) :]:
+            axes.set_axis_off()
+        grid = grid[: len(rows)]
         for axes, (title, panel) in zip(grid, rows.items(), strict=True):
             for position, name in enumerate(names):
                 if name in panel:
