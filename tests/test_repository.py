@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shlex
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -124,8 +125,8 @@ def test_results_in_the_readme_are_those_of_the_studies(document, folder):
     header = next(row for row in rows if f"({folder}" in row[-1])
     links = [re.findall(rf"\(({folder}[\w-]+)\.md\)", cell) for cell in header[1:]]
     studies = [json.loads((path.parent / f"{name}.json").read_text()) for (name,) in links]
-    first = rows.index(header) + 1
-    for label, *cells in rows[first : first + 5]:
+    below = rows[rows.index(header) + 1 :]
+    for label, *cells in takewhile(lambda row: "`" in row[0], below):
         names = re.findall(r"`(\w+)`", label)
         for study, cell in zip(studies, cells, strict=True):
             (arm,) = [study["arms"][name] for name in names if name in study["arms"]] or [None]
