@@ -21,6 +21,7 @@ from distill.costs.published import published_case
 from distill.costs.step import Case
 from distill.drawing import plots
 from distill.errors import UserError
+from distill.policies import mixes
 from distill.provenance import commit, hardware
 from distill.teacher import build_teacher, teacher_dtype
 from distill.training.trainer import Trainer
@@ -136,7 +137,9 @@ def _figures(cases: Mapping[str, Case], rounds: int) -> dict[str, Any]:
     _show("the parts of the steps")
     parts = {name: step.part_seconds(case, max(3, repeat)) for name, case in cases.items()}
     assert ours.teacher is not None
-    used, whole = teacher_flops(ours.teacher, size) or (None, None)
+    passes = len(ours.timesteps) if mixes(ours.config) else 1
+    counted = teacher_flops(ours.teacher, size)
+    used, whole = (None, None) if counted is None else (passes * x for x in counted)
     student = step.student_operations(cases["ours"]) / batch
     dtype = teacher_dtype(ours.config)
     peak = step.product_rate(device, getattr(torch, dtype))

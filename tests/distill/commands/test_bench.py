@@ -193,6 +193,13 @@ def test_a_teacher_without_timesteps_is_timed(recipe: Path, tmp_path: Path) -> N
     assert 0 < figures["teacher_gflop"] < figures["naive_teacher_gflop"]
 
 
+def test_a_mixture_of_timesteps_counts_each_of_them(recipe: Path, tmp_path: Path) -> None:
+    one = bench_recipe(recipe, tmp_path, "policy.bins=3")
+    mixed = bench_recipe(recipe, tmp_path, "policy.bins=3", "policy.name=soft_mix")
+    for key in ("teacher_gflop", "naive_teacher_gflop"):
+        assert mixed[key] == pytest.approx(3 * one[key])
+
+
 def test_features_without_room_leave_no_cached_step(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
